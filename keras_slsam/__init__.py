@@ -1,0 +1,25 @@
+"""Sharpness-aware fine-tuning in Keras 3, with the compute truly saved."""
+
+from keras_slsam import samplers
+from keras_slsam.optimizers import RST
+from keras_slsam.optimizers import S2SAM
+from keras_slsam.optimizers import SAM
+from keras_slsam.optimizers import SLSAM
+from keras_slsam.training import SAMTrainStep
+from keras_slsam.training import sharpness_aware
+from keras_slsam.training import stateless_step
+from keras_slsam.training import step
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "RST",
+    "S2SAM",
+    "SAM",
+    "SLSAM",
+    "SAMTrainStep",
+    "samplers",
+    "sharpness_aware",
+    "stateless_step",
+    "step",
+]

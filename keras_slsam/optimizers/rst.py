@@ -1,0 +1,95 @@
+"""RST: SAM on randomly chosen steps."""
+
+import keras
+from keras import ops
+
+from keras_slsam import samplers
+from keras_slsam import threefry
+from keras_slsam.optimizers.sharpness_aware import SharpnessAware
+
+
+@keras.saving.register_keras_serializable("keras_slsam")
+class RST(SharpnessAware):
+    """Randomized sharpness-aware training: SAM on a share of the steps.
+
+    Each step is a SAM step with probability `probability` and a plain step of the
+    base optimizer otherwise. A baseline for `SLSAM`.
+
+    The model needs the matching train step: `keras_slsam.sharpness_aware(model)`.
+
+    Args:
+        base_optimizer: What `keras.optimizers.get` takes, see `keras_slsam.SAM`.
+        rho: Float > 0, the radius of the perturbation.
+        probability: Float in [0, 1], the probability of a SAM step.
+        adaptive: bool, whether the perturbation is scaled by the weights (ASAM).
+        seed: int, or `None` for a fresh one. The same seed chooses the same steps
+            on every backend.
+        name: String, the optimizer's name.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+
+    Example:
+
+    >>> import keras, keras_slsam
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    >>> model = keras_slsam.sharpness_aware(model)
+    >>> optimizer = keras_slsam.RST("adamw", probability=0.5, seed=0)
+    >>> model.compile(optimizer=optimizer, loss="mse")
+    >>> x, y = keras.random.normal((8, 4)), keras.random.normal((8, 1))
+    >>> history = model.fit(x, y, verbose=0)
+
+    Reference:
+        Zhao et al., "Randomized sharpness-aware training for boosting
+        computational efficiency in deep learning", arXiv 2203.09962.
+    """
+
+    def __init__(
+        self,
+        base_optimizer=None,
+        rho=0.05,
+        probability=0.5,
+        adaptive=False,
+        seed=None,
+        name="rst",
+    ):
+        if (
+            isinstance(probability, bool)
+            or not isinstance(probability, (int, float))
+            or not 0 <= probability <= 1
+        ):
+            raise ValueError(
+                "Argument `probability` of `RST` is the share of SAM steps and must "
+                f"be a number in [0, 1]. Received: probability={probability!r}"
+            )
+        first_seed = threefry.make_seed(seed, "RST")
+        super().__init__(
+            base_optimizer,
+            rho=rho,
+            adaptive=adaptive,
+            sampler=samplers.All(),
+            name=name,
+        )
+        self.probability = probability
+        self.seed = seed
+        self._first_seed = first_seed
+
+    def build(self, variables):
+        if self.built:
+            return
+        super().build(variables)
+        self._seed_state = self.add_variable((2,), dtype="int32", name="seed_state")
+        self._seed_state.assign([self._first_seed, 0])
+
+    def draw_perturbed(self):
+        seed, draw = self._seed_state[0], self._seed_state[1]
+        perturbed = threefry.uniform(seed, draw, 1)[0] < self.probability
+        self._seed_state.assign(ops.stack([seed, draw + 1]))
+        return perturbed
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "probability": self.probability,
+            "seed": self.seed,
+        }

@@ -1,0 +1,51 @@
+"""S2-SAM: SAM in a single step."""
+
+import keras
+
+from keras_slsam import samplers
+from keras_slsam.optimizers.sharpness_aware import SharpnessAware
+
+
+@keras.saving.register_keras_serializable("keras_slsam")
+class S2SAM(SharpnessAware):
+    """Single-step SAM: as cheap as the base optimizer alone.
+
+    Perturbs the weights along the gradient that the step before applied, so that
+    one forward and one backward pass are enough. The first step is not perturbed.
+    The loss and the metrics reported are those at the perturbed weights, the only
+    ones that a step sees. Keeps one more tensor a weight, the last gradient.
+
+    The model needs the matching train step: `keras_slsam.sharpness_aware(model)`.
+
+    Args:
+        base_optimizer: What `keras.optimizers.get` takes, see `keras_slsam.SAM`.
+        rho: Float > 0, the radius of the perturbation.
+        adaptive: bool, whether the perturbation is scaled by the weights (ASAM).
+        name: String, the optimizer's name.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+
+    Example:
+
+    >>> import keras, keras_slsam
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    >>> model = keras_slsam.sharpness_aware(model)
+    >>> model.compile(optimizer=keras_slsam.S2SAM("sgd", rho=0.05), loss="mse")
+    >>> x, y = keras.random.normal((8, 4)), keras.random.normal((8, 1))
+    >>> history = model.fit(x, y, verbose=0)
+
+    Reference:
+        Ji et al., "A single-step, sharpness-aware minimization is all you need to
+        achieve efficient and accurate sparse training", NeurIPS 2024.
+    """
+
+    def __init__(self, base_optimizer=None, rho=0.05, adaptive=False, name="s2sam"):
+        super().__init__(
+            base_optimizer,
+            rho=rho,
+            adaptive=adaptive,
+            sampler=samplers.All(),
+            single_step=True,
+            name=name,
+        )

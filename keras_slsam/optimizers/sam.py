@@ -1,0 +1,53 @@
+"""SAM: sharpness-aware minimization, the dense baseline."""
+
+import keras
+
+from keras_slsam import samplers
+from keras_slsam.optimizers.sharpness_aware import SharpnessAware
+
+
+@keras.saving.register_keras_serializable("keras_slsam")
+class SAM(SharpnessAware):
+    """Sharpness-aware minimization around any Keras optimizer.
+
+    Perturbs the weights uphill by `rho` along the gradient, takes the gradient
+    there, and gives it to `base_optimizer` at the original weights. A step costs
+    two forward and two backward passes; `S2SAM` and `SLSAM` cost less.
+
+    The model needs the matching train step: `keras_slsam.sharpness_aware(model)`.
+
+    Args:
+        base_optimizer: What `keras.optimizers.get` takes: the optimizer that makes
+            the step. Learning rate, schedule, weight decay, clipping, EMA and
+            gradient accumulation are its arguments.
+        rho: Float > 0, the radius of the perturbation.
+        adaptive: bool, whether the perturbation is scaled by the weights (ASAM,
+            arXiv 2102.11600). Its `rho` is about ten times larger.
+        name: String, the optimizer's name.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+
+    Example:
+
+    >>> import keras, keras_slsam
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    >>> model = keras_slsam.sharpness_aware(model)
+    >>> optimizer = keras_slsam.SAM(keras.optimizers.AdamW(1e-3), rho=0.05)
+    >>> model.compile(optimizer=optimizer, loss="mse")
+    >>> x, y = keras.random.normal((8, 4)), keras.random.normal((8, 1))
+    >>> history = model.fit(x, y, verbose=0)
+
+    Reference:
+        Foret et al., "Sharpness-aware minimization for efficiently improving
+        generalization", arXiv 2010.01412, algorithm 1.
+    """
+
+    def __init__(self, base_optimizer=None, rho=0.05, adaptive=False, name="sam"):
+        super().__init__(
+            base_optimizer,
+            rho=rho,
+            adaptive=adaptive,
+            sampler=samplers.All(),
+            name=name,
+        )

@@ -1,0 +1,458 @@
+"""The base of all our optimizers: a wrapper around a Keras optimizer."""
+
+import contextlib
+import math
+
+import keras
+from keras import ops
+
+from keras_slsam import arms as arms_module
+from keras_slsam import gradients as backend
+from keras_slsam import perturbation
+from keras_slsam import samplers
+
+
+class SharpnessAware(keras.optimizers.Optimizer):
+    """Base class of `SAM`, `S2SAM`, `SLSAM` and `RST`.
+
+    Wraps `base_optimizer`, which makes the step, and holds what a step of ours
+    needs besides: which arms are active and whence the ascent comes. The step
+    itself is `keras_slsam.step`; it needs the model, which Keras does not hand to
+    an optimizer, so the model needs a train step of ours.
+
+    Learning rate, schedule, `iterations`, clipping, weight decay, EMA and
+    constraints are the base optimizer's. With arms switched off, clipping by a
+    global norm is over the active variables, schedules and EMA follow the global
+    steps, and moments, step counts and weight decay a variable's own updates.
+
+    Args:
+        base_optimizer: What `keras.optimizers.get` takes.
+        rho: Float > 0, the radius of the perturbation.
+        adaptive: bool, whether the perturbation is scaled by the weights (ASAM).
+        sampler: `keras_slsam.samplers.Sampler`, draws the active arms.
+        arms: `"variable"`, `"layer"`, `"block"`, or a function from a variable to
+            a hashable key.
+        single_step: bool, whether the ascent is along the gradient of the last
+            step, so that one pass is enough.
+        name: String, the optimizer's name.
+
+    Raises:
+        ValueError: if an argument is out of its range, or the base optimizer
+            cannot be used.
+    """
+
+    def __init__(
+        self,
+        base_optimizer,
+        rho,
+        adaptive,
+        sampler,
+        arms="variable",
+        single_step=False,
+        name=None,
+    ):
+        owner = type(self).__name__
+        if (
+            isinstance(rho, bool)
+            or not isinstance(rho, (int, float))
+            or not (rho > 0 and math.isfinite(rho))
+        ):
+            raise ValueError(
+                f"Argument `rho` of `{owner}` is the radius of the perturbation and "
+                f"must be a finite number > 0. Received: rho={rho!r}"
+            )
+        base_optimizer = _get_base_optimizer(owner, base_optimizer)
+        arms_module.validate(arms)
+        # The learning rate that counts is the base optimizer's.
+        super().__init__(learning_rate=0.0, name=name)
+        self.base_optimizer = base_optimizer
+        self.rho = rho
+        self.adaptive = adaptive
+        self.sampler = sampler
+        self.single_step = single_step
+        self._grouping = arms
+        self._all_active = isinstance(sampler, samplers.All)
+        if not self._all_active:
+            _check_can_skip_arms(owner, base_optimizer)
+
+    def build(self, variables):
+        """Makes the state: the sampler's, the base optimizer's and ours.
+
+        Args:
+            variables: List of `keras.Variable`s, the model's trainable ones.
+
+        Raises:
+            ValueError: if there are none, or `base_optimizer` belongs to another
+                model already.
+        """
+        if self.built:
+            return
+        owner = type(self).__name__
+        if not variables:
+            raise ValueError(
+                f"`{owner}` got a model without trainable weights. Set "
+                "`layer.trainable = True` on a layer before `compile`."
+            )
+        if self.base_optimizer.built:
+            raise ValueError(
+                f"Argument `base_optimizer` of `{owner}` has been built for other "
+                f"variables already. Received: {self.base_optimizer.name!r}. Make a "
+                "new one for each model and each `compile`."
+            )
+        if any(getattr(v, "overwrite_with_gradient", False) for v in variables):
+            raise ValueError(
+                f"`{owner}` does not support float8 training: its scales are not "
+                "weights that can be perturbed. Use another dtype policy."
+            )
+        super().build(variables)
+        self.base_optimizer.build(variables)
+        arms = arms_module.group(variables, self._grouping)
+        num_arms = max(arms) + 1
+        self.arm_of = arms
+        self._members = [
+            [i for i, arm in enumerate(arms) if arm == number]
+            for number in range(num_arms)
+        ]
+        self.sampler.build(num_arms)
+        dtype = keras.backend.result_type("float32", *(v.dtype for v in variables))
+        self._active = self.add_variable((num_arms,), dtype="bool", name="active")
+        self._norms = self.add_variable((num_arms,), dtype=dtype, name="norms")
+        if self.single_step:
+            self._previous = self.add_optimizer_variables(
+                variables, "previous_gradient"
+            )
+        if not self._all_active:
+            self._own_iterations = self.add_variable(
+                (num_arms,),
+                dtype=self.base_optimizer.iterations.dtype,
+                name="own_iterations",
+            )
+            if isinstance(self.base_optimizer, keras.optimizers.Nadam):
+                self._own_products = self.add_variable(
+                    (num_arms,), "ones", dtype=variables[0].dtype, name="own_products"
+                )
+
+    @property
+    def variables(self):
+        """List of all state: ours, the sampler's and the base optimizer's."""
+        return (
+            self._variables + self.sampler.variables + self.base_optimizer.variables
+        )
+
+    @property
+    def arms(self):
+        """List of lists of `keras.Variable`s, the variables of each arm."""
+        return [
+            [self._trainable_variables[i] for i in indices] for indices in self._members
+        ]
+
+    @property
+    def active(self):
+        """Boolean tensor of shape `(num_arms,)`, the mask of the last step."""
+        return ops.copy(self._active)
+
+    @property
+    def gradient_norms(self):
+        """Float tensor of shape `(num_arms,)`, norms of the last step's arms.
+
+        They are those of the first pass's gradients, 0 where inactive.
+        """
+        return ops.copy(self._norms)
+
+    @property
+    def probabilities(self):
+        """Tensor of shape `(num_arms,)` for the next draw, or `None`."""
+        probabilities = self.sampler.probabilities
+        return None if probabilities is None else ops.copy(probabilities)
+
+    @property
+    def iterations(self):
+        """The number of steps, the base optimizer's count."""
+        return self.base_optimizer.iterations
+
+    @property
+    def learning_rate(self):
+        """The base optimizer's learning rate."""
+        return self.base_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate):
+        self.base_optimizer.learning_rate = learning_rate
+
+    @property
+    def previous_gradients(self):
+        """List of tensors, the gradient last applied to each variable, or 0.
+
+        Only with `single_step`.
+        """
+        return [ops.convert_to_tensor(previous) for previous in self._previous]
+
+    def check_variables(self, variables):
+        """Checks that the optimizer was built for just these variables.
+
+        Args:
+            variables: List of `keras.Variable`s, the model's trainable ones.
+
+        Raises:
+            ValueError: if they are others.
+        """
+        built_for = self._trainable_variables
+        if [id(v) for v in variables] != [id(v) for v in built_for]:
+            raise ValueError(
+                f"`{type(self).__name__}` was built for other trainable weights than "
+                f"the model has now ({len(built_for)} then, {len(variables)} now). "
+                "After a change of `layer.trainable`, call `model.compile` again with "
+                "a new optimizer."
+            )
+
+    def draw_active(self):
+        """Draws the step's active arms.
+
+        Returns:
+            List with one entry an arm: bools, or scalar boolean tensors inside a
+            traced step.
+        """
+        mask = self.sampler.draw()
+        self._active.assign(mask)
+        if self._all_active:
+            return [True] * len(self._members)
+        return backend.concrete(mask)
+
+    def draw_perturbed(self):
+        """Whether this step has an ascent: a bool or a scalar boolean tensor."""
+        return True
+
+    def perturb(self, weights, directions, squares, active):
+        """The weights of the second pass, `w + e` on the active arms.
+
+        Args:
+            weights: List of tensors, one a variable.
+            directions: List of tensors, the gradients to go up along.
+            squares: List of float scalars, the arms' squared gradient norms.
+            active: What `draw_active` returned.
+
+        Returns:
+            List of tensors.
+        """
+        if self.adaptive:
+            squares = perturbation.squared_norms(
+                directions, self._members, active, self._norms.dtype, weights
+            )
+        return perturbation.perturb(
+            weights, directions, squares, self._members, active, self.rho, self.adaptive
+        )
+
+    def squared_norms(self, directions, active):
+        """Squared norms of the arms' gradients, see `perturbation.squared_norms`."""
+        return perturbation.squared_norms(
+            directions, self._members, active, self._norms.dtype
+        )
+
+    def descend(self, gradients, active):
+        """The base optimizer's step with `gradients`, on the active arms only.
+
+        Args:
+            gradients: List of tensors, one a variable.
+            active: What `draw_active` returned.
+        """
+        if self._all_active:
+            self.base_optimizer.apply(gradients, self._trainable_variables)
+            if self.single_step:
+                for previous, gradient in zip(self._previous, gradients):
+                    previous.assign(gradient)
+        else:
+            self._descend_on_active(gradients, active)
+
+    def learn(self, squares):
+        """Records the arms' norms and lets the sampler learn from them.
+
+        Args:
+            squares: List of float scalars, the arms' squared gradient norms.
+        """
+        norms = ops.sqrt(ops.stack(squares))
+        self._norms.assign(norms)
+        self.sampler.update(ops.convert_to_tensor(self._active), norms)
+
+    def _descend_on_active(self, gradients, active):
+        # `apply` would count, decay and average all variables alike, so its parts
+        # are called one arm at a time. Keras has no public names for them.
+        base = self.base_optimizer
+        present = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        clipped = base._clip_gradients([gradients[i] for i in present])
+        clipped = dict(zip(present, clipped))
+        own_counts, counts_after = self._own_counts()
+        with _fixed_learning_rate(base) as learning_rate:
+            for arm, indices in enumerate(self._members):
+                variables = [self._trainable_variables[i] for i in indices]
+                slots = [self._previous[i] for i in indices] if self.single_step else []
+
+                def update(indices=indices, variables=variables, slots=slots):
+                    decayed = [v for v in variables if base._use_weight_decay(v)]
+                    if decayed:
+                        base._apply_weight_decay(decayed)
+                    for i, variable in zip(indices, variables):
+                        base.update_step(clipped[i], variable, learning_rate)
+                        if variable.constraint is not None:
+                            variable.assign(variable.constraint(variable))
+                    for i, previous in zip(indices, slots):
+                        previous.assign(gradients[i])
+
+                backend.when(
+                    active[arm],
+                    update,
+                    variables=variables + slots + base.variables,
+                    reading=[(count, own[arm]) for count, own in own_counts],
+                )
+        for variable, value in counts_after:
+            variable.assign(value)
+        if base.use_ema:
+            self._average()
+        base.iterations.assign_add(1)
+
+    def _own_counts(self):
+        """What the base optimizer counts, for each arm by its own updates.
+
+        Returns:
+            Two lists: `(variable of the base optimizer, its value for each arm)` for
+            this step, and `(variable of ours, its value after the step)`.
+        """
+        base, own = self.base_optimizer, self._own_iterations
+        active = ops.convert_to_tensor(self._active)
+        counts = [(base.iterations, ops.convert_to_tensor(own))]
+        after = [(own, own + ops.cast(active, own.dtype))]
+        if isinstance(base, keras.optimizers.Nadam):
+            # Nadam keeps a running product of its momentum schedule, mu_1 ... mu_t.
+            own = self._own_products
+            step = ops.cast(self._own_iterations + 1, own.dtype)
+            decay = ops.power(ops.cast(0.96, own.dtype), step)
+            product = own * base.beta_1 * (1.0 - 0.5 * decay)
+            counts.append((base._u_product, product))
+            after.append((own, ops.where(active, product, own)))
+        return counts, after
+
+    def _average(self):
+        # The moving average is that of the whole model, step by step.
+        base, variables = self.base_optimizer, self._trainable_variables
+        base._update_model_variables_moving_average(variables)
+        if base.ema_overwrite_frequency:
+            due = (base.iterations + 1) % base.ema_overwrite_frequency == 0
+            backend.when(
+                due,
+                lambda: base._overwrite_model_variables_with_average_value(variables),
+                variables=variables + base.variables,
+            )
+
+    def apply(self, grads, trainable_variables=None):
+        """Refuses: gradients alone do not make a sharpness-aware step.
+
+        Raises:
+            ValueError: always. Keras calls this on a model without our train step.
+        """
+        name = type(self).__name__
+        raise ValueError(
+            f"`{name}` needs its own train step: it evaluates the model at perturbed "
+            "weights, which an optimizer cannot do with gradients alone. Add it with "
+            "`model = keras_slsam.sharpness_aware(model)` before `model.compile`, or "
+            "derive the model's class from `keras_slsam.SAMTrainStep`. In a training "
+            "loop of your own, call `keras_slsam.step(model, optimizer, data)`."
+        )
+
+    def exclude_from_weight_decay(self, var_list=None, var_names=None):
+        """Excludes variables from the base optimizer's weight decay."""
+        self.base_optimizer.exclude_from_weight_decay(var_list, var_names)
+
+    def finalize_variable_values(self, var_list):
+        """Sets the final weights, like the base optimizer's moving average."""
+        self.base_optimizer.finalize_variable_values(var_list)
+
+    def get_config(self):
+        """Returns the arguments of the constructor as a dict."""
+        return {
+            "name": self.name,
+            "base_optimizer": keras.saving.serialize_keras_object(self.base_optimizer),
+            "rho": self.rho,
+            "adaptive": self.adaptive,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        """Makes an optimizer from the dict that `get_config` returned."""
+        config = dict(config)
+        config["base_optimizer"] = keras.saving.deserialize_keras_object(
+            config["base_optimizer"], custom_objects=custom_objects
+        )
+        return cls(**config)
+
+
+def _get_base_optimizer(owner, base_optimizer):
+    received = f"Received: base_optimizer={base_optimizer!r}"
+    if isinstance(base_optimizer, SharpnessAware):
+        raise ValueError(
+            f"Argument `base_optimizer` of `{owner}` is one of ours already; "
+            "perturbations do not nest. Give it a Keras optimizer, like "
+            f'`keras.optimizers.AdamW(2e-5)` or "adamw". {received}'
+        )
+    if isinstance(base_optimizer, keras.optimizers.LossScaleOptimizer):
+        raise ValueError(
+            f"Argument `base_optimizer` of `{owner}` must not scale the loss: the "
+            "scaling goes around our optimizer. Give it the optimizer that was "
+            f"wrapped. {received}"
+        )
+    try:
+        optimizer = keras.optimizers.get(base_optimizer)
+    except (ValueError, TypeError, KeyError) as error:
+        raise _not_an_optimizer(owner, received) from error
+    if optimizer is None:
+        raise _not_an_optimizer(owner, received)
+    if optimizer.loss_scale_factor:
+        raise ValueError(
+            f"Argument `base_optimizer` of `{owner}` must not have a "
+            "`loss_scale_factor`: the perturbation needs the true gradients. "
+            f"Received: loss_scale_factor={optimizer.loss_scale_factor!r}"
+        )
+    return optimizer
+
+
+def _not_an_optimizer(owner, received):
+    return ValueError(
+        f"Argument `base_optimizer` of `{owner}` must be what `keras.optimizers.get` "
+        "takes: a Keras optimizer, the name of one, or its config. "
+        f'{received}. For example `keras.optimizers.AdamW(2e-5)` or "adamw".'
+    )
+
+
+def _check_can_skip_arms(owner, base_optimizer):
+    name = type(base_optimizer).__name__
+    if type(base_optimizer).update_step is keras.optimizers.Optimizer.update_step:
+        raise ValueError(
+            f"Argument `base_optimizer` of `{owner}` must update one variable at a "
+            f"time (`update_step`), which `{name}` does not: it cannot leave out the "
+            "inactive ones. Use another optimizer, or `SAM` or `S2SAM`."
+        )
+    if base_optimizer.gradient_accumulation_steps:
+        raise ValueError(
+            f"Argument `base_optimizer` of `{owner}` must not have "
+            "`gradient_accumulation_steps`: each micro-batch would draw other arms. "
+            "Received: gradient_accumulation_steps="
+            f"{base_optimizer.gradient_accumulation_steps}. Leave it out, or use "
+            "`SAM` or `S2SAM`."
+        )
+
+
+@contextlib.contextmanager
+def _fixed_learning_rate(optimizer):
+    """The learning rate of this global step, also where an own count is read.
+
+    A schedule computes it from the optimizer's `iterations`, which an arm's update
+    finds replaced by the arm's own count.
+    """
+    learning_rate = ops.convert_to_tensor(optimizer.learning_rate)
+    schedule = optimizer._learning_rate
+    if isinstance(schedule, keras.Variable):
+        yield learning_rate
+        return
+    optimizer.learning_rate = lambda: learning_rate
+    try:
+        yield learning_rate
+    finally:
+        optimizer.learning_rate = schedule

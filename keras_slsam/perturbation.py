@@ -1,0 +1,84 @@
+"""The ascent: the perturbation of the active weights, uphill along a direction.
+
+    e = rho * g / (||g|| + eps)                   SAM (Foret et al., 2010.01412)
+    e = rho * w^2 * g / (|| |w| g || + eps)       adaptive (ASAM, 2102.11600)
+
+The norm is one over all active weights; the other weights stay put.
+"""
+
+from keras import ops
+
+from keras_slsam.gradients import add
+from keras_slsam.gradients import cond
+from keras_slsam.gradients import squared_sum
+
+_EPSILON = 1e-12
+
+
+def squared_norms(directions, members, active, dtype, weights=None):
+    """Squared norm of each arm's direction.
+
+    Args:
+        directions: List of tensors, one a variable; anything, or `None`, where the
+            arm is inactive.
+        members: List of lists of int, the variables of each arm.
+        active: List of bools or scalar boolean tensors, one an arm.
+        dtype: String, float dtype of the norms.
+        weights: List of tensors. If given, the norms of `|w| * g` (ASAM).
+
+    Returns:
+        List of float scalars, one an arm, 0 where inactive.
+    """
+
+    def of_arm(indices):
+        total = ops.zeros((), dtype)
+        for i in indices:
+            scaled = (
+                directions[i]
+                if weights is None
+                else ops.multiply(weights[i], directions[i])
+            )
+            total = total + ops.cast(squared_sum(scaled), dtype)
+        return total
+
+    return [
+        cond(on, lambda i=indices: of_arm(i), lambda: ops.zeros((), dtype))
+        for on, indices in zip(active, members)
+    ]
+
+
+def perturb(weights, directions, squares, members, active, rho, adaptive=False):
+    """The perturbed weights, `w + e` where active and `w` elsewhere.
+
+    Args:
+        weights: List of tensors, w.
+        directions: List of tensors like `weights`, g; anything, or `None`, where
+            the arm is inactive.
+        squares: List of float scalars, one an arm: `squared_norms(directions)`, or
+            with `weights` too if adaptive.
+        members: List of lists of int, the variables of each arm.
+        active: List of bools or scalar boolean tensors, one an arm.
+        rho: Float, the radius.
+        adaptive: bool, whether e is scaled by the squares of the weights.
+
+    Returns:
+        List of tensors like `weights`.
+    """
+    scale = rho / (ops.sqrt(sum(squares)) + _EPSILON)
+
+    def of_arm(indices):
+        perturbed = []
+        for i in indices:
+            w, step = weights[i], ops.cast(scale, weights[i].dtype)
+            step = ops.multiply(step, ops.square(w)) if adaptive else step
+            perturbed.append(add(w, ops.multiply(directions[i], step)))
+        return perturbed
+
+    result = list(weights)
+    for on, indices in zip(active, members):
+        values = cond(
+            on, lambda i=indices: of_arm(i), lambda i=indices: [weights[j] for j in i]
+        )
+        for i, value in zip(indices, values):
+            result[i] = value
+    return result

@@ -1,0 +1,83 @@
+"""Fixtures of all tests. The backend is that of KERAS_BACKEND."""
+
+import keras
+import pytest
+from keras.src.backend.common import dtypes
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    """Everything in float64, like the golden trajectories."""
+    # On JAX and PyTorch `keras.ops` computes float64 in float32, by this table;
+    # Keras has no public switch.
+    monkeypatch.setitem(dtypes.BIT64_TO_BIT32_DTYPE, "float64", "float64")
+    if keras.config.backend() == "jax":
+        import jax
+
+        jax.config.update("jax_enable_x64", True)
+    keras.config.set_floatx("float64")
+    yield
+    keras.config.set_floatx("float32")
+    if keras.config.backend() == "jax":
+        jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    keras.utils.set_random_seed(0)
+
+
+class CompileStep:
+    """Compiles a function of tensors as the backend's `fit` would."""
+
+    def __call__(self, function, variables=()):
+        backend = keras.config.backend()
+        if backend == "tensorflow":
+            import tensorflow as tf
+
+            return tf.function(function, autograph=False)
+        if backend == "jax":
+            return self._jit(function, list(variables))
+        return self._no_grad(function)
+
+    def traces(self, function):
+        """How often a compiled function was traced, 0 where nothing is."""
+        backend = keras.config.backend()
+        if backend == "tensorflow":
+            return function.experimental_get_tracing_count()
+        return function.traces[0] if backend == "jax" else 0
+
+    def _jit(self, function, variables):
+        import jax
+
+        traces = [0]
+
+        @jax.jit
+        def compiled(values, *args):
+            traces[0] += 1
+            with keras.StatelessScope(list(zip(variables, values))) as scope:
+                outputs = function(*args)
+            return outputs, [scope.get_current_value(v) for v in variables]
+
+        def run(*args):
+            outputs, values = compiled([v.value for v in variables], *args)
+            for variable, value in zip(variables, values):
+                variable.assign(value)
+            return outputs
+
+        run.traces = traces
+        return run
+
+    def _no_grad(self, function):
+        from keras_slsam import gradients
+
+        def run(*args):
+            with gradients.no_grad():
+                return function(*args)
+
+        return run
+
+
+@pytest.fixture
+def compile_step():
+    return CompileStep()

@@ -1,0 +1,102 @@
+"""The sparse gradients: those of the active arms are the dense ones, no others."""
+
+import keras
+import numpy as np
+import pytest
+import zoo
+from keras import ops
+
+from keras_slsam import gradients as backend
+from keras_slsam.training import _make_loss_function
+
+
+def make_function(name, arms_of, compile_step):
+    """A compiled function from a mask to `(loss, gradients, aux)`, and the arms."""
+    model, x, y = zoo.build(name)
+    model.compile(loss=zoo.loss())
+    variables = model.trainable_variables
+    state = model.non_trainable_variables + model.metrics_variables
+    model.evaluate(x, y, verbose=0)
+    arms = arms_of(len(variables))
+
+    def run(mask):
+        inputs = keras.tree.map_structure(ops.convert_to_tensor, (x, y))
+        loss_fn = _make_loss_function(model, variables, state, *inputs, None)
+        weights = [ops.convert_to_tensor(v) for v in variables]
+        active = backend.concrete(mask) if mask is not None else [True] * len(arms)
+        (loss, _), gradients = backend.value_and_grad(loss_fn, weights, arms, active)
+        return loss, [
+            ops.zeros_like(w) if g is None else backend.add(ops.zeros_like(w), g)
+            for w, g in zip(weights, gradients)
+        ]
+
+    return compile_step(run), arms
+
+
+def one_each(count):
+    return list(range(count))
+
+
+def pairs(count):
+    return [i // 2 for i in range(count)]
+
+
+@pytest.mark.parametrize("arms_of", [one_each, pairs])
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_active_gradients_are_the_dense_ones(name, arms_of, compile_step):
+    sparse, arms = make_function(name, arms_of, compile_step)
+    dense, _ = make_function(name, arms_of, lambda run: compile_step(lambda: run(None)))
+    loss, expected = dense()
+    expected = [ops.convert_to_numpy(gradient) for gradient in expected]
+    rng = np.random.default_rng(0)
+    num_arms = max(arms) + 1
+    masks = [rng.random(num_arms) < share for share in (0.3, 0.6)]
+    masks += [np.arange(num_arms) == arm for arm in (0, num_arms - 1)]
+    masks.append(np.ones(num_arms, bool))
+    for mask in masks:
+        if not mask.any():
+            continue
+        sparse_loss, gradients = sparse(ops.convert_to_tensor(mask))
+        np.testing.assert_allclose(float(sparse_loss), float(loss), rtol=1e-5)
+        for gradient, dense_gradient, arm in zip(gradients, expected, arms):
+            np.testing.assert_allclose(
+                ops.convert_to_numpy(gradient),
+                dense_gradient * mask[arm],
+                rtol=1e-4,
+                atol=2e-6,
+            )
+
+
+def test_one_trace_serves_all_masks(compile_step):
+    function, arms = make_function("attention", one_each, compile_step)
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        mask = rng.random(len(arms)) < 0.3
+        mask[0] = True
+        function(ops.convert_to_tensor(mask))
+    assert compile_step.traces(function) <= 1
+
+
+def test_inactive_update_leaves_every_bit(compile_step):
+    variable = keras.Variable(np.float32([1.1, 2.2]))
+    count = keras.Variable(3, dtype="int32")
+
+    def run(mask):
+        for on, step in zip(backend.concrete(mask), (10.0, 100.0)):
+            backend.when(
+                on,
+                lambda step=step: variable.assign(
+                    variable + step * ops.cast(count, "float32")
+                ),
+                variables=[variable, count],
+                reading=[(count, ops.convert_to_tensor(7, dtype="int32"))],
+            )
+        return ops.convert_to_tensor(variable), ops.convert_to_tensor(count)
+
+    run = compile_step(run, [variable, count])
+    before = ops.convert_to_numpy(variable)
+    run(ops.convert_to_tensor([False, False]))
+    np.testing.assert_array_equal(ops.convert_to_numpy(variable), before)
+    run(ops.convert_to_tensor([True, False]))
+    np.testing.assert_allclose(ops.convert_to_numpy(variable), before + 70.0)
+    assert int(count) == 3
