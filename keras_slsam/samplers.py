@@ -330,9 +330,8 @@ class Proportional(_Independent):
         norms, active = _finite(norms, active, self.probabilities.dtype)
         counts = self._counts + ops.cast(active, norms.dtype)
         newest = ops.maximum(1.0 / ops.maximum(counts, 1.0), 1.0 - self.momentum)
-        means = ops.where(
-            active, self._means + newest * (norms - self._means), self._means
-        )
+        means = ops.convert_to_tensor(self._means)
+        means = ops.where(active, means + newest * (norms - means), means)
         self._counts.assign(counts)
         self._means.assign(means)
         seen = counts > 0

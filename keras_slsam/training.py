@@ -235,7 +235,7 @@ def _make_loss_function(model, variables, state, x, y, sample_weight):
         }
         return loss, (y_pred, updates)
 
-    return loss_fn
+    return backend.replayed(loss_fn)
 
 
 def _takes_training(model):

@@ -322,12 +322,12 @@ class SharpnessAware(keras.optimizers.Optimizer):
         after = [(own, own + ops.cast(active, own.dtype))]
         if isinstance(base, keras.optimizers.Nadam):
             # Nadam keeps a running product of its momentum schedule, mu_1 ... mu_t.
-            own = self._own_products
-            step = ops.cast(self._own_iterations + 1, own.dtype)
-            decay = ops.power(ops.cast(0.96, own.dtype), step)
-            product = own * base.beta_1 * (1.0 - 0.5 * decay)
+            before = ops.convert_to_tensor(self._own_products)
+            step = ops.cast(own + 1, before.dtype)
+            decay = ops.power(ops.cast(0.96, before.dtype), step)
+            product = before * base.beta_1 * (1.0 - 0.5 * decay)
             counts.append((base._u_product, product))
-            after.append((own, ops.where(active, product, own)))
+            after.append((self._own_products, ops.where(active, product, before)))
         return counts, after
 
     def _average(self):

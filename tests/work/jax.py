@@ -74,11 +74,9 @@ def _evaluate(equation, inputs):
         return _while(params, inputs)
     if name == "scan":
         return _scan(params, inputs)
-    # `eval_jaxpr` knows how to call a primitive with the parameters of an equation.
-    variables = [v for v in equation.invars if isinstance(v, core.Var)]
-    given = {v: x for v, x in zip(equation.invars, inputs) if isinstance(v, core.Var)} if variables else {}
-    single = core.Jaxpr((), list(given), equation.outvars, [equation])
-    return jax.core.eval_jaxpr(single, (), *given.values()), _flops(equation)
+    primitive = equation.primitive
+    results = primitive.bind(*inputs, **primitive.get_bind_params(params))
+    return results if primitive.multiple_results else [results], _flops(equation)
 
 
 def _closed(jaxpr):
@@ -100,7 +98,10 @@ def _while(params, inputs):
 
 
 def _scan(params, inputs):
-    first, second = params["num_consts"], params["num_carry"]
+    if "ft_in" in params:  # jax 0.11
+        first, second, _ = map(len, params["ft_in"].unpack())
+    else:
+        first, second = params["num_consts"], params["num_carry"]
     consts, carry = inputs[:first], inputs[first : first + second]
     steps = range(params["length"])
     rows, total = [None] * len(steps), 0

@@ -1,0 +1,76 @@
+"""Sparse gradients: the only room that knows a framework.
+
+Rules of the room:
+
+- One file a backend, the same names in each; only the active backend's file is
+  imported. Everything else in the package speaks `keras.ops`.
+- An arm's entry in `active` is a Python bool where its value is known while
+  Python runs (PyTorch, `run_eagerly=True`) and a scalar boolean tensor inside a
+  traced step (JAX under `jit`, TensorFlow in a graph). Work that only inactive
+  arms need is not executed either way.
+
+What each file holds:
+
+- `no_grad()`: context in which nothing is recorded for differentiation.
+- `concrete(mask)`: the entries of a boolean tensor of shape `(num_arms,)`, as
+  Python bools if they are known, else as scalar boolean tensors. At most one
+  synchronisation with the device.
+- `value_and_grad(loss_fn, weights, arms, active, jit_compile)`: loss, auxiliary
+  outputs and the gradients of the active weights.
+- `replayed(loss_fn)`: a loss function that sees the same random numbers in every
+  call.
+- `when(active, update, variables, reading)`: run an update that assigns to
+  variables only if `active`.
+- `cond(active, true_fn, false_fn)` (in this file): a value, by `active`.
+- `squared_sum(gradient)`: sum of the squares of a gradient's entries.
+- `add(weight, gradient)`: `weight + gradient`, a new tensor.
+"""
+
+import keras
+
+if keras.config.backend() == "jax":
+    from keras_slsam.gradients.jax import add
+    from keras_slsam.gradients.jax import concrete
+    from keras_slsam.gradients.jax import no_grad
+    from keras_slsam.gradients.jax import replayed
+    from keras_slsam.gradients.jax import squared_sum
+    from keras_slsam.gradients.jax import value_and_grad
+    from keras_slsam.gradients.jax import when
+elif keras.config.backend() == "tensorflow":
+    from keras_slsam.gradients.tensorflow import add
+    from keras_slsam.gradients.tensorflow import concrete
+    from keras_slsam.gradients.tensorflow import no_grad
+    from keras_slsam.gradients.tensorflow import replayed
+    from keras_slsam.gradients.tensorflow import squared_sum
+    from keras_slsam.gradients.tensorflow import value_and_grad
+    from keras_slsam.gradients.tensorflow import when
+elif keras.config.backend() == "torch":
+    from keras_slsam.gradients.torch import add
+    from keras_slsam.gradients.torch import concrete
+    from keras_slsam.gradients.torch import no_grad
+    from keras_slsam.gradients.torch import replayed
+    from keras_slsam.gradients.torch import squared_sum
+    from keras_slsam.gradients.torch import value_and_grad
+    from keras_slsam.gradients.torch import when
+else:
+    raise ImportError(
+        "keras_slsam runs on the 'jax', 'tensorflow' and 'torch' backends. "
+        f"Received: KERAS_BACKEND={keras.config.backend()!r}. Set the environment "
+        "variable KERAS_BACKEND to one of them before keras is imported."
+    )
+
+
+def cond(active, true_fn, false_fn):
+    """The value of `true_fn()` where `active`, else of `false_fn()`.
+
+    Args:
+        active: bool or scalar boolean tensor.
+        true_fn: Function without arguments.
+        false_fn: Function without arguments, of the same structure.
+
+    Returns:
+        What the function that was taken returns; the other is not executed.
+    """
+    if isinstance(active, bool):
+        return true_fn() if active else false_fn()
+    return keras.ops.cond(active, true_fn, false_fn)

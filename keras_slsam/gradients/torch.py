@@ -1,0 +1,104 @@
+"""Sparse gradients on PyTorch, eager.
+
+Only the active weights enter the forward pass as leaves that require a
+gradient. Autograd then neither computes the other weight gradients, nor keeps
+the activations that they would need, nor walks below the lowest active layer.
+"""
+
+import keras
+import torch
+from keras import ops
+
+no_grad = torch.no_grad
+
+
+def concrete(mask):
+    """The entries of `mask` as Python bools: the step's one synchronisation."""
+    return mask.tolist()
+
+
+def value_and_grad(loss_fn, weights, arms, active, jit_compile=False):
+    """Value of `loss_fn` and the gradients of the active weights.
+
+    Args:
+        loss_fn: Pure function from a list of tensors, like `weights`, to
+            `(loss, aux)` with a scalar `loss` and any structure `aux`.
+        weights: List of tensors to differentiate at.
+        arms: List of int, the arm of each weight.
+        active: List of bool, one an arm.
+        jit_compile: Ignored, PyTorch runs eagerly.
+
+    Returns:
+        `((loss, aux), gradients)`; the gradient of an inactive weight is `None`,
+        that of an active weight that the loss does not reach is zero.
+    """
+    leaves = [w.detach().requires_grad_(active[a]) for w, a in zip(weights, arms)]
+    with torch.enable_grad():
+        loss, aux = loss_fn(leaves)
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    found = iter(
+        torch.autograd.grad(loss, wanted, materialize_grads=True)
+        if loss.requires_grad
+        else [torch.zeros_like(leaf) for leaf in wanted]
+    )
+    gradients = [next(found) if leaf.requires_grad else None for leaf in leaves]
+    aux = keras.tree.map_structure(
+        lambda t: t.detach() if torch.is_tensor(t) else t, aux
+    )
+    return (loss.detach(), aux), gradients
+
+
+def replayed(loss_fn):
+    """`loss_fn` with the same random numbers in every call.
+
+    Layers without a seed of their own, like Keras' Dropout on PyTorch, draw from
+    PyTorch's global generators, which are rewound before each call.
+
+    Args:
+        loss_fn: Function of one argument.
+
+    Returns:
+        Function like `loss_fn`.
+    """
+    state = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+
+    def run(weights):
+        torch.set_rng_state(state)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+        return loss_fn(weights)
+
+    return run
+
+
+def when(active, update, variables, reading=()):
+    """Runs `update()`, which assigns to `variables`, if `active`.
+
+    Args:
+        active: bool.
+        update: Function without arguments; what it returns is ignored.
+        variables: List of the `keras.Variable`s that it may assign to.
+        reading: List of `(variable, value)`: what `update` finds in these
+            variables, which themselves stay as they are.
+    """
+    if not active:
+        return
+    with keras.StatelessScope(list(reading)) as scope:
+        update()
+    read = {id(variable) for variable, _ in reading}
+    for variable in variables:
+        value = scope.get_current_value(variable)
+        if value is not None and id(variable) not in read:
+            variable.assign(value)
+
+
+def squared_sum(gradient):
+    """Sum of the squares of the entries of `gradient`, at least in float32."""
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    return ops.sum(ops.square(gradient.to(dtype)))
+
+
+def add(weight, gradient):
+    """`weight + gradient`, a new tensor."""
+    return weight + gradient

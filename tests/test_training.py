@@ -1,0 +1,438 @@
+"""The train step does what Keras' own does, and what the methods add."""
+
+import keras
+import numpy as np
+import pytest
+import zoo
+from keras import ops
+from replay import Replay
+
+import keras_slsam
+
+BACKEND = keras.config.backend()
+TINY = 1e-9
+
+
+def methods(rho):
+    """Each kind of step, with all arms active."""
+    return {
+        "sam": keras_slsam.SAM("sgd", rho=rho),
+        "s2sam": keras_slsam.S2SAM("sgd", rho=rho),
+        "slsam": keras_slsam.SLSAM("sgd", rho, 1.0, sampler="uniform"),
+        "sl+s2": keras_slsam.SLSAM("sgd", rho, 1.0, "uniform", single_step=True),
+        "rst": keras_slsam.RST("sgd", rho=rho, seed=0),
+    }
+
+
+def compiled(name, optimizer, sharpness_aware=True, **kwargs):
+    model, x, y = zoo.build(name)
+    if sharpness_aware:
+        model = keras_slsam.sharpness_aware(model)
+    several = isinstance(y, dict)
+    model.compile(
+        optimizer=optimizer,
+        loss={"a": zoo.loss(), "b": zoo.loss()} if several else zoo.loss(),
+        loss_weights={"a": 1.0, "b": 0.5} if several else None,
+        metrics={"a": ["accuracy"]} if several else ["accuracy"],
+        **kwargs,
+    )
+    return model, x, y
+
+
+def fit(model, x, y, epochs=2, **kwargs):
+    keras.utils.set_random_seed(1)  # PyTorch's unseeded dropout
+    return model.fit(
+        x, y, epochs=epochs, batch_size=4, shuffle=False, verbose=0, **kwargs
+    ).history
+
+
+def assert_same_training(name, optimizer, compile_kwargs=None, **kwargs):
+    plain, x, y = compiled(name, "sgd", sharpness_aware=False)
+    expected = fit(plain, x, y, **kwargs)
+    model, x, y = compiled(name, optimizer, **(compile_kwargs or {}))
+    history = fit(model, x, y, **kwargs)
+    assert sorted(history) == sorted(expected)
+    for key in expected:
+        np.testing.assert_allclose(history[key], expected[key], rtol=2e-4, atol=1e-5)
+    for variable, plain_variable in zip(model.variables, plain.variables):
+        np.testing.assert_allclose(
+            ops.convert_to_numpy(variable),
+            ops.convert_to_numpy(plain_variable),
+            rtol=1e-3,
+            atol=2e-5,
+            err_msg=variable.path,
+        )
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_sam_with_a_vanishing_radius_is_the_step_of_keras(name):
+    """Losses, metrics, dropout, BatchNorm, seeds: all variables move alike."""
+    assert_same_training(name, methods(TINY)["sam"])
+
+
+@pytest.mark.parametrize("method", ["s2sam", "slsam", "sl+s2", "rst"])
+@pytest.mark.parametrize("name", ["attention", "convolution", "dense", "lstm"])
+def test_any_method_with_a_vanishing_radius_is_the_step_of_keras(name, method):
+    assert_same_training(name, methods(TINY)[method])
+
+
+@pytest.mark.parametrize("method", ["sam", "slsam"])
+def test_sample_and_class_weights(method):
+    weights = np.linspace(0.1, 2.0, zoo.BATCH)
+    optimizer = methods(TINY)[method]
+    assert_same_training("dense", optimizer, sample_weight=weights)
+    optimizer = methods(TINY)[method]
+    assert_same_training("dense", optimizer, class_weight={0: 1.0, 1: 0.2, 2: 3.0})
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_fit_with_arms_switched_off(name):
+    optimizer = keras_slsam.SLSAM("adam", rho=0.05, active_fraction=0.4, seed=0)
+    model, x, y = compiled(name, optimizer)
+    frozen = [ops.convert_to_numpy(v) for v in model.non_trainable_weights]
+    history = fit(model, x, y, epochs=6)
+    assert np.isfinite(history["loss"]).all()
+    norms = ops.convert_to_numpy(optimizer.gradient_norms)
+    active = ops.convert_to_numpy(optimizer.active)
+    assert (norms[~active] == 0).all()
+    if name != "unreached":
+        assert (norms[active] > 0).all()
+    if name == "frozen":
+        for old, variable in zip(frozen, model.non_trainable_weights):
+            np.testing.assert_array_equal(old, ops.convert_to_numpy(variable))
+
+
+@pytest.mark.parametrize("name", ["attention", "convolution", "lstm", "tied"])
+@pytest.mark.parametrize("single_step", [False, True])
+def test_jit_compile_gives_the_same(name, single_step):
+    if BACKEND == "torch":
+        pytest.skip("jit_compile is refused on PyTorch: test_errors.py")
+    results = []
+    for jit_compile in (False, True):
+        optimizer = keras_slsam.SLSAM(
+            "sgd", rho=0.05, active_fraction=0.4, single_step=single_step, seed=0
+        )
+        model, x, y = compiled(
+            name,
+            optimizer,
+            jit_compile=jit_compile,
+            run_eagerly=BACKEND == "jax" and not jit_compile,
+        )
+        fit(model, x, y, epochs=3)
+        results.append(model.get_weights())
+    for one, other in zip(*results):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["sam", "s2sam", "slsam", "rst"])
+def test_run_eagerly_gives_the_same(method):
+    results = []
+    for run_eagerly in (False, True):
+        optimizer = methods(0.05)[method]
+        model, x, y = compiled("dense", optimizer, run_eagerly=run_eagerly)
+        fit(model, x, y, epochs=2)
+        results.append(model.get_weights())
+    for one, other in zip(*results):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_both_passes_see_the_same_dropout_and_steps_see_another():
+    # Linear in the weights with dropout: h equals g only under the same mask.
+    class Watched(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.dropout = keras.layers.Dropout(0.5)
+            self.seen = []
+
+        def call(self, x, training=None):
+            x = self.dropout(x, training=training)
+            self.seen.append(ops.convert_to_numpy(x))
+            return x
+
+    watched = Watched()
+    model = keras.Sequential([keras.Input((50,)), watched, keras.layers.Dense(1)])
+    model = keras_slsam.sharpness_aware(model)
+    optimizer = keras_slsam.SAM("sgd", rho=0.1)
+    model.compile(optimizer=optimizer, loss="mse", run_eagerly=True)
+    for _ in range(2):
+        model.train_on_batch(np.ones((4, 50), "float32"), np.zeros((4, 1)))
+    first, second, third, fourth = watched.seen[-4:]
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(third, fourth)
+    assert (first != third).any()
+
+
+class Fails(keras.layers.Layer):
+    """Raises in its n-th call."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.at, self.calls = at, 0
+
+    def call(self, x):
+        self.calls += 1
+        if self.calls == self.at:
+            raise RuntimeError("in the middle of a step")
+        return x
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_weights_are_as_before_if_a_step_raises(call):
+    fails = Fails(at=None)
+    model = keras.Sequential(
+        [
+            keras.Input((3,)),
+            keras.layers.Dense(4),
+            keras.layers.BatchNormalization(),
+            fails,
+            keras.layers.Dense(1),
+        ]
+    )
+    model = keras_slsam.sharpness_aware(model)
+    optimizer = keras_slsam.SLSAM("sgd", rho=0.5, active_fraction=1.0, seed=0)
+    model.compile(optimizer=optimizer, loss="mse", run_eagerly=True)
+    data = np.ones((2, 3), "float32"), np.ones((2, 1), "float32")
+    model.train_on_batch(*data)
+    before = model.get_weights()
+    trainable = [getattr(v.value, "requires_grad", None) for v in model.variables]
+    fails.at = fails.calls + call
+    with pytest.raises(RuntimeError, match="middle of a step"):
+        model.train_on_batch(*data)
+    for old, new in zip(before, model.get_weights()):
+        np.testing.assert_array_equal(old, new)
+    assert trainable == [
+        getattr(v.value, "requires_grad", None) for v in model.variables
+    ]
+    model.train_on_batch(*data)
+    assert any((a != b).any() for a, b in zip(before, model.get_weights()))
+
+
+class Counts(keras.layers.Layer):
+    """Counts the calls of Python: traces where the step is compiled."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def call(self, x):
+        self.calls += 1
+        return x
+
+
+@pytest.mark.parametrize(
+    ("method", "passes"), [("sam", 2), ("s2sam", 1), ("slsam", 2), ("sl+s2", 1)]
+)
+def test_number_of_forward_passes(method, passes):
+    counts = Counts()
+    model = keras.Sequential([keras.Input((3,)), counts, keras.layers.Dense(1)])
+    model = keras_slsam.sharpness_aware(model)
+    model.compile(optimizer=methods(0.05)[method], loss="mse", run_eagerly=True)
+    data = np.ones((2, 3), "float32"), np.ones((2, 1), "float32")
+    model.train_on_batch(*data)
+    before = counts.calls
+    model.train_on_batch(*data)
+    assert counts.calls - before == passes
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="nothing is traced on PyTorch")
+@pytest.mark.parametrize("single_step", [False, True])
+def test_no_retrace_after_the_first_steps(single_step):
+    counts = Counts()
+    inputs = keras.Input((8,))
+    x = keras.layers.Dense(8)(counts(keras.layers.Dense(8)(inputs)))
+    model = keras_slsam.sharpness_aware(keras.Model(inputs, x))
+    optimizer = keras_slsam.SLSAM(
+        "adamw", active_fraction=0.4, single_step=single_step, seed=0
+    )
+    model.compile(optimizer=optimizer, loss="mse")
+    data = np.ones((10, 8), "float32"), np.ones((10, 8), "float32")
+    model.fit(*data, batch_size=4, epochs=1, verbose=0)
+    before = counts.calls
+    model.fit(*data, batch_size=4, epochs=6, verbose=0)
+    assert counts.calls == before
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="one program on JAX and TensorFlow")
+@pytest.mark.parametrize("sampler", ["bandit", "proportional", "uniform"])
+def test_one_synchronisation_a_step(sampler, monkeypatch):
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Synchronisations(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            # What `.item()`, `bool()`, `int()` and data-dependent shapes call.
+            name = func.overloadpacket.__name__
+            self.count += name in ("_local_scalar_dense", "nonzero", "is_nonzero")
+            return func(*args, **(kwargs or {}))
+
+    lists = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(
+        torch.Tensor, "tolist", lambda self: lists.append(1) or tolist(self)
+    )
+
+    def count(optimizer):
+        model, x, y = compiled("dense", optimizer)
+        x, y = torch.tensor(x), torch.tensor(y)
+        for _ in range(2):
+            lists.clear()
+            with Synchronisations() as synchronisations:
+                model.train_step((x, y))
+        return synchronisations.count + len(lists)
+
+    plain = count("adamw")
+    ours = count(keras_slsam.SLSAM("adamw", sampler=sampler, seed=0))
+    assert ours <= plain + 1
+
+
+def test_custom_loop_takes_the_same_step_as_fit():
+    results = []
+    for custom in (False, True):
+        optimizer = keras_slsam.SLSAM("adamw", active_fraction=0.5, seed=0)
+        model, x, y = compiled("dense", optimizer)
+        if not custom:
+            for _ in range(4):
+                model.train_on_batch(x, y)
+        else:
+            optimizer.build(model.trainable_variables)
+            run_custom_loop(model, optimizer, (x, y), steps=4)
+        results.append(model.get_weights())
+    for one, other in zip(*results):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+def run_custom_loop(model, optimizer, batch, steps):
+    batch = keras.tree.map_structure(ops.convert_to_tensor, batch)
+    if BACKEND == "jax":
+        import jax
+
+        variables = (
+            model.trainable_variables,
+            model.non_trainable_variables,
+            optimizer.variables,
+            model.metrics_variables,
+        )
+        state = tuple([v.value for v in group] for group in variables)
+        step = jax.jit(
+            lambda state, data: keras_slsam.stateless_step(
+                model, optimizer, state, data
+            )
+        )
+        for _ in range(steps):
+            logs, state = step(state, batch)
+        for group, values in zip(variables, state):
+            for variable, value in zip(group, values):
+                variable.assign(value)
+    elif BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        step = tf.function(lambda x, y: keras_slsam.step(model, optimizer, (x, y)))
+        for _ in range(steps):
+            logs = step(*batch)
+    else:
+        for _ in range(steps):
+            logs = keras_slsam.step(model, optimizer, batch)
+    assert "loss" in logs
+
+
+def test_a_plain_optimizer_trains_as_keras_does():
+    assert_same_training("dense", "sgd")
+
+
+def test_mixin():
+    class Model(keras_slsam.SAMTrainStep, keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = keras.layers.Dense(1)
+
+        def call(self, x):
+            return self.dense(x)
+
+    model = Model()
+    model.compile(optimizer=keras_slsam.SAM("sgd", rho=0.1), loss="mse")
+    model.fit(np.ones((4, 3)), np.ones((4, 1)), verbose=0)
+    assert int(model.optimizer.iterations) == 1
+    assert keras_slsam.sharpness_aware(model) is model
+
+
+def test_sharpness_aware_twice_is_once():
+    model, x, y = compiled("dense", keras_slsam.SAM("sgd"))
+    step = model.train_step
+    assert keras_slsam.sharpness_aware(model) is model
+    assert model.train_step is step
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("single_step", [False, True])
+def test_perturbation_is_that_of_the_formula(adaptive, single_step):
+    """One Dense layer, mean squared error, two steps by hand in NumPy."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(6, 3)), rng.normal(size=(6, 2))
+    masks = [[True, False], [True, True], [False, True], [True, True]]
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, keras.layers.Dense(2)(inputs))
+    start = [rng.normal(size=(3, 2)), rng.normal(size=2)]
+    model.set_weights(start)
+    model = keras_slsam.sharpness_aware(model)
+    rho = 0.3
+    optimizer = keras_slsam.SLSAM(
+        keras.optimizers.SGD(0.1),
+        rho,
+        sampler=Replay(masks),
+        adaptive=adaptive,
+        single_step=single_step,
+    )
+    model.compile(optimizer=optimizer, loss="mse")
+
+    def gradients(weights):
+        error = x @ weights[0] + weights[1] - y
+        return [x.T @ error * 2 / error.size, error.sum(0) * 2 / error.size]
+
+    weights, previous = [w.copy() for w in start], [0 * w for w in start]
+    for mask in masks:
+        g = gradients(weights)
+        along = previous if single_step else g
+        scaled = [abs(w) * a if adaptive else a for w, a in zip(weights, along)]
+        norm = np.sqrt(sum((s**2).sum() for s, on in zip(scaled, mask) if on))
+        ascent = [
+            on * rho / (norm + 1e-12) * (w**2 * a if adaptive else a)
+            for w, a, on in zip(weights, along, mask)
+        ]
+        h = gradients([w + e for w, e in zip(weights, ascent)])
+        norms = [
+            np.sqrt((f**2).sum()) * on
+            for f, on in zip(h if single_step else g, mask)
+        ]
+        weights = [w - 0.1 * on * f for w, f, on in zip(weights, h, mask)]
+        previous = [f if on else p for f, p, on in zip(h, previous, mask)]
+        model.train_on_batch(x.astype("float32"), y.astype("float32"))
+        np.testing.assert_allclose(
+            ops.convert_to_numpy(optimizer.gradient_norms), norms, rtol=1e-4, atol=1e-6
+        )
+        for got, expected in zip(model.get_weights(), weights):
+            np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rst_perturbs_a_share_of_the_steps():
+    def train(optimizer):
+        model, x, y = compiled("dense", optimizer)
+        history = []
+        for _ in range(12):
+            model.set_weights(start)
+            model.train_on_batch(x, y)
+            history.append(model.get_weights()[0])
+        return np.stack(history)
+
+    start = zoo.build("dense")[0].get_weights()
+    sam = train(keras_slsam.SAM("sgd", rho=0.5))
+    plain = train(keras_slsam.RST("sgd", rho=0.5, probability=0.0, seed=0))
+    always = train(keras_slsam.RST("sgd", rho=0.5, probability=1.0, seed=0))
+    mixed = train(keras_slsam.RST("sgd", rho=0.5, probability=0.5, seed=0))
+    np.testing.assert_allclose(always, sam, atol=1e-6)
+    assert abs(plain - sam).max() > 1e-4
+    is_sam = abs(mixed - sam).max(axis=(1, 2)) < 1e-6
+    is_plain = abs(mixed - plain).max(axis=(1, 2)) < 1e-6
+    assert (is_sam ^ is_plain).all()
+    assert 2 <= is_sam.sum() <= 10
