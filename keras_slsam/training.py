@@ -53,7 +53,7 @@ def step(model, optimizer, data):
 
     with backend.no_grad():
         active = optimizer.draw_active()
-        weights = [ops.convert_to_tensor(v) for v in variables]  # w
+        weights = [backend.read(v) for v in variables]  # w
         if optimizer.single_step:
             # Up along the gradient of the last step: one pass, h = grad(w + e).
             previous = optimizer.previous_gradients
@@ -203,6 +203,12 @@ def _check(model, optimizer):
             "Argument `optimizer` must be `SAM`, `S2SAM`, `SLSAM` or `RST` of "
             f"keras_slsam. Received: optimizer={optimizer!r}"
         )
+    if model.jit_compile and not backend.can_compile:
+        raise ValueError(
+            "A step with drawn arms cannot be compiled on the PyTorch backend: it "
+            "would be compiled again for every new mask. Received: "
+            "jit_compile=True. Call `model.compile(..., jit_compile=False)`."
+        )
     variables = model.trainable_variables
     if not optimizer.built:
         optimizer.build(variables)
@@ -217,7 +223,7 @@ def _make_loss_function(model, variables, state, x, y, sample_weight):
     dropout masks of the first; what it does to the state comes out as values.
     """
     kwargs = {"training": True} if _takes_training(model) else {}
-    before = [ops.convert_to_tensor(v) for v in state]
+    before = [backend.read(v) for v in state]
 
     def loss_fn(weights):
         mapping = list(zip(variables, weights)) + list(zip(state, before))

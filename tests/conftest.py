@@ -16,8 +16,10 @@ def float64(monkeypatch):
 
         jax.config.update("jax_enable_x64", True)
     keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
     yield
     keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
     if keras.config.backend() == "jax":
         jax.config.update("jax_enable_x64", False)
 

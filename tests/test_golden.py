@@ -31,17 +31,18 @@ class ReplayedBandit(samplers.Bandit):
 
 
 def base_optimizer(golden):
+    # NumPy's scalars: Keras' optimizers on TensorFlow round a Python float to
+    # float32 when they cast it, also to float64.
+    learning_rate = golden["meta_lr"][()]
     if "base_momentum" in golden:
-        return keras.optimizers.SGD(
-            float(golden["meta_lr"]), momentum=float(golden["base_momentum"])
-        )
+        return keras.optimizers.SGD(learning_rate, momentum=golden["base_momentum"][()])
     beta_1, beta_2 = golden["base_betas"]
     return keras.optimizers.AdamW(
-        float(golden["meta_lr"]),
-        beta_1=float(beta_1),
-        beta_2=float(beta_2),
-        epsilon=float(golden["base_eps"]),
-        weight_decay=float(golden["base_weight_decay"]),
+        learning_rate,
+        beta_1=beta_1,
+        beta_2=beta_2,
+        epsilon=golden["base_eps"][()],
+        weight_decay=golden["base_weight_decay"][()],
     )
 
 

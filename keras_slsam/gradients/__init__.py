@@ -12,11 +12,13 @@ Rules of the room:
 What each file holds:
 
 - `no_grad()`: context in which nothing is recorded for differentiation.
+- `can_compile`: whether the step may run with `jit_compile=True`.
 - `concrete(mask)`: the entries of a boolean tensor of shape `(num_arms,)`, as
   Python bools if they are known, else as scalar boolean tensors. At most one
   synchronisation with the device.
 - `value_and_grad(loss_fn, weights, arms, active, jit_compile)`: loss, auxiliary
   outputs and the gradients of the active weights.
+- `read(variable)`: the value of a `keras.Variable` as a tensor, not a copy.
 - `replayed(loss_fn)`: a loss function that sees the same random numbers in every
   call.
 - `when(active, update, variables, reading)`: run an update that assigns to
@@ -30,24 +32,30 @@ import keras
 
 if keras.config.backend() == "jax":
     from keras_slsam.gradients.jax import add
+    from keras_slsam.gradients.jax import can_compile
     from keras_slsam.gradients.jax import concrete
     from keras_slsam.gradients.jax import no_grad
+    from keras_slsam.gradients.jax import read
     from keras_slsam.gradients.jax import replayed
     from keras_slsam.gradients.jax import squared_sum
     from keras_slsam.gradients.jax import value_and_grad
     from keras_slsam.gradients.jax import when
 elif keras.config.backend() == "tensorflow":
     from keras_slsam.gradients.tensorflow import add
+    from keras_slsam.gradients.tensorflow import can_compile
     from keras_slsam.gradients.tensorflow import concrete
     from keras_slsam.gradients.tensorflow import no_grad
+    from keras_slsam.gradients.tensorflow import read
     from keras_slsam.gradients.tensorflow import replayed
     from keras_slsam.gradients.tensorflow import squared_sum
     from keras_slsam.gradients.tensorflow import value_and_grad
     from keras_slsam.gradients.tensorflow import when
 elif keras.config.backend() == "torch":
     from keras_slsam.gradients.torch import add
+    from keras_slsam.gradients.torch import can_compile
     from keras_slsam.gradients.torch import concrete
     from keras_slsam.gradients.torch import no_grad
+    from keras_slsam.gradients.torch import read
     from keras_slsam.gradients.torch import replayed
     from keras_slsam.gradients.torch import squared_sum
     from keras_slsam.gradients.torch import value_and_grad

@@ -11,6 +11,9 @@ from keras import ops
 
 no_grad = torch.no_grad
 
+# `torch.compile` would specialise on each mask and compile again for the next.
+can_compile = False
+
 
 def concrete(mask):
     """The entries of `mask` as Python bools: the step's one synchronisation."""
@@ -102,3 +105,8 @@ def squared_sum(gradient):
 def add(weight, gradient):
     """`weight + gradient`, a new tensor."""
     return weight + gradient
+
+
+def read(variable):
+    """The value of a `keras.Variable` as a tensor: it shares its memory."""
+    return variable.value.detach()

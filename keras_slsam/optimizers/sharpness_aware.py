@@ -185,7 +185,7 @@ class SharpnessAware(keras.optimizers.Optimizer):
 
         Only with `single_step`.
         """
-        return [ops.convert_to_tensor(previous) for previous in self._previous]
+        return [backend.read(previous) for previous in self._previous]
 
     def check_variables(self, variables):
         """Checks that the optimizer was built for just these variables.
@@ -271,7 +271,7 @@ class SharpnessAware(keras.optimizers.Optimizer):
         """
         norms = ops.sqrt(ops.stack(squares))
         self._norms.assign(norms)
-        self.sampler.update(ops.convert_to_tensor(self._active), norms)
+        self.sampler.update(backend.read(self._active), norms)
 
     def _descend_on_active(self, gradients, active):
         # `apply` would count, decay and average all variables alike, so its parts
@@ -317,12 +317,12 @@ class SharpnessAware(keras.optimizers.Optimizer):
             this step, and `(variable of ours, its value after the step)`.
         """
         base, own = self.base_optimizer, self._own_iterations
-        active = ops.convert_to_tensor(self._active)
-        counts = [(base.iterations, ops.convert_to_tensor(own))]
+        active = backend.read(self._active)
+        counts = [(base.iterations, backend.read(own))]
         after = [(own, own + ops.cast(active, own.dtype))]
         if isinstance(base, keras.optimizers.Nadam):
             # Nadam keeps a running product of its momentum schedule, mu_1 ... mu_t.
-            before = ops.convert_to_tensor(self._own_products)
+            before = backend.read(self._own_products)
             step = ops.cast(own + 1, before.dtype)
             decay = ops.power(ops.cast(0.96, before.dtype), step)
             product = before * base.beta_1 * (1.0 - 0.5 * decay)

@@ -1,0 +1,209 @@
+"""Bad input is refused at once, with the argument, the value and the way out."""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_slsam
+from keras_slsam import samplers
+
+BACKEND = keras.config.backend()
+METHODS = [
+    keras_slsam.SAM,
+    keras_slsam.S2SAM,
+    keras_slsam.SLSAM,
+    keras_slsam.RST,
+]
+
+
+def small_model():
+    return keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+
+
+def fit(model, optimizer, **kwargs):
+    model.compile(optimizer=optimizer, loss="mse", **kwargs)
+    return model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rho", [0, -0.1, float("nan"), float("inf"), "big", True])
+def test_rho(method, rho):
+    with pytest.raises(ValueError, match=r"`rho`.*> 0.*Received"):
+        method("sgd", rho=rho)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("base", [None, "no such optimizer", 3, object(), {"a": 1}])
+def test_base_optimizer_is_none(method, base):
+    with pytest.raises(ValueError, match=r"`base_optimizer`.*adamw"):
+        method(base)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_base_optimizer_is_missing(method):
+    with pytest.raises(ValueError, match="`base_optimizer`"):
+        method()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_base_optimizer_is_ours(method):
+    with pytest.raises(ValueError, match=r"`base_optimizer`.*ours already"):
+        method(keras_slsam.SAM("sgd"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_base_optimizer_scales_the_loss(method):
+    with pytest.raises(ValueError, match="scal"):
+        method(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()))
+    with pytest.raises(ValueError, match="loss_scale_factor"):
+        method(keras.optimizers.SGD(loss_scale_factor=2.0))
+
+
+def test_base_optimizer_belongs_to_another_model():
+    base = keras.optimizers.SGD()
+    base.build(small_model().trainable_variables)
+    optimizer = keras_slsam.SAM(base)
+    with pytest.raises(ValueError, match=r"`base_optimizer`.*built.*new one"):
+        optimizer.build(small_model().trainable_variables)
+
+
+def test_base_optimizer_that_cannot_skip_arms():
+    with pytest.raises(ValueError, match=r"gradient_accumulation_steps.*`SAM`"):
+        keras_slsam.SLSAM(keras.optimizers.SGD(gradient_accumulation_steps=2))
+
+    class Whole(keras.optimizers.Optimizer):
+        def __init__(self):
+            super().__init__(learning_rate=0.1)
+
+    with pytest.raises(ValueError, match=r"update_step.*Whole"):
+        keras_slsam.SLSAM(Whole())
+
+
+@pytest.mark.parametrize("fraction", [0, -1, 1.5, float("nan"), "most", True])
+@pytest.mark.parametrize("sampler", ["bandit", "proportional", "uniform", "all"])
+def test_active_fraction(sampler, fraction):
+    with pytest.raises(ValueError, match=r"`active_fraction`.*Received"):
+        keras_slsam.SLSAM("sgd", active_fraction=fraction, sampler=sampler)
+
+
+@pytest.mark.parametrize("probability", [-0.1, 1.1, float("nan"), "half", True])
+def test_probability(probability):
+    with pytest.raises(ValueError, match=r"`probability`.*\[0, 1\].*Received"):
+        keras_slsam.RST("sgd", probability=probability)
+
+
+@pytest.mark.parametrize("sampler", ["thompson", None, 3, samplers.Bandit])
+def test_unknown_sampler(sampler):
+    with pytest.raises(ValueError, match=r"`sampler`.*'bandit'.*Received"):
+        keras_slsam.SLSAM("sgd", sampler=sampler)
+
+
+def test_a_sampler_brings_its_own_arguments():
+    for kwargs in ({"active_fraction": 0.2}, {"seed": 0}):
+        with pytest.raises(ValueError, match=f"`{next(iter(kwargs))}`.*own"):
+            keras_slsam.SLSAM("sgd", sampler=samplers.Uniform(0.2), **kwargs)
+
+
+@pytest.mark.parametrize("seed", [1.5, "a", True])
+def test_seed(seed):
+    with pytest.raises(ValueError, match=r"`seed`.*Received"):
+        keras_slsam.SLSAM("sgd", seed=seed)
+    with pytest.raises(ValueError, match=r"`seed`.*Received"):
+        keras_slsam.RST("sgd", seed=seed)
+
+
+@pytest.mark.parametrize("arms", ["neuron", None, 3])
+def test_unknown_arms(arms):
+    with pytest.raises(ValueError, match=r"`arms`.*'block'.*Received"):
+        keras_slsam.SLSAM("sgd", arms=arms)
+
+
+def test_arms_that_are_not_hashable():
+    optimizer = keras_slsam.SLSAM("sgd", arms=lambda variable: [variable.path])
+    with pytest.raises(ValueError, match=r"`arms`.*hashable.*Received"):
+        optimizer.build(small_model().trainable_variables)
+
+
+def test_model_without_trainable_weights():
+    model = keras_slsam.sharpness_aware(small_model())
+    model.trainable = False
+    with pytest.raises(ValueError, match=r"without trainable weights.*trainable"):
+        fit(model, keras_slsam.SAM("sgd"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_model_without_the_train_step(method):
+    model = small_model()
+    before = model.get_weights()
+    with pytest.raises(ValueError, match=r"keras_slsam.sharpness_aware\(model\)"):
+        fit(model, method("sgd"))
+    for old, new in zip(before, model.get_weights()):
+        np.testing.assert_array_equal(old, new)
+
+
+@pytest.mark.parametrize("model", [None, keras.layers.Dense(1), "model", keras.Model])
+def test_sharpness_aware_of_something_else(model):
+    with pytest.raises(ValueError, match=r"`model`.*keras.Model.*Received"):
+        keras_slsam.sharpness_aware(model)
+
+
+def test_sharpness_aware_of_a_model_with_its_own_train_step():
+    class Own(keras.Model):
+        def train_step(self, *args):
+            return {}
+
+    with pytest.raises(ValueError, match=r"Own.*overrides `train_step`.*step"):
+        keras_slsam.sharpness_aware(Own())
+
+
+def test_weights_frozen_after_compile():
+    model = keras.Sequential(
+        [keras.Input((2,)), keras.layers.Dense(2), keras.layers.Dense(1)]
+    )
+    model = keras_slsam.sharpness_aware(model)
+    optimizer = keras_slsam.SLSAM("sgd", seed=0)
+    fit(model, optimizer)
+    model.layers[0].trainable = False
+    with pytest.raises(ValueError, match=r"compile"):
+        keras_slsam.step(model, optimizer, (np.ones((4, 2)), np.ones((4, 1))))
+
+
+def test_step_with_another_optimizer():
+    model = small_model()
+    model.compile(loss="mse")
+    with pytest.raises(ValueError, match=r"`optimizer`.*SLSAM.*Received"):
+        keras_slsam.step(model, "sgd", (np.ones((4, 2)), np.ones((4, 1))))
+
+
+def test_mixed_float16_is_refused():
+    inputs = keras.Input((2,))
+    policy = keras.DTypePolicy("mixed_float16")
+    outputs = keras.layers.Dense(1, dtype=policy)(inputs)
+    model = keras_slsam.sharpness_aware(keras.Model(inputs, outputs, dtype=policy))
+    optimizer = keras.optimizers.LossScaleOptimizer(keras_slsam.SAM("sgd"))
+    with pytest.raises(ValueError, match=r"mixed_float16.*mixed_bfloat16"):
+        fit(model, optimizer)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="JAX and TensorFlow compile the step")
+@pytest.mark.parametrize("method", METHODS)
+def test_jit_compile_on_torch(method):
+    model = keras_slsam.sharpness_aware(small_model())
+    with pytest.raises(ValueError, match=r"jit_compile=True.*jit_compile=False"):
+        fit(model, method("sgd"), jit_compile=True)
+
+
+def test_the_backend_is_named_where_it_is_not_one_of_three():
+    import pathlib
+    import subprocess
+    import sys
+
+    environment = {"KERAS_BACKEND": "numpy", "PATH": "/usr/bin"}
+    result = subprocess.run(
+        [sys.executable, "-c", "import keras_slsam"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=pathlib.Path(keras_slsam.__file__).parents[1],
+    )
+    assert "KERAS_BACKEND" in result.stderr and "'jax'" in result.stderr
