@@ -211,7 +211,8 @@ def _check(model, optimizer):
         )
     variables = model.trainable_variables
     if not optimizer.built:
-        optimizer.build(variables)
+        with backend.init_scope():
+            optimizer.build(variables)
     optimizer.check_variables(variables)
     return variables
 

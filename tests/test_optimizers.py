@@ -79,19 +79,6 @@ def train(model, steps=len(MASKS)):
     return history
 
 
-def apply_alone(base, variable, gradient):
-    if keras.config.backend() == "tensorflow":
-        base.apply([gradient], [variable])
-        return
-    # Stateless, since ScheduleFreeAdamW reads what it has overwritten where an
-    # assignment is in place.
-    weights, state = base.stateless_apply(
-        [ops.copy(v) for v in base.variables], [gradient], [ops.copy(variable)]
-    )
-    for old, new in zip([variable, *base.variables], [*weights, *state]):
-        old.assign(new)
-
-
 def alone(make_base, learning_rate=None):
     """Weights of variables that each have an optimizer of their own."""
     variables = [keras.Variable(start, name=f"part_{i}") for i, start in
@@ -107,7 +94,7 @@ def alone(make_base, learning_rate=None):
             if on:
                 if learning_rate is not None:
                     base.learning_rate = float(learning_rate(step))
-                apply_alone(base, variable, ops.convert_to_tensor(gradient))
+                base.apply([ops.convert_to_tensor(gradient)], [variable])
         history.append([ops.convert_to_numpy(v) for v in variables])
     return history
 

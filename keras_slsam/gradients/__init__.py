@@ -13,6 +13,7 @@ What each file holds:
 
 - `no_grad()`: context in which nothing is recorded for differentiation.
 - `can_compile`: whether the step may run with `jit_compile=True`.
+- `init_scope()`: context in which variables are made, outside any graph.
 - `concrete(mask)`: the entries of a boolean tensor of shape `(num_arms,)`, as
   Python bools if they are known, else as scalar boolean tensors. At most one
   synchronisation with the device.
@@ -21,7 +22,7 @@ What each file holds:
 - `read(variable)`: the value of a `keras.Variable` as a tensor, not a copy.
 - `replayed(loss_fn)`: a loss function that sees the same random numbers in every
   call.
-- `when(active, update, variables, reading)`: run an update that assigns to
+- `when(active, update, variables)`: run an update that assigns to
   variables only if `active`.
 - `cond(active, true_fn, false_fn)` (in this file): a value, by `active`.
 - `squared_sum(gradient)`: sum of the squares of a gradient's entries.
@@ -34,6 +35,7 @@ if keras.config.backend() == "jax":
     from keras_slsam.gradients.jax import add
     from keras_slsam.gradients.jax import can_compile
     from keras_slsam.gradients.jax import concrete
+    from keras_slsam.gradients.jax import init_scope
     from keras_slsam.gradients.jax import no_grad
     from keras_slsam.gradients.jax import read
     from keras_slsam.gradients.jax import replayed
@@ -44,6 +46,7 @@ elif keras.config.backend() == "tensorflow":
     from keras_slsam.gradients.tensorflow import add
     from keras_slsam.gradients.tensorflow import can_compile
     from keras_slsam.gradients.tensorflow import concrete
+    from keras_slsam.gradients.tensorflow import init_scope
     from keras_slsam.gradients.tensorflow import no_grad
     from keras_slsam.gradients.tensorflow import read
     from keras_slsam.gradients.tensorflow import replayed
@@ -54,6 +57,7 @@ elif keras.config.backend() == "torch":
     from keras_slsam.gradients.torch import add
     from keras_slsam.gradients.torch import can_compile
     from keras_slsam.gradients.torch import concrete
+    from keras_slsam.gradients.torch import init_scope
     from keras_slsam.gradients.torch import no_grad
     from keras_slsam.gradients.torch import read
     from keras_slsam.gradients.torch import replayed

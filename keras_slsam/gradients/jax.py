@@ -25,6 +25,7 @@ from jax.extend.core import primitives
 
 no_grad = contextlib.nullcontext  # JAX differentiates only what it is told to
 can_compile = True
+init_scope = contextlib.nullcontext
 
 # Calls of a traced function, and the parameter that holds its jaxpr. What
 # `jax.checkpoint` recomputes stays apart from the forward pass: conditions do that.
@@ -240,20 +241,18 @@ def _zeros_like(variables):
     return lambda *_: [jnp.zeros(v.aval.shape, v.aval.dtype) for v in variables]
 
 
-def when(active, update, variables, reading=()):
+def when(active, update, variables):
     """Runs `update()`, which assigns to `variables`, if `active`.
 
     Args:
         active: bool or scalar boolean array.
         update: Function without arguments; what it returns is ignored.
         variables: List of the `keras.Variable`s that it may read or assign to.
-        reading: List of `(variable, value)`: what `update` finds in these
-            variables, which themselves stay as they are.
     """
     if active is False:
         return
     # An inner scope sees nothing of the outer one.
-    state = [(v, v.value) for v in variables] + list(reading)
+    state = [(v, v.value) for v in variables]
     assigned = []
 
     def updated():

@@ -17,6 +17,7 @@ import tensorflow as tf
 
 no_grad = contextlib.nullcontext
 can_compile = True
+init_scope = tf.init_scope
 
 # Operations that read only shapes, and those that do not touch the data.
 _SHAPES = {"BroadcastGradientArgs", "Rank", "Shape", "ShapeN", "Size"}
@@ -94,32 +95,19 @@ def replayed(loss_fn):
     return loss_fn
 
 
-def when(active, update, variables, reading=()):
+def when(active, update, variables):
     """Runs `update()`, which assigns to `variables`, if `active`.
 
     Args:
         active: bool or scalar boolean tensor.
         update: Function without arguments; what it returns is ignored.
         variables: List of the `keras.Variable`s that it may assign to.
-        reading: List of `(variable, value)`: what `update` finds in these
-            variables, which themselves stay as they are.
     """
-    kept = {id(variable) for variable, _ in reading}
-
-    def branch():
-        # Keras' optimizers assign to the `tf.Variable` itself, at once; what goes
-        # through `keras.Variable.assign` is held back by the scope.
-        with keras.StatelessScope(list(reading)) as scope:
-            update()
-        for variable in variables:
-            value = scope.get_current_value(variable)
-            if value is not None and id(variable) not in kept:
-                variable.assign(value)
-
     if not isinstance(active, bool):
-        tf.cond(active, branch, lambda: None)
+        # Both branches give nothing, whatever `update` returns.
+        tf.cond(active, lambda: [update()] and None, lambda: None)
     elif active:
-        branch()
+        update()
 
 
 def squared_sum(gradient):

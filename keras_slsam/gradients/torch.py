@@ -5,6 +5,8 @@ gradient. Autograd then neither computes the other weight gradients, nor keeps
 the activations that they would need, nor walks below the lowest active layer.
 """
 
+import contextlib
+
 import keras
 import torch
 from keras import ops
@@ -13,6 +15,7 @@ no_grad = torch.no_grad
 
 # `torch.compile` would specialise on each mask and compile again for the next.
 can_compile = False
+init_scope = contextlib.nullcontext
 
 
 def concrete(mask):
@@ -75,25 +78,16 @@ def replayed(loss_fn):
     return run
 
 
-def when(active, update, variables, reading=()):
+def when(active, update, variables):
     """Runs `update()`, which assigns to `variables`, if `active`.
 
     Args:
         active: bool.
         update: Function without arguments; what it returns is ignored.
         variables: List of the `keras.Variable`s that it may assign to.
-        reading: List of `(variable, value)`: what `update` finds in these
-            variables, which themselves stay as they are.
     """
-    if not active:
-        return
-    with keras.StatelessScope(list(reading)) as scope:
+    if active:
         update()
-    read = {id(variable) for variable, _ in reading}
-    for variable in variables:
-        value = scope.get_current_value(variable)
-        if value is not None and id(variable) not in read:
-            variable.assign(value)
 
 
 def squared_sum(gradient):

@@ -286,7 +286,9 @@ class SharpnessAware(keras.optimizers.Optimizer):
                 variables = [self._trainable_variables[i] for i in indices]
                 slots = [self._previous[i] for i in indices] if self.single_step else []
 
-                def update(indices=indices, variables=variables, slots=slots):
+                def update(arm=arm, indices=indices, variables=variables, slots=slots):
+                    for count, own, _ in own_counts:
+                        count.assign(own[arm])
                     decayed = [v for v in variables if base._use_weight_decay(v)]
                     if decayed:
                         base._apply_weight_decay(decayed)
@@ -296,13 +298,11 @@ class SharpnessAware(keras.optimizers.Optimizer):
                             variable.assign(variable.constraint(variable))
                     for i, previous in zip(indices, slots):
                         previous.assign(gradients[i])
+                    for count, _, everyone in own_counts:
+                        count.assign(everyone)
 
-                backend.when(
-                    active[arm],
-                    update,
-                    variables=variables + slots + base.variables,
-                    reading=[(count, own[arm]) for count, own in own_counts],
-                )
+                state = variables + slots + base.variables
+                backend.when(active[arm], update, variables=state)
         for variable, value in counts_after:
             variable.assign(value)
         if base.use_ema:
@@ -313,12 +313,12 @@ class SharpnessAware(keras.optimizers.Optimizer):
         """What the base optimizer counts, for each arm by its own updates.
 
         Returns:
-            Two lists: `(variable of the base optimizer, its value for each arm)` for
-            this step, and `(variable of ours, its value after the step)`.
+            Two lists: `(variable of the base optimizer, its value for each arm, its
+            value for the whole)`, and `(variable of ours, its value after the step)`.
         """
         base, own = self.base_optimizer, self._own_iterations
         active = backend.read(self._active)
-        counts = [(base.iterations, backend.read(own))]
+        counts = [(base.iterations, ops.copy(own), ops.copy(base.iterations))]
         after = [(own, own + ops.cast(active, own.dtype))]
         if isinstance(base, keras.optimizers.Nadam):
             # Nadam keeps a running product of its momentum schedule, mu_1 ... mu_t.
@@ -326,7 +326,7 @@ class SharpnessAware(keras.optimizers.Optimizer):
             step = ops.cast(own + 1, before.dtype)
             decay = ops.power(ops.cast(0.96, before.dtype), step)
             product = before * base.beta_1 * (1.0 - 0.5 * decay)
-            counts.append((base._u_product, product))
+            counts.append((base._u_product, product, ops.copy(base._u_product)))
             after.append((self._own_products, ops.where(active, product, before)))
         return counts, after
 

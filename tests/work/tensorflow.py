@@ -1,0 +1,122 @@
+"""Work really done on TensorFlow: the products that an execution went through."""
+
+import math
+
+import tensorflow as tf
+
+# Functions that were not inlined: the trace does not show what they execute.
+_CALLS = {"If", "PartitionedCall", "StatefulPartitionedCall", "While", "XlaLaunch"}
+
+
+def executed_flops(fn, *args):
+    """FLOPs of the matrix products and convolutions of one execution of `fn`.
+
+    A multiplication and an addition are two, as `torch.utils.flop_counter` counts.
+    The graph of `fn` is run by a session that traces every operation, on copies of
+    the variables, and without optimisations of the graph. What is in the branch of a
+    condition that was not taken, or in no step of a loop, is not in the trace.
+
+    Args:
+        fn: `tf.function`, not compiled by XLA.
+        *args: Its arguments, tensors; variables in it are left as they are.
+
+    Returns:
+        int.
+
+    Raises:
+        NotImplementedError: if an operation was executed whose FLOPs are unknown.
+    """
+    nodes, executed = _trace(fn.get_concrete_function(*args), args)
+    shapes = {}
+    for stats in executed:
+        for output in stats.output:
+            dims = output.tensor_description.shape.dim
+            shapes[stats.node_name, output.slot] = [dim.size for dim in dims]
+
+    def shape_of(name):
+        producer, _, slot = name.partition(":")
+        return shapes[producer, int(slot or 0)]
+
+    total = 0
+    for stats in executed:
+        if stats.node_name in nodes:
+            node = nodes[stats.node_name]
+            inputs = [name for name in node.input if name[0] != "^"]
+            output = shapes.get((stats.node_name, 0))
+            total += _flops(node, lambda i: shape_of(inputs[i]), output)  # noqa: B023
+    return total
+
+
+def _trace(concrete, args):
+    """Runs a concrete function in a session.
+
+    Returns:
+        `(nodes, executed)`: the operations by name, and a list of what was executed,
+        with shapes; what runs several times is in it several times.
+    """
+    handles = {id(v.handle): v.numpy() for v in concrete.variables}
+    given = [*tf.nest.flatten(args), *concrete.captured_inputs]
+    given = [(t, None if t.dtype == tf.resource else t.numpy()) for t in given]
+    with tf.Graph().as_default():
+        inputs = {
+            inner.name: tf.constant(value)
+            if value is not None
+            else tf.compat.v1.Variable(handles[id(t)], use_resource=True).handle
+            for inner, (t, value) in zip(concrete.inputs, given)
+        }
+        fetched = tf.graph_util.import_graph_def(
+            concrete.graph.as_graph_def(),
+            inputs,
+            [t.name for t in concrete.outputs]
+            + [op.name for op in concrete.graph.control_outputs],
+            name="",
+        )
+        config = tf.compat.v1.ConfigProto()
+        config.graph_options.rewrite_options.disable_meta_optimizer = True
+        config.graph_options.optimizer_options.opt_level = -1
+        with tf.compat.v1.Session(config=config) as session:
+            session.run(tf.compat.v1.global_variables_initializer())
+            metadata = tf.compat.v1.RunMetadata()
+            session.run(
+                fetched,
+                options=tf.compat.v1.RunOptions(
+                    trace_level=tf.compat.v1.RunOptions.FULL_TRACE,
+                    output_partition_graphs=True,
+                ),
+                run_metadata=metadata,
+            )
+    nodes = {node.name: node for g in metadata.partition_graphs for node in g.node}
+    devices = metadata.step_stats.dev_stats
+    return nodes, [stats for device in devices for stats in device.node_stats]
+
+
+def _flops(node, shape_of, output):
+    kind = node.op.removeprefix("_Mkl")
+    if kind in {"MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3"}:
+        *_, rows, columns = shape_of(0)
+        return 2 * math.prod(output) * rows * columns // max(output[-2], 1)
+    if kind == "Einsum":
+        equation = node.attr["equation"].s.decode()
+        terms = equation.partition("->")[0].split(",")
+        if len(terms) == 1:
+            return 0  # a transposition or a sum
+        if len(terms) == 2 and "." not in equation:
+            sizes = {}
+            for i, term in enumerate(terms):
+                sizes.update(zip(term, shape_of(i)))
+            return 2 * math.prod(sizes.values())
+    if kind in {"Conv2D", "DepthwiseConv2dNative"}:
+        return 2 * math.prod(output) * _window(kind, shape_of(1))
+    if kind in {"Conv2DBackpropInput", "DepthwiseConv2dNativeBackpropInput"}:
+        return 2 * math.prod(shape_of(2)) * _window(kind, shape_of(1))
+    if kind in {"Conv2DBackpropFilter", "DepthwiseConv2dNativeBackpropFilter"}:
+        return 2 * math.prod(shape_of(2)) * _window(kind, output)
+    if kind in _CALLS or any(part in kind for part in ("MatMul", "Einsum", "Conv")):
+        raise NotImplementedError(f"The FLOPs of {node.op} are unknown: {node.name}")
+    return 0
+
+
+def _window(kind, kernel):
+    """Products for one entry of a convolution's output."""
+    height, width, channels, _ = kernel
+    return height * width * (1 if kind.startswith("Depthwise") else channels)
