@@ -162,10 +162,12 @@ def _compute(traced, needs, active, jit_compile):
     Returns:
         List of the tensors' values, zero where none of their arms is active.
     """
+    surrounding = tf.compat.v1.get_default_graph()
+    # Keeps alive what it calls, like the bodies of loops.
+    traced.add_to_graph(surrounding)
     source = _Source(traced.graph)
     everyone = (1 << len(active)) - 1
     sets, copied = _plan(source, needs, everyone)
-    surrounding = tf.compat.v1.get_default_graph()
     values = {
         inner.name: surrounding.capture(outer)
         for inner, outer in zip(traced.graph.inputs, traced.captured_inputs)
@@ -204,13 +206,12 @@ class _Source:
         definition = graph.as_graph_def()
         self._versions = definition.versions
         self._nodes = {node.name: node for node in definition.node}
-        self._functions = {f.signature.name: f for f in definition.library.function}
         # A loop's gradient adds inputs to the loop, so the graph is not in order.
-        readers = {
+        reads = {
             op: [*(t.op for t in op.inputs), *op.control_inputs]
             for op in graph.get_operations()
         }
-        self.operations = list(graphlib.TopologicalSorter(readers).static_order())
+        self.operations = list(graphlib.TopologicalSorter(reads).static_order())
         self.inputs = {tensor.op for tensor in graph.inputs}
 
     def is_small_constant(self, op):
@@ -240,7 +241,6 @@ class _Source:
                 for before in op.control_inputs
                 if before.name in present
             )
-        piece.library.function.extend(self._called_by(piece.node))
         graph = tf.compat.v1.get_default_graph()
         found = tf.graph_util.import_graph_def(
             piece,
@@ -251,18 +251,6 @@ class _Source:
         for tensor, copy in zip(part.outputs, found):
             copy.set_shape(tensor.shape)
         return {tensor.name: copy for tensor, copy in zip(part.outputs, found)}
-
-    def _called_by(self, nodes):
-        """Definitions of the functions that nodes call, such as bodies of loops."""
-        found = {}
-        nodes = list(nodes)
-        while nodes:
-            for attr in nodes.pop().attr.values():
-                for name in (attr.func.name, *(f.name for f in attr.list.func)):
-                    if name in self._functions and name not in found:
-                        found[name] = self._functions[name]
-                        nodes += found[name].node_def
-        return found.values()
 
 
 def _plan(source, needs, everyone):

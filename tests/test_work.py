@@ -1,0 +1,169 @@
+"""The saving: the products that a step executes are those that its arms need.
+
+A step that computes all gradients and masks them fails here.
+"""
+
+import importlib
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+from keras import ops
+from replay import Replay
+
+import keras_slsam
+
+BACKEND = keras.config.backend()
+BATCH, LENGTH = 6, 5
+
+
+class Products:
+    """The products of a model, with the arms that each operand hangs on."""
+
+    def __init__(self):
+        self.products = []
+
+    def dense(self, layer, upstream, rows, width):
+        """A Dense layer; returns what its output hangs on."""
+        kernel = layer.kernel.path
+        self.products.append((2 * rows * width * layer.units, [{kernel}, upstream]))
+        return upstream | {kernel, layer.bias.path}
+
+    def matmul(self, flops, first, second):
+        self.products.append((flops, [first, second]))
+        return first | second
+
+    def flops(self, active):
+        """Forward, and one product for each operand that an active arm needs."""
+        return sum(
+            flops * (1 + sum(bool(operand & active) for operand in operands))
+            for flops, operands in self.products
+        )
+
+
+def dense_chain():
+    widths = [7, 11, 5, 13, 3]
+    chain = [layers.Dense(width, activation="tanh") for width in widths[1:]]
+    model = keras.Sequential([keras.Input((widths[0],)), *chain])
+    products, upstream = Products(), set()
+    for layer, width in zip(chain, widths):
+        upstream = products.dense(layer, upstream, BATCH, width)
+    x = np.random.default_rng(0).normal(size=(BATCH, widths[0]))
+    return model, products, x.astype("float32")
+
+
+def transformer():
+    width, hidden, rows = 8, 12, BATCH * LENGTH
+    inputs = keras.Input((LENGTH, width))
+    embed = layers.Dense(width)
+    query, key, value = (layers.Dense(width) for _ in range(3))
+    output, up, down, head = (layers.Dense(n) for n in (width, hidden, width, 3))
+    norms = layers.LayerNormalization(), layers.LayerNormalization()
+    x = embed(inputs)
+    scores = ops.matmul(query(x), ops.transpose(key(x), (0, 2, 1)))
+    attended = ops.matmul(ops.softmax(scores), value(x))
+    y = norms[0](x + output(attended))
+    z = norms[1](y + down(ops.gelu(up(y))))
+    model = keras.Model(inputs, head(ops.mean(z, axis=1)))
+
+    def paths(norm):
+        return {variable.path for variable in norm.trainable_variables}
+
+    products = Products()
+    x = products.dense(embed, set(), rows, width)
+    q, k, v = (products.dense(p, x, rows, width) for p in (query, key, value))
+    one = 2 * BATCH * LENGTH * LENGTH * width
+    attended = products.matmul(one, products.matmul(one, q, k), v)
+    y = x | products.dense(output, attended, rows, width) | paths(norms[0])
+    inner = products.dense(up, y, rows, width)
+    z = y | products.dense(down, inner, rows, hidden) | paths(norms[1])
+    products.dense(head, z, BATCH, width)
+    x = np.random.default_rng(0).normal(size=(BATCH, LENGTH, width))
+    return model, products, x.astype("float32")
+
+
+def executed(model, optimizer, x):
+    """FLOPs of one step's products."""
+    model.compile(loss="mse")
+    y = np.zeros((BATCH, 3), "float32")
+    model.evaluate(x, y, verbose=0)
+    optimizer.build(model.trainable_variables)
+    data = ops.convert_to_tensor(x), ops.convert_to_tensor(y)
+    count = importlib.import_module(f"work.{BACKEND}").executed_flops
+    if BACKEND == "jax":
+        variables = (
+            model.trainable_variables,
+            model.non_trainable_variables,
+            optimizer.variables,
+            model.metrics_variables,
+        )
+        state = tuple([v.value for v in group] for group in variables)
+        return count(
+            lambda state, data: keras_slsam.stateless_step(
+                model, optimizer, state, data
+            ),
+            state,
+            data,
+        )
+
+    def step(x, y):
+        return keras_slsam.step(model, optimizer, (x, y))
+
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        step = tf.function(step, autograph=False)
+    return count(step, *data)
+
+
+def masks(num_arms):
+    rng = np.random.default_rng(0)
+    chosen = [np.arange(num_arms) == arm for arm in (0, num_arms // 2, num_arms - 1)]
+    chosen.append(np.arange(num_arms) >= num_arms // 2)
+    chosen += [rng.random(num_arms) < 0.25 for _ in range(3)]
+    return [mask for mask in chosen if mask.any()]
+
+
+@pytest.mark.parametrize("single_step", [False, True])
+@pytest.mark.parametrize("make", [dense_chain, transformer])
+def test_a_step_executes_what_the_active_arms_need_and_no_more(make, single_step):
+    num_arms = len(make()[0].trainable_variables)
+    for mask in masks(num_arms):
+        model, products, x = make()
+        optimizer = keras_slsam.SLSAM(
+            "adamw", sampler=Replay([mask]), single_step=single_step
+        )
+        active = {
+            v.path for v, on in zip(model.trainable_variables, mask) if on
+        }
+        passes = 1 if single_step else 2
+        assert executed(model, optimizer, x) == passes * products.flops(active)
+
+
+@pytest.mark.parametrize("make", [dense_chain, transformer])
+def test_arms_of_several_variables(make):
+    model, products, x = make()
+    num_arms = sum(bool(layer.trainable_variables) for layer in model.layers)
+    mask = [arm % 2 == 1 for arm in range(num_arms)]
+    optimizer = keras_slsam.SLSAM("adamw", arms="layer", sampler=Replay([mask]))
+    optimizer.build(model.trainable_variables)
+    active = {v.path for arm, on in zip(optimizer.arms, mask) if on for v in arm}
+    assert executed(model, optimizer, x) == 2 * products.flops(active)
+
+
+@pytest.mark.parametrize("make", [dense_chain, transformer])
+def test_dense_methods_execute_all(make):
+    model, products, x = make()
+    everything = products.flops({v.path for v in model.trainable_variables})
+    assert executed(model, keras_slsam.SAM("sgd"), x) == 2 * everything
+    model, products, x = make()
+    assert executed(model, keras_slsam.S2SAM("sgd"), x) == everything
+
+
+@pytest.mark.parametrize("probability", [0, 1])
+def test_rst_skips_the_second_pass(probability):
+    model, products, x = dense_chain()
+    everything = products.flops({v.path for v in model.trainable_variables})
+    optimizer = keras_slsam.RST("sgd", probability=probability, seed=0)
+    assert executed(model, optimizer, x) == (1 + probability) * everything
