@@ -148,9 +148,7 @@ class _Independent(Sampler):
         unit = ops.cast(threefry.uniform(seed, draw, self._num_arms + 1), p.dtype)
         # P(an arm up to j is active), by logarithms since 1 - 1e-8 is 1 in float32.
         reached = -ops.expm1(ops.cumsum(ops.log1p(-p)))
-        first = ops.sum(
-            ops.cast(reached < unit[self._num_arms] * reached[-1], "int32")
-        )
+        first = ops.sum(ops.cast(reached < unit[self._num_arms] * reached[-1], "int32"))
         index = ops.arange(self._num_arms, dtype="int32")
         later = ops.logical_and(index > first, unit[: self._num_arms] < p)
         self._seed_state.assign(ops.stack([seed, draw + 1]))

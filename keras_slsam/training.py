@@ -9,6 +9,8 @@ from keras import ops
 from keras_slsam import gradients as backend
 from keras_slsam.optimizers.sharpness_aware import SharpnessAware
 
+_LAYERS_WITH_OWN_WEIGHTS = (keras.layers.TorchModuleWrapper, keras.layers.TFSMLayer)
+
 
 def step(model, optimizer, data):
     """One sharpness-aware training step, for a training loop of your own.
@@ -70,9 +72,7 @@ def step(model, optimizer, data):
                 perturbed = optimizer.perturb(weights, first, squares, active)
                 return value_and_grad(perturbed)[1]
 
-            gradients = backend.cond(
-                optimizer.draw_perturbed(), second, lambda: first
-            )
+            gradients = backend.cond(optimizer.draw_perturbed(), second, lambda: first)
         optimizer.descend(gradients, active)  # the base step at w, with h
         optimizer.learn(squares)
         for index, value in updates.items():
@@ -180,9 +180,7 @@ def sharpness_aware(model):
 
 def _train_step(model, keras_train_step, *args):
     optimizer = model.optimizer
-    if isinstance(
-        getattr(optimizer, "inner_optimizer", None), SharpnessAware
-    ):
+    if isinstance(getattr(optimizer, "inner_optimizer", None), SharpnessAware):
         raise ValueError(
             "A model with the dtype policy 'mixed_float16' is compiled with a "
             "`LossScaleOptimizer` around the optimizer, and perturbations of scaled "
@@ -209,6 +207,15 @@ def _check(model, optimizer):
             "would be compiled again for every new mask. Received: "
             "jit_compile=True. Call `model.compile(..., jit_compile=False)`."
         )
+    for layer in model._flatten_layers():
+        # Keras has no public name for the layers at any depth.
+        if isinstance(layer, _LAYERS_WITH_OWN_WEIGHTS):
+            raise ValueError(
+                f"The layer {layer.name!r}, a `{type(layer).__name__}`, reads weights "
+                "that Keras cannot replace by perturbed ones, so it would be trained "
+                "with wrong gradients. Write it with Keras layers, or keep it out of "
+                "the model that is trained."
+            )
     variables = model.trainable_variables
     if not optimizer.built:
         with backend.init_scope():

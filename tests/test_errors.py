@@ -193,6 +193,18 @@ def test_jit_compile_on_torch(method):
         fit(model, method("sgd"), jit_compile=True)
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="a layer of the PyTorch backend")
+def test_layers_that_read_their_own_weights():
+    import torch
+
+    wrapped = keras.layers.TorchModuleWrapper(torch.nn.Linear(2, 2))
+    inner = keras.Sequential([wrapped, keras.layers.Dense(1)])
+    model = keras.Sequential([keras.Input((2,)), inner])
+    model = keras_slsam.sharpness_aware(model)
+    with pytest.raises(ValueError, match="TorchModuleWrapper.*Keras layers"):
+        fit(model, keras_slsam.SAM("sgd"))
+
+
 def test_the_backend_is_named_where_it_is_not_one_of_three():
     import pathlib
     import subprocess

@@ -9,6 +9,8 @@ from keras import ops
 from keras_slsam import gradients as backend
 from keras_slsam.training import _make_loss_function
 
+BACKEND = keras.config.backend()
+
 
 def make_function(name, arms_of, compile_step):
     """A compiled function from a mask to `(loss, gradients, aux)`, and the arms."""
@@ -98,3 +100,63 @@ def test_inactive_update_leaves_every_bit(compile_step):
     np.testing.assert_allclose(ops.convert_to_numpy(variable), before + 33.0)
     run(ops.convert_to_tensor([False, True]))
     np.testing.assert_allclose(ops.convert_to_numpy(variable), before + 363.0)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="IndexedSlices are TensorFlow's")
+def test_embedding_gradients_stay_sparse():
+    import tensorflow as tf
+
+    model, x, y = zoo.build("attention")
+    model.compile(loss=zoo.loss())
+    variables = model.trainable_variables
+    kinds = []
+
+    @tf.function
+    def run(mask):
+        loss_fn = _make_loss_function(model, variables, [], x, y, None)
+        weights = [backend.read(v) for v in variables]
+        arms = list(range(len(weights)))
+        active = backend.concrete(mask)
+        _, gradients = backend.value_and_grad(loss_fn, weights, arms, active)
+        kinds.extend(type(gradient) for gradient in gradients)
+        return gradients[0], backend.squared_sum(gradients[0])
+
+    mask = [True] + [False] * (len(variables) - 1)
+    gradient, squared = run(tf.constant(mask))
+    assert kinds[0] is tf.IndexedSlices
+    # Tokens occur more than once: their rows add up before they are squared.
+    assert len(np.unique(x)) < x.size
+    dense = tf.convert_to_tensor(gradient).numpy()
+    np.testing.assert_allclose(float(squared), (dense**2).sum(), rtol=1e-5)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="buffers are planned ahead elsewhere")
+def test_activations_of_inactive_arms_are_not_kept():
+    import torch
+
+    width, batch = 64, 128
+    model = keras.Sequential([keras.Input((width,))])
+    for _ in range(4):
+        model.add(keras.layers.Dense(width, use_bias=False))
+    model.compile(loss="mse")
+    x = y = torch.ones(batch, width)
+    variables = model.trainable_variables
+    weights = [backend.read(v) for v in variables]
+    own = {w.data_ptr() for w in weights}
+
+    def kept(active):
+        tensors = {}
+
+        def pack(tensor):
+            if tensor.data_ptr() not in own:
+                tensors[tensor.data_ptr()] = tensor.numel()
+            return tensor
+
+        loss_fn = _make_loss_function(model, variables, [], x, y, None)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            backend.value_and_grad(loss_fn, weights, [0, 1, 2, 3], active)
+        return sum(tensors.values()) / (batch * width)
+
+    loss_only = kept([False, False, False, True]) - 1  # the last layer's input
+    assert kept([False, True, False, False]) - loss_only <= 1.01
+    assert kept([True] * 4) - loss_only >= 3.99

@@ -25,7 +25,6 @@ class Inner(keras.layers.Layer):
     """Inner product of the input and all weights: gradients do not hang on them."""
 
     def build(self, input_shape):
-        rng = np.random.default_rng(0)
         self.parts = [
             self.add_weight(
                 shape=shape,
@@ -70,10 +69,10 @@ def inner_model(optimizer, **kwargs):
     return model
 
 
-def train(model, steps=len(MASKS)):
+def train(model):
     """Weights after each step."""
     history = []
-    for batch in batches()[:steps]:
+    for batch in batches():
         model.train_on_batch(batch, np.zeros((2, 1)))
         history.append(model.get_weights())
     return history
@@ -81,8 +80,9 @@ def train(model, steps=len(MASKS)):
 
 def alone(make_base, learning_rate=None):
     """Weights of variables that each have an optimizer of their own."""
-    variables = [keras.Variable(start, name=f"part_{i}") for i, start in
-                 enumerate(STARTS)]
+    variables = [
+        keras.Variable(start, name=f"part_{i}") for i, start in enumerate(STARTS)
+    ]
     bases = [make_base() for _ in variables]
     for base, variable in zip(bases, variables):
         base.build([variable])

@@ -95,7 +95,6 @@ def test_masks_of_a_seed_are_these_on_every_backend():
     assert drawn == EXPECTED_MASKS
 
 
-
 def test_draws_have_the_exact_conditional_distribution():
     p = np.float32([0.05, 0.3, 0.02, 0.1])
     sampler = sampler_with(p)

@@ -379,8 +379,7 @@ def test_perturbation_is_that_of_the_formula(adaptive, single_step):
         ]
         h = gradients([w + e for w, e in zip(weights, ascent)])
         norms = [
-            np.sqrt((f**2).sum()) * on
-            for f, on in zip(h if single_step else g, mask)
+            np.sqrt((f**2).sum()) * on for f, on in zip(h if single_step else g, mask)
         ]
         weights = [w - 0.1 * on * f for w, f, on in zip(weights, h, mask)]
         previous = [f if on else p for f, p, on in zip(h, previous, mask)]

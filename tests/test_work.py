@@ -134,9 +134,7 @@ def test_a_step_executes_what_the_active_arms_need_and_no_more(make, single_step
         optimizer = keras_slsam.SLSAM(
             "adamw", sampler=Replay([mask]), single_step=single_step
         )
-        active = {
-            v.path for v, on in zip(model.trainable_variables, mask) if on
-        }
+        active = {v.path for v, on in zip(model.trainable_variables, mask) if on}
         passes = 1 if single_step else 2
         assert executed(model, optimizer, x) == passes * products.flops(active)
 

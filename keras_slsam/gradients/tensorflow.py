@@ -262,8 +262,8 @@ def _plan(source, needs, everyone):
         everyone: The set of all arms; no step leaves all of them out.
 
     Returns:
-        `(sets, copied)`: a dict from operations to sets of arms, and a set of
-        operations on constants and shapes, to be done wherever they are read.
+        `(sets, copied)`: a dict from operations to sets of arms, and the set of
+        those operations that are done anew wherever they are read.
     """
     sets = dict.fromkeys(source.operations, 0)
     given = {tensor.op for tensor, _ in needs}
@@ -284,7 +284,8 @@ def _plan(source, needs, everyone):
             sets[producer] |= sets[op]
 
     # Forwards: what costs nothing needs no `tf.cond` of its own, it is done where
-    # its inputs are. Arithmetic on shapes is copied, for XLA must see through it.
+    # its inputs are. Arithmetic on constants and shapes is copied: XLA must know its
+    # results, and Grappler makes use of them.
     copied, origins = set(), {}
     for op in source.operations:
         producers = {t.op for t in op.inputs}
@@ -292,7 +293,7 @@ def _plan(source, needs, everyone):
         if op not in given and (
             source.is_small_constant(op)
             or op.type in _SHAPES
-            or (producers and producers <= copied and _are_shapes(op.outputs))
+            or (producers and producers <= copied and _are_small(op.outputs))
         ):
             copied.add(op)
             origins[op] = read
@@ -359,8 +360,13 @@ def _zeros(tensors, work, jit_compile):
     return {t.name: tf.zeros(shape, t.dtype) for t, shape in zip(tensors, shapes)}
 
 
-def _are_shapes(tensors):
-    return all(t.dtype.is_integer and t.shape.rank in (0, 1) for t in tensors)
+def _are_small(tensors):
+    """Whether tensors are scalars, or shapes and the like."""
+    return all(
+        t.dtype not in _HANDLES
+        and (t.shape.rank == 0 or (t.shape.rank == 1 and t.dtype.is_integer))
+        for t in tensors
+    )
 
 
 def _are_scalars(tensors):

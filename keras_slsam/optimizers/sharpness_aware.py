@@ -135,9 +135,7 @@ class SharpnessAware(keras.optimizers.Optimizer):
     @property
     def variables(self):
         """List of all state: ours, the sampler's and the base optimizer's."""
-        return (
-            self._variables + self.sampler.variables + self.base_optimizer.variables
-        )
+        return self._variables + self.sampler.variables + self.base_optimizer.variables
 
     @property
     def arms(self):
