@@ -71,7 +71,7 @@ class SharpnessAware(keras.optimizers.Optimizer):
         self.sampler = sampler
         self.single_step = single_step
         self._grouping = arms
-        self._all_active = isinstance(sampler, samplers.All)
+        self._all_active = type(sampler) is samplers.All
         if not self._all_active:
             _check_can_skip_arms(owner, base_optimizer)
 
