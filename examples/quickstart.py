@@ -4,11 +4,11 @@
     KERAS_BACKEND=torch python examples/quickstart.py --method sl+s2
     python examples/quickstart.py --data reviews.tsv --length 64
 
-Without `--data` it learns from the lexicon inside the `vaderSentiment` package, English
-words and phrases with the mean of ten people's ratings: positive or negative? The split
-is random, so words of the test set have relatives in the training set. `--data` takes
-lines of the form `label<TAB>sentence`. At most `--limit` texts are used, a fifth of them
-to test.
+Without `--data` it learns from the lexicon inside the `vaderSentiment` package,
+English words and phrases with the mean of ten people's ratings: positive or negative?
+The split is random, so words of the test set have relatives in the training set.
+`--data` takes lines of the form `label<TAB>sentence`. At most `--limit` texts are
+used, a fifth of them to test.
 
 The two lines that make it sharpness-aware are marked with (1) and (2).
 """
