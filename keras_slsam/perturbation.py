@@ -47,15 +47,15 @@ def squared_norms(directions, members, active, dtype, weights=None):
     ]
 
 
-def perturb(weights, directions, squares, members, active, rho, adaptive=False):
+def perturb(weights, directions, squared_norm, members, active, rho, adaptive=False):
     """The perturbed weights, `w + e` where active and `w` elsewhere.
 
     Args:
         weights: List of tensors, w.
         directions: List of tensors like `weights`, g; anything, or `None`, where
             the arm is inactive.
-        squares: List of float scalars, one an arm: `squared_norms(directions)`, or
-            with `weights` too if adaptive.
+        squared_norm: Float scalar, the sum of `squared_norms(directions)`, or with
+            `weights` too if adaptive.
         members: List of lists of int, the variables of each arm.
         active: List of bools or scalar boolean tensors, one an arm.
         rho: Float, the radius.
@@ -64,14 +64,14 @@ def perturb(weights, directions, squares, members, active, rho, adaptive=False):
     Returns:
         List of tensors like `weights`.
     """
-    scale = rho / (ops.sqrt(sum(squares)) + _EPSILON)
+    scale = rho / (ops.sqrt(squared_norm) + _EPSILON)
 
     def of_arm(indices):
         perturbed = []
         for i in indices:
             w, step = weights[i], ops.cast(scale, weights[i].dtype)
             step = ops.multiply(step, ops.square(w)) if adaptive else step
-            perturbed.append(add(w, ops.multiply(directions[i], step)))
+            perturbed.append(add(w, directions[i], step))
         return perturbed
 
     result = list(weights)

@@ -62,8 +62,8 @@ def step(model, optimizer, data):
         if optimizer.single_step:
             # Up along the gradient of the last step: one pass, h = grad(w + e).
             previous = optimizer.previous_gradients
-            ascent = optimizer.squared_norms(previous, active)
-            perturbed = optimizer.perturb(weights, previous, ascent, active)
+            squared_norm = optimizer.previous_squared_norm
+            perturbed = optimizer.perturb(weights, previous, squared_norm, active)
             (loss, (y_pred, updates)), gradients = value_and_grad(perturbed)
             squares = optimizer.squared_norms(gradients, active)
         else:
@@ -72,7 +72,7 @@ def step(model, optimizer, data):
             squares = optimizer.squared_norms(first, active)
 
             def second():
-                perturbed = optimizer.perturb(weights, first, squares, active)
+                perturbed = optimizer.perturb(weights, first, sum(squares), active)
                 return value_and_grad(perturbed)[1]
 
             gradients = backend.cond(optimizer.draw_perturbed(), second, lambda: first)

@@ -29,7 +29,9 @@ def make_function(name, arms_of, compile_step):
         active = backend.concrete(mask) if mask is not None else [True] * len(arms)
         (loss, _), gradients = backend.value_and_grad(loss_fn, weights, arms, active)
         return loss, [
-            ops.zeros_like(w) if g is None else backend.add(ops.zeros_like(w), g)
+            ops.zeros_like(w)
+            if g is None
+            else backend.add(ops.zeros_like(w), g, ops.ones((), w.dtype))
             for w, g in zip(weights, gradients)
         ]
 

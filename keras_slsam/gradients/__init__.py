@@ -26,7 +26,7 @@ What each file holds:
   variables only if `active`.
 - `cond(active, true_fn, false_fn)` (in this file): a value, by `active`.
 - `squared_sum(gradient)`: sum of the squares of a gradient's entries.
-- `add(weight, gradient)`: `weight + gradient`, a new tensor.
+- `add(weight, gradient, scale)`: `weight + scale * gradient`, a new tensor.
 """
 
 import keras

@@ -280,9 +280,18 @@ def squared_sum(gradient):
     return jnp.sum(jnp.square(gradient.astype(dtype)))
 
 
-def add(weight, gradient):
-    """`weight + gradient`, a new array."""
-    return weight + gradient
+def add(weight, gradient, scale):
+    """`weight + scale * gradient`, a new tensor.
+
+    Args:
+        weight: Tensor.
+        gradient: Tensor of the shape of `weight`.
+        scale: Scalar tensor, or one of the shape of `weight`.
+
+    Returns:
+        Tensor of the shape of `weight`.
+    """
+    return weight + scale * gradient
 
 
 def replayed(loss_fn):

@@ -126,15 +126,25 @@ def squared_sum(gradient):
             tf.gather(owners, indices),
             num_segments=tf.size(indices),
         )
-    return tf.reduce_sum(tf.square(tf.cast(gradient, dtype)))
+    return 2 * tf.nn.l2_loss(tf.cast(gradient, dtype))  # no buffer for the squares
 
 
-def add(weight, gradient):
-    """`weight + gradient`, a new tensor."""
+def add(weight, gradient, scale):
+    """`weight + scale * gradient`, a new tensor.
+
+    Args:
+        weight: Tensor.
+        gradient: Tensor of the shape of `weight`, or `tf.IndexedSlices`.
+        scale: Scalar tensor, or one of the shape of `weight`.
+
+    Returns:
+        Tensor of the shape of `weight`.
+    """
     if isinstance(gradient, tf.IndexedSlices):
+        rows = tf.gather(scale, gradient.indices) if scale.shape.rank else scale
         indices = gradient.indices[:, tf.newaxis]
-        return tf.tensor_scatter_nd_add(weight, indices, gradient.values)
-    return weight + gradient
+        return tf.tensor_scatter_nd_add(weight, indices, rows * gradient.values)
+    return weight + scale * gradient
 
 
 def _record(loss_fn, weights, wanted):

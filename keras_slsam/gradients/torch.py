@@ -9,7 +9,6 @@ import contextlib
 
 import keras
 import torch
-from keras import ops
 
 no_grad = torch.no_grad
 
@@ -93,12 +92,21 @@ def when(active, update, variables):
 def squared_sum(gradient):
     """Sum of the squares of the entries of `gradient`, at least in float32."""
     dtype = torch.promote_types(gradient.dtype, torch.float32)
-    return ops.sum(ops.square(gradient.to(dtype)))
+    return torch.linalg.vector_norm(gradient, dtype=dtype).square()
 
 
-def add(weight, gradient):
-    """`weight + gradient`, a new tensor."""
-    return weight + gradient
+def add(weight, gradient, scale):
+    """`weight + scale * gradient`, a new tensor.
+
+    Args:
+        weight: Tensor.
+        gradient: Tensor of the shape of `weight`.
+        scale: Scalar tensor, or one of the shape of `weight`.
+
+    Returns:
+        Tensor of the shape of `weight`.
+    """
+    return torch.addcmul(weight, gradient, scale)
 
 
 def read(variable):

@@ -121,6 +121,9 @@ class SharpnessAware(keras.optimizers.Optimizer):
             self._previous = self.add_optimizer_variables(
                 variables, "previous_gradient"
             )
+            self._previous_squares = self.add_variable(
+                (num_arms,), dtype=dtype, name="previous_squares"
+            )
         if not self._all_active:
             self._own_iterations = self.add_variable(
                 (num_arms,),
@@ -185,6 +188,12 @@ class SharpnessAware(keras.optimizers.Optimizer):
         """
         return [backend.read(previous) for previous in self._previous]
 
+    @property
+    def previous_squared_norm(self):
+        """Float scalar, the squared norm of the active `previous_gradients`."""
+        squares = backend.read(self._previous_squares)
+        return ops.sum(ops.where(backend.read(self._active), squares, 0.0))
+
     def check_variables(self, variables):
         """Checks that the optimizer was built for just these variables.
 
@@ -220,24 +229,32 @@ class SharpnessAware(keras.optimizers.Optimizer):
         """Whether this step has an ascent: a bool or a scalar boolean tensor."""
         return True
 
-    def perturb(self, weights, directions, squares, active):
+    def perturb(self, weights, directions, squared_norm, active):
         """The weights of the second pass, `w + e` on the active arms.
 
         Args:
             weights: List of tensors, one a variable.
             directions: List of tensors, the gradients to go up along.
-            squares: List of float scalars, the arms' squared gradient norms.
+            squared_norm: Float scalar, the squared norm of all active directions.
             active: What `draw_active` returned.
 
         Returns:
             List of tensors.
         """
         if self.adaptive:
-            squares = perturbation.squared_norms(
-                directions, self._members, active, self._norms.dtype, weights
+            squared_norm = sum(
+                perturbation.squared_norms(
+                    directions, self._members, active, self._norms.dtype, weights
+                )
             )
         return perturbation.perturb(
-            weights, directions, squares, self._members, active, self.rho, self.adaptive
+            weights,
+            directions,
+            squared_norm,
+            self._members,
+            active,
+            self.rho,
+            self.adaptive,
         )
 
     def squared_norms(self, directions, active):
@@ -267,9 +284,13 @@ class SharpnessAware(keras.optimizers.Optimizer):
         Args:
             squares: List of float scalars, the arms' squared gradient norms.
         """
-        norms = ops.sqrt(ops.stack(squares))
+        active, squares = backend.read(self._active), ops.stack(squares)
+        if self.single_step:
+            previous = backend.read(self._previous_squares)
+            self._previous_squares.assign(ops.where(active, squares, previous))
+        norms = ops.sqrt(squares)
         self._norms.assign(norms)
-        self.sampler.update(backend.read(self._active), norms)
+        self.sampler.update(active, norms)
 
     def _descend_on_active(self, gradients, active):
         # `apply` would count, decay and average all variables alike, so its parts
