@@ -45,7 +45,7 @@ class Sampler:
     #: Probability of each arm in the next draw, shape `(num_arms,)`, or `None`.
     probabilities = None
 
-    def build(self, num_arms):
+    def build(self, num_arms: int) -> None:
         """Makes the sampler's variables.
 
         Args:
@@ -72,11 +72,11 @@ class Sampler:
         """
 
     @property
-    def variables(self):
+    def variables(self) -> list[keras.Variable]:
         """List of the sampler's variables, in the order they were made."""
         return [v for v in vars(self).values() if isinstance(v, keras.Variable)]
 
-    def get_config(self):
+    def get_config(self) -> dict:
         """Returns the arguments of the constructor as a dict."""
         return {}
 
@@ -110,7 +110,7 @@ class All(Sampler):
 class _Independent(Sampler):
     """Arms drawn independently, each with its own probability, never all off."""
 
-    def __init__(self, active_fraction, seed=None):
+    def __init__(self, active_fraction: float, seed: int | None = None) -> None:
         name = type(self).__name__
         _check_number(name, "active_fraction", active_fraction)
         if not 0 < active_fraction <= 1:
@@ -214,8 +214,12 @@ class Bandit(_Independent):
     """
 
     def __init__(
-        self, active_fraction, learning_rate=0.001, min_probability=1e-8, seed=None
-    ):
+        self,
+        active_fraction: float,
+        learning_rate: float = 0.001,
+        min_probability: float = 1e-8,
+        seed: int | None = None,
+    ) -> None:
         super().__init__(active_fraction, seed)
         _check_number("Bandit", "learning_rate", learning_rate)
         if not 0 < learning_rate < float("inf"):
@@ -290,7 +294,13 @@ class Proportional(_Independent):
     10
     """
 
-    def __init__(self, active_fraction, momentum=0.9, min_probability=0.05, seed=None):
+    def __init__(
+        self,
+        active_fraction: float,
+        momentum: float = 0.9,
+        min_probability: float = 0.05,
+        seed: int | None = None,
+    ) -> None:
         super().__init__(active_fraction, seed)
         _check_number("Proportional", "momentum", momentum)
         if not 0 <= momentum < 1:

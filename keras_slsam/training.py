@@ -12,7 +12,7 @@ from keras_slsam.optimizers.sharpness_aware import SharpnessAware
 _LAYERS_WITH_OWN_WEIGHTS = (keras.layers.TorchModuleWrapper, keras.layers.TFSMLayer)
 
 
-def step(model, optimizer, data):
+def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
     """One sharpness-aware training step, for a training loop of your own.
 
     `model.fit` takes the same step. On TensorFlow call it inside a `tf.function`,
@@ -85,7 +85,9 @@ def step(model, optimizer, data):
         return model.compute_metrics(x, y, y_pred, sample_weight)
 
 
-def stateless_step(model, optimizer, state, data):
+def stateless_step(
+    model: keras.Model, optimizer: SharpnessAware, state: tuple, data: tuple
+) -> tuple[dict, tuple]:
     """`step` as a pure function, to compile with `jax.jit`.
 
     Args:
@@ -141,7 +143,7 @@ class SAMTrainStep:
         return _train_step(self, super().train_step, *args)
 
 
-def sharpness_aware(model):
+def sharpness_aware(model: keras.Model) -> keras.Model:
     """Gives an existing model the sharpness-aware train step, in place.
 
     Nothing is copied, and the model's class stays what it is: a saved model loads

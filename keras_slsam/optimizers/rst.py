@@ -46,13 +46,13 @@ class RST(SharpnessAware):
 
     def __init__(
         self,
-        base_optimizer=None,
-        rho=0.05,
-        probability=0.5,
-        adaptive=False,
-        seed=None,
-        name="rst",
-    ):
+        base_optimizer: keras.optimizers.Optimizer | str | dict | None = None,
+        rho: float = 0.05,
+        probability: float = 0.5,
+        adaptive: bool = False,
+        seed: int | None = None,
+        name: str = "rst",
+    ) -> None:
         if (
             isinstance(probability, bool)
             or not isinstance(probability, (int, float))

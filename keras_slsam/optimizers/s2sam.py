@@ -40,7 +40,13 @@ class S2SAM(SharpnessAware):
         achieve efficient and accurate sparse training", NeurIPS 2024.
     """
 
-    def __init__(self, base_optimizer=None, rho=0.05, adaptive=False, name="s2sam"):
+    def __init__(
+        self,
+        base_optimizer: keras.optimizers.Optimizer | str | dict | None = None,
+        rho: float = 0.05,
+        adaptive: bool = False,
+        name: str = "s2sam",
+    ) -> None:
         super().__init__(
             base_optimizer,
             rho=rho,

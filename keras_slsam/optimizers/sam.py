@@ -43,7 +43,13 @@ class SAM(SharpnessAware):
         generalization", arXiv 2010.01412, algorithm 1.
     """
 
-    def __init__(self, base_optimizer=None, rho=0.05, adaptive=False, name="sam"):
+    def __init__(
+        self,
+        base_optimizer: keras.optimizers.Optimizer | str | dict | None = None,
+        rho: float = 0.05,
+        adaptive: bool = False,
+        name: str = "sam",
+    ) -> None:
         super().__init__(
             base_optimizer,
             rho=rho,

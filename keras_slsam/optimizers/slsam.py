@@ -1,5 +1,8 @@
 """SL-SAM: SAM on a sparse, drawn set of layers."""
 
+from collections.abc import Callable
+from collections.abc import Hashable
+
 import keras
 
 from keras_slsam import samplers
@@ -73,16 +76,16 @@ class SLSAM(SharpnessAware):
 
     def __init__(
         self,
-        base_optimizer=None,
-        rho=0.01,
-        active_fraction=None,
-        sampler="bandit",
-        arms="variable",
-        single_step=False,
-        adaptive=False,
-        seed=None,
-        name="slsam",
-    ):
+        base_optimizer: keras.optimizers.Optimizer | str | dict | None = None,
+        rho: float = 0.01,
+        active_fraction: float | None = None,
+        sampler: str | samplers.Sampler = "bandit",
+        arms: str | Callable[[keras.Variable], Hashable] = "variable",
+        single_step: bool = False,
+        adaptive: bool = False,
+        seed: int | None = None,
+        name: str = "slsam",
+    ) -> None:
         super().__init__(
             base_optimizer,
             rho=rho,
