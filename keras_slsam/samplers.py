@@ -241,7 +241,7 @@ class Bandit(_Independent):
         norms, active = _finite(norms, active, p.dtype)
         # Norms relative to the largest: squares of n / p itself would overflow.
         scale = ops.max(norms)
-        ratio = norms / ops.where(scale > 0, scale, 1.0) / p
+        ratio = _relative(norms) / p
         best = ops.max(ratio)
         gap = (best - ratio) * (best + ratio) / p
         # The best arm's loss is 0 also where the scale's square overflows.
@@ -343,13 +343,9 @@ class Proportional(_Independent):
         self._counts.assign(counts)
         self._means.assign(means)
         seen = counts > 0
-        largest = ops.max(means)
         # Relative means: the projection then never sees a huge or a tiny sum.
-        relative = ops.where(
-            ops.logical_and(seen, largest > 0),
-            means / ops.where(largest > 0, largest, 1.0),
-            1.0,
-        )
+        known = ops.logical_and(seen, ops.max(means) > 0)
+        relative = ops.where(known, _relative(means), 1.0)
         q = _project(relative, self.active_fraction * self._num_arms)
         low, share = self.min_probability, self.active_fraction
         enough = 2 * ops.sum(ops.cast(seen, "int32")) >= self._num_arms
@@ -377,6 +373,14 @@ def _finite(norms, active, dtype):
     norms = ops.cast(norms, dtype)
     active = ops.logical_and(active, ops.isfinite(norms))
     return ops.where(active, norms, 0.0), active
+
+
+def _relative(values):
+    """`values`, not negative, over the largest of them; 0 where that is 0."""
+    largest = ops.max(values)
+    # The reciprocal of a huge float32, by which XLA multiplies, would be 0.
+    shrink = ops.where(largest > 1, 2.0**-64, 1.0)
+    return values * shrink / ops.where(largest > 0, largest * shrink, 1.0)
 
 
 def _project(weights, budget):

@@ -114,18 +114,7 @@ def squared_sum(gradient):
     """Sum of the squares of the entries of `gradient`, at least in float32."""
     dtype = keras.backend.result_type(gradient.dtype.name, "float32")
     if isinstance(gradient, tf.IndexedSlices):
-        # Rows of the same index add up first, in the place of one among them.
-        indices = gradient.indices
-        owners = tf.tensor_scatter_nd_update(
-            tf.zeros(gradient.dense_shape[:1], tf.int32),
-            indices[:, tf.newaxis],
-            tf.range(tf.size(indices)),
-        )
-        gradient = tf.math.unsorted_segment_sum(
-            tf.cast(gradient.values, dtype),
-            tf.gather(owners, indices),
-            num_segments=tf.size(indices),
-        )
+        gradient = gradient.values
     return 2 * tf.nn.l2_loss(tf.cast(gradient, dtype))  # no buffer for the squares
 
 
@@ -155,8 +144,28 @@ def _record(loss_fn, weights, wanted):
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(watched)
         loss, aux = loss_fn(weights)
-    found = iter(tape.gradient(loss, watched, None, tf.UnconnectedGradients.ZERO))
+    found = tape.gradient(loss, watched, None, tf.UnconnectedGradients.ZERO)
+    found = map(_sum_duplicates, found)
     return (loss, aux), [next(found) if on else None for on in wanted]
+
+
+def _sum_duplicates(gradient):
+    """Rows of the same index add up in the place of one, the others become 0.
+
+    Squares of rows, in a norm or in an optimizer's moments, are right only then.
+    """
+    if not isinstance(gradient, tf.IndexedSlices):
+        return gradient
+    indices = gradient.indices
+    owners = tf.tensor_scatter_nd_update(
+        tf.zeros(gradient.dense_shape[:1], tf.int32),
+        indices[:, tf.newaxis],
+        tf.range(tf.size(indices)),
+    )
+    values = tf.math.unsorted_segment_sum(
+        gradient.values, tf.gather(owners, indices), num_segments=tf.size(indices)
+    )
+    return tf.IndexedSlices(values, indices, gradient.dense_shape)
 
 
 def _compute(traced, needs, active, jit_compile):
