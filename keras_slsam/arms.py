@@ -1,5 +1,7 @@
 """Arms: which variables are switched on or off together."""
 
+import collections
+
 
 def group(variables, grouping):
     """The arm of each variable.
@@ -16,17 +18,19 @@ def group(variables, grouping):
     Raises:
         ValueError: if the function returns something that is not hashable.
     """
-    key = _GROUPINGS[grouping](variables) if isinstance(grouping, str) else grouping
+    if isinstance(grouping, str):
+        keys = _GROUPINGS[grouping](variables)
+    else:
+        keys = [grouping(variable) for variable in variables]
     numbers = {}
     arms = []
-    for variable in variables:
-        name = key(variable)
+    for variable, key in zip(variables, keys):
         try:
-            arms.append(numbers.setdefault(name, len(numbers)))
+            arms.append(numbers.setdefault(key, len(numbers)))
         except TypeError:
             raise ValueError(
                 "The function given as `arms` must return something hashable, like "
-                f"a string. Received: {name!r} for the variable {variable.path!r}"
+                f"a string. Received: {key!r} for the variable {variable.path!r}"
             ) from None
     return arms
 
@@ -46,23 +50,45 @@ def validate(grouping):
 
 
 def _by_variable(variables):
-    return id
+    return range(len(variables))
 
 
 def _by_layer(variables):
-    return lambda variable: variable.path.rpartition("/")[0]
+    return list(zip(_layer_paths(variables), _occurrences(variables)))
 
 
 def _by_block(variables):
     # In a subclassed model all paths begin with the model's own name, which says
-    # nothing: the block is the first part in which the paths of layers differ.
-    paths = [variable.path.split("/")[:-1] for variable in variables]
+    # nothing: the block is the first part in which the paths of layers differ. A
+    # weight of the model itself has a shorter path, and is a block of its own.
+    paths = _layer_paths(variables)
     depth = 0
-    while all(len(path) > depth + 1 for path in paths) and (
-        len({path[depth] for path in paths}) == 1
+    while any(len(path) > depth + 1 for path in paths) and (
+        len({path[depth] for path in paths if len(path) > depth}) == 1
     ):
         depth += 1
-    return lambda variable: tuple(variable.path.split("/")[:-1][: depth + 1])
+    return [
+        (path[: depth + 1], occurrence)
+        for path, occurrence in zip(paths, _occurrences(variables))
+    ]
+
+
+def _layer_paths(variables):
+    return [tuple(variable.path.split("/")[:-1]) for variable in variables]
+
+
+def _occurrences(variables):
+    """How many variables of the same path come before each.
+
+    A model inside a model leaves no trace in the paths, so two towers with the same
+    names of layers differ in this only.
+    """
+    seen = collections.Counter()
+    occurrences = []
+    for variable in variables:
+        occurrences.append(seen[variable.path])
+        seen[variable.path] += 1
+    return occurrences
 
 
 _GROUPINGS = {"variable": _by_variable, "layer": _by_layer, "block": _by_block}

@@ -64,7 +64,8 @@ def perturb(weights, directions, squared_norm, members, active, rho, adaptive=Fa
     Returns:
         List of tensors like `weights`.
     """
-    scale = rho / (ops.sqrt(squared_norm) + _EPSILON)
+    # Without a direction there is no ascent; 1 / eps would overflow in float16.
+    scale = ops.where(squared_norm > 0, rho / (ops.sqrt(squared_norm) + _EPSILON), 0.0)
 
     def of_arm(indices):
         perturbed = []

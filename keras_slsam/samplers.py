@@ -6,6 +6,8 @@ the step found. The budget is `active_fraction`: the expected share of active
 arms.
 """
 
+import numbers
+
 import keras
 from keras import ops
 
@@ -73,8 +75,17 @@ class Sampler:
 
     @property
     def variables(self) -> list[keras.Variable]:
-        """List of the sampler's variables, in the order they were made."""
-        return [v for v in vars(self).values() if isinstance(v, keras.Variable)]
+        """List of the sampler's variables, in the order they were made.
+
+        Those of `keras.random.SeedGenerator`s, and those in lists and dicts, are
+        among them.
+        """
+        attributes = keras.tree.flatten(list(vars(self).values()))
+        states = [
+            a.state if isinstance(a, keras.random.SeedGenerator) else a
+            for a in attributes
+        ]
+        return [state for state in states if isinstance(state, keras.Variable)]
 
     def get_config(self) -> dict:
         """Returns the arguments of the constructor as a dict."""
@@ -119,9 +130,9 @@ class _Independent(Sampler):
                 "active arms and must be in (0, 1]. "
                 f"Received: active_fraction={active_fraction!r}"
             )
-        self.active_fraction = active_fraction
-        self.seed = seed
+        self.active_fraction = float(active_fraction)
         self._first_seed = threefry.make_seed(seed, name)
+        self.seed = None if seed is None else int(seed)
 
     def build(self, num_arms):
         self._num_arms = num_arms
@@ -190,12 +201,14 @@ class Bandit(_Independent):
     and p is projected back to `sum(p) = active_fraction * num_arms`, `p <= 1`.
     The fixed point is p proportional to n. How fast it gets there depends on the
     scale of the loss, and an arm's probability can fall so low that the arm is
-    not drawn again: `Proportional` has neither trait.
+    not drawn again, also with an `active_fraction` of 1: `Proportional` has neither
+    trait.
 
     Args:
         active_fraction: Float in (0, 1], the expected share of active arms.
         learning_rate: Float > 0, the bandit's own step size (alpha).
-        min_probability: Float in (0, 1), the least probability of an arm.
+        min_probability: Float in [1e-8, active_fraction], the least probability of
+            an arm.
         seed: int, or `None` for a fresh one.
 
     Raises:
@@ -228,13 +241,15 @@ class Bandit(_Independent):
                 f"Received: learning_rate={learning_rate!r}"
             )
         _check_number("Bandit", "min_probability", min_probability)
-        if not 0 < min_probability < 1:
+        if not 1e-8 <= min_probability <= active_fraction:
             raise ValueError(
-                "Argument `min_probability` of `Bandit` must be in (0, 1). "
-                f"Received: min_probability={min_probability!r}"
+                "Argument `min_probability` of `Bandit` must be in "
+                "[1e-8, active_fraction]. "
+                f"Received: min_probability={min_probability!r}, "
+                f"active_fraction={active_fraction!r}"
             )
-        self.learning_rate = learning_rate
-        self.min_probability = min_probability
+        self.learning_rate = float(learning_rate)
+        self.min_probability = float(min_probability)
 
     def update(self, active, norms):
         p = ops.convert_to_tensor(self.probabilities)
@@ -270,7 +285,8 @@ class Proportional(_Independent):
 
         p = min_probability + (1 - min_probability / active_fraction) * q
 
-    so p keeps the budget. Arms not seen yet count with the largest mean, and p
+    so p keeps the budget (unless fewer than `active_fraction * num_arms` arms have
+    norms worth mentioning). Arms not seen yet count with the largest mean, and p
     stays uniform until half of the arms have been seen. This sampler is ours, not
     of the SL-SAM paper.
 
@@ -318,8 +334,8 @@ class Proportional(_Independent):
                 "`samplers.Proportional(active_fraction, min_probability=...)` with "
                 "a smaller value."
             )
-        self.momentum = momentum
-        self.min_probability = min_probability
+        self.momentum = float(momentum)
+        self.min_probability = float(min_probability)
 
     def build(self, num_arms):
         super().build(num_arms)
@@ -361,7 +377,7 @@ class Proportional(_Independent):
 
 
 def _check_number(owner, name, value):
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(
             f"Argument `{name}` of `{owner}` must be a number. "
             f"Received: {name}={value!r}"

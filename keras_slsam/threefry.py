@@ -9,6 +9,7 @@ Reference: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011
 (Threefry-2x32, 20 rounds).
 """
 
+import numbers
 import random
 
 from keras import ops
@@ -33,12 +34,12 @@ def make_seed(seed, owner):
     """
     if seed is None:
         seed = random.randint(1, 10**9)
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
         raise ValueError(
             f"Argument `seed` of `{owner}` must be an int or None (a fresh seed). "
             f"Received: seed={seed!r}"
         )
-    return (seed + 2**31) % 2**32 - 2**31
+    return (int(seed) + 2**31) % 2**32 - 2**31
 
 
 def uniform(seed, draw, size):

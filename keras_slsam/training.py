@@ -6,6 +6,11 @@ import inspect
 import keras
 from keras import ops
 
+# Keras has no public name for the mask that it attaches to a tensor, which its metrics
+# read. Copies of a tensor have none.
+from keras.src.backend.common.masking import get_keras_mask
+from keras.src.backend.common.masking import set_keras_mask
+
 from keras_slsam import gradients as backend
 from keras_slsam.optimizers.sharpness_aware import SharpnessAware
 
@@ -15,12 +20,13 @@ _LAYERS_WITH_OWN_WEIGHTS = (keras.layers.TorchModuleWrapper, keras.layers.TFSMLa
 def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
     """One sharpness-aware training step, for a training loop of your own.
 
-    `model.fit` takes the same step. On TensorFlow call it inside a `tf.function`,
-    on PyTorch as it is; on JAX compile `stateless_step` instead.
+    `model.fit` takes the same step. On TensorFlow call it inside a `tf.function`
+    with `jit_compile=model.jit_compile`, on PyTorch as it is; on JAX compile
+    `stateless_step` instead.
 
     Args:
-        model: `keras.Model`, built and compiled with a loss; its `compute_loss`
-            and `compute_metrics` are used.
+        model: `keras.Model`, compiled with a loss; its `compute_loss` and
+            `compute_metrics` are used.
         optimizer: `SAM`, `S2SAM`, `SLSAM` or `RST`.
         data: Tuple `(x, y)` or `(x, y, sample_weight)` of one batch.
 
@@ -44,12 +50,9 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
     ['loss']
     """
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-    if not model.built:
-        # TensorFlow's `fit` leaves it to the first step to build a subclassed model.
-        model(x)
-    variables = _check(model, optimizer)
-    state = model.non_trainable_variables + model.metrics_variables
-    loss_fn = _make_loss_function(model, variables, state, x, y, sample_weight)
+    _prepare(model, optimizer, x)
+    variables = model.trainable_variables
+    loss_fn = _make_loss_function(model, variables, x, y, sample_weight)
 
     def value_and_grad(weights):
         return backend.value_and_grad(
@@ -64,11 +67,11 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
             previous = optimizer.previous_gradients
             squared_norm = optimizer.previous_squared_norm
             perturbed = optimizer.perturb(weights, previous, squared_norm, active)
-            (loss, (y_pred, updates)), gradients = value_and_grad(perturbed)
+            (loss, outputs), gradients = value_and_grad(perturbed)
             squares = optimizer.squared_norms(gradients, active)
         else:
             # First pass, g = grad(w); second pass, h = grad(w + e).
-            (loss, (y_pred, updates)), first = value_and_grad(weights)
+            (loss, outputs), first = value_and_grad(weights)
             squares = optimizer.squared_norms(first, active)
 
             def second():
@@ -76,13 +79,11 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
                 return value_and_grad(perturbed)[1]
 
             gradients = backend.cond(optimizer.draw_perturbed(), second, lambda: first)
-        optimizer.descend(gradients, active)  # the base step at w, with h
+        # The weights move last: where something raises, they have not.
+        logs = _record(model, x, y, sample_weight, loss, outputs)
         optimizer.learn(squares)
-        for index, value in updates.items():
-            state[index].assign(value)
-        # Keras has no public name for the metric of the loss itself.
-        model._loss_tracker.update_state(loss, sample_weight=_batch_size(x))
-        return model.compute_metrics(x, y, y_pred, sample_weight)
+        optimizer.descend(gradients, active)  # the base step at w, with h
+        return logs
 
 
 def stateless_step(
@@ -102,17 +103,27 @@ def stateless_step(
         Tuple `(logs, state)`, the metrics' values and the new state.
 
     Raises:
-        ValueError: as `step`.
+        ValueError: as `step`, and if variables are missing in `state`.
     """
-    variables = (
-        model.trainable_variables,
-        model.non_trainable_variables,
-        optimizer.variables,
-        model.metrics_variables,
-    )
+    variables = _state_variables(model, optimizer)
+    sizes, given = [len(vs) for vs in variables], [len(values) for values in state]
+    if not optimizer.built or sizes != given:
+        raise ValueError(
+            "Argument `state` of `stateless_step` must hold the values of "
+            "`model.trainable_variables`, `model.non_trainable_variables`, "
+            f"`optimizer.variables` and `model.metrics_variables`, {sizes} of them. "
+            f"Received: {given}, with optimizer.built={optimizer.built}. Call "
+            "`optimizer.build(model.trainable_variables)` first."
+        )
     mapping = [pair for pairs in map(zip, variables, state) for pair in pairs]
     with keras.StatelessScope(mapping) as scope:
         logs = step(model, optimizer, data)
+    if [len(vs) for vs in _state_variables(model, optimizer)] != sizes:
+        raise ValueError(
+            "The model, its loss or its metrics had no variables yet, so `state` does "
+            "not hold them. Call `model.compile` again and `model.evaluate` on a batch "
+            "before you read the state."
+        )
     return logs, tuple([scope.get_current_value(v) for v in vs] for vs in variables)
 
 
@@ -137,6 +148,18 @@ class SAMTrainStep:
     >>> x, y = keras.random.normal((8, 4)), keras.random.normal((8, 1))
     >>> history = model.fit(x, y, verbose=0)
     """
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if keras.Model in order and order.index(keras.Model) < order.index(
+            SAMTrainStep
+        ):
+            raise ValueError(
+                f"`{cls.__name__}` must name `SAMTrainStep` before `keras.Model`, "
+                f"whose train step it replaces: `class {cls.__name__}(SAMTrainStep, "
+                "keras.Model)`."
+            )
 
     def train_step(self, *args):
         """The step of `fit`, with the arguments that the backend's Keras gives it."""
@@ -170,9 +193,12 @@ def sharpness_aware(model: keras.Model) -> keras.Model:
             "Argument `model` of `sharpness_aware` must be a `keras.Model`. "
             f"Received: model={model!r} of type {type(model).__name__}"
         )
-    if isinstance(model, SAMTrainStep) or "train_step" in vars(model):
+    own = vars(model).get("train_step")
+    if getattr(own, "func", None) is _train_step:
         return model
-    if type(model).train_step is not keras.Model.train_step:
+    if own is None and isinstance(model, SAMTrainStep):
+        return model
+    if own is not None or type(model).train_step is not keras.Model.train_step:
         raise ValueError(
             f"Argument `model` of `sharpness_aware`, a `{type(model).__name__}`, "
             "overrides `train_step` itself, which would be lost. Call "
@@ -180,6 +206,7 @@ def sharpness_aware(model: keras.Model) -> keras.Model:
             "override."
         )
     model.train_step = functools.partial(_train_step, model, model.train_step)
+    model.train_function = None  # what `fit` has compiled holds the old step
     return model
 
 
@@ -200,7 +227,17 @@ def _train_step(model, keras_train_step, *args):
     return step(model, optimizer, *args)
 
 
-def _check(model, optimizer):
+def _state_variables(model, optimizer):
+    return (
+        model.trainable_variables,
+        model.non_trainable_variables,
+        optimizer.variables,
+        model.metrics_variables,
+    )
+
+
+def _prepare(model, optimizer, x):
+    """Checks what a step is called with, and builds what is not built yet."""
     if not isinstance(optimizer, SharpnessAware):
         raise ValueError(
             "Argument `optimizer` must be `SAM`, `S2SAM`, `SLSAM` or `RST` of "
@@ -208,9 +245,9 @@ def _check(model, optimizer):
         )
     if model.jit_compile and not backend.can_compile:
         raise ValueError(
-            "A step with drawn arms cannot be compiled on the PyTorch backend: it "
-            "would be compiled again for every new mask. Received: "
-            "jit_compile=True. Call `model.compile(..., jit_compile=False)`."
+            "A sharpness-aware step cannot be compiled on the PyTorch backend: with "
+            "arms switched off it would be compiled again for every new mask. "
+            "Received: jit_compile=True. Call `model.compile(..., jit_compile=False)`."
         )
     for layer in model._flatten_layers():
         # Keras has no public name for the layers at any depth.
@@ -221,45 +258,78 @@ def _check(model, optimizer):
                 "with wrong gradients. Write it with Keras layers, or keep it out of "
                 "the model that is trained."
             )
-    variables = model.trainable_variables
     if not optimizer.built:
         with backend.init_scope():
-            optimizer.build(variables)
-    optimizer.check_variables(variables)
-    return variables
+            if not all(layer.built for layer in model._flatten_layers()):
+                # TensorFlow's `fit` leaves it to the first step.
+                model(keras.tree.map_structure(_symbolic, x), **_training(model.call))
+            optimizer.build(model.trainable_variables)
+    optimizer.check_variables(model.trainable_variables)
 
 
-def _make_loss_function(model, variables, state, x, y, sample_weight):
+def _make_loss_function(model, variables, x, y, sample_weight):
     """The loss as a pure function of the weights.
 
     It always starts from the state of before the step, so a second pass sees the
     dropout masks of the first; what it does to the state comes out as values.
     """
-    kwargs = {"training": True} if _takes_training(model) else {}
-    before = [backend.read(v) for v in state]
+    state = [(v, backend.read(v)) for v in _changing(model)]
 
     def loss_fn(weights):
-        mapping = list(zip(variables, weights)) + list(zip(state, before))
+        mapping = list(zip(variables, weights)) + state
         with keras.StatelessScope(mapping, collect_losses=True) as scope:
-            start = [scope.get_current_value(v) for v in state]
-            y_pred = model(x, **kwargs)
+            start = {id(v): scope.get_current_value(v) for v, _ in state}
+            y_pred = model(x, **_training(model.call))
             loss = model.compute_loss(
-                x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
+                x=x,
+                y=y,
+                y_pred=y_pred,
+                sample_weight=sample_weight,
+                **_training(model.compute_loss),
             )
-        after = [scope.get_current_value(v) for v in state]
+        masks = keras.tree.map_structure(get_keras_mask, y_pred)
+        # A loss makes its variables in its first call.
+        after = [(v, scope.get_current_value(v)) for v in _changing(model)]
         updates = {
-            index: new
-            for index, (old, new) in enumerate(zip(start, after))
-            if new is not old
+            index: value
+            for index, (variable, value) in enumerate(after)
+            if value is not None and value is not start.get(id(variable))
         }
-        return loss, (y_pred, updates)
+        return loss, (y_pred, masks, updates)
 
     return backend.replayed(loss_fn)
 
 
-def _takes_training(model):
-    parameters = inspect.signature(model.call).parameters
-    return "training" in parameters
+def _changing(model):
+    """The variables that a forward pass may change."""
+    return model.non_trainable_variables + model.metrics_variables
+
+
+def _record(model, x, y, sample_weight, loss, outputs):
+    """Takes over what a forward pass did to the state; returns the metrics' values."""
+    y_pred, masks, updates = outputs
+    variables = _changing(model)
+    for index, value in updates.items():
+        variables[index].assign(value)
+    for tensor, mask in zip(keras.tree.flatten(y_pred), keras.tree.flatten(masks)):
+        if mask is not None:
+            set_keras_mask(tensor, mask)
+    # Keras has no public name for the metric of the loss itself.
+    model._loss_tracker.update_state(loss, sample_weight=_batch_size(x))
+    return model.compute_metrics(x, y, y_pred, sample_weight)
+
+
+def _training(function):
+    """The argument `training`, for a method of a user's that may not take it."""
+    takes = "training" in inspect.signature(function).parameters
+    return {"training": True} if takes else {}
+
+
+def _symbolic(tensor):
+    if tensor is None:
+        return None
+    dtype = keras.backend.standardize_dtype(tensor.dtype)
+    return keras.KerasTensor(tensor.shape, dtype)
 
 
 def _batch_size(x):

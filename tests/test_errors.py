@@ -120,8 +120,11 @@ def test_unknown_arms(arms):
 
 def test_arms_that_are_not_hashable():
     optimizer = keras_slsam.SLSAM("sgd", arms=lambda variable: [variable.path])
-    with pytest.raises(ValueError, match=r"`arms`.*hashable.*Received"):
-        optimizer.build(small_model().trainable_variables)
+    for _ in range(2):  # a failed call leaves everything as it was
+        with pytest.raises(ValueError, match=r"`arms`.*hashable.*Received"):
+            optimizer.build(small_model().trainable_variables)
+    again = keras_slsam.SLSAM(optimizer.base_optimizer)
+    again.build(small_model().trainable_variables)
 
 
 def test_model_without_trainable_weights():
@@ -156,6 +159,62 @@ def test_sharpness_aware_of_a_model_with_its_own_train_step():
 
     with pytest.raises(ValueError, match=r"Own.*overrides `train_step`.*step"):
         keras_slsam.sharpness_aware(Own())
+
+
+def test_sharpness_aware_of_a_model_with_a_step_set_on_it():
+    model = small_model()
+    model.train_step = lambda *args: {}
+    with pytest.raises(ValueError, match="overrides `train_step`"):
+        keras_slsam.sharpness_aware(model)
+
+
+class Drawing(samplers.Sampler):
+    """Draws what it is given."""
+
+    def __init__(self, mask):
+        self.mask = mask
+
+    def draw(self):
+        return keras.ops.convert_to_tensor(self.mask)
+
+
+@pytest.mark.parametrize("mask", [[True], [[True, False]], True])
+def test_sampler_with_another_shape(mask):
+    model = keras_slsam.sharpness_aware(small_model())
+    optimizer = keras_slsam.SLSAM("sgd", sampler=Drawing(mask))
+    with pytest.raises(ValueError, match=r"`draw\(\)`.*num_arms.*\(2,\).*Received"):
+        fit(model, optimizer)
+
+
+def test_sampler_without_an_active_arm():
+    model = keras_slsam.sharpness_aware(small_model())
+    optimizer = keras_slsam.SLSAM("sgd", sampler=Drawing([False, False]))
+    with pytest.raises(ValueError, match=r"`draw\(\)`.*at least one active arm"):
+        fit(model, optimizer, run_eagerly=True)
+
+
+def test_sampler_of_numbers():
+    model = keras_slsam.sharpness_aware(small_model())
+    optimizer = keras_slsam.SLSAM("sgd", sampler=Drawing([1, 0]))
+    before = model.get_weights()
+    fit(model, optimizer)
+    changed = [(a != b).any() for a, b in zip(before, model.get_weights())]
+    assert changed == [True, False]
+
+
+def test_sampler_of_another_optimizer():
+    sampler = samplers.Uniform(0.5)
+    first = keras_slsam.SLSAM("sgd", sampler=sampler)
+    first.build(small_model().trainable_variables)
+    second = keras_slsam.SLSAM("sgd", sampler=sampler)
+    with pytest.raises(ValueError, match=r"`sampler`.*another optimizer. Received"):
+        second.build(small_model().trainable_variables)
+
+
+def test_a_single_arm_is_warned_of():
+    optimizer = keras_slsam.SLSAM("sgd", arms="block")
+    with pytest.warns(UserWarning, match="single arm"):
+        optimizer.build(small_model().trainable_variables)
 
 
 def test_weights_frozen_after_compile():

@@ -348,3 +348,45 @@ def test_blocks_of_a_subclassed_model_are_not_the_model():
     optimizer = keras_slsam.SLSAM("sgd", arms="block")
     optimizer.build(model.trainable_variables)
     assert len(optimizer.arms) == 3
+
+
+class Tower(keras.Model):
+    """A model with a weight of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = [keras.layers.Dense(4) for _ in range(3)]
+
+    def build(self, input_shape):
+        self.token = self.add_weight(shape=(4,), name="token")
+
+    def call(self, x):
+        x = x + self.token
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_a_weight_of_the_model_is_a_block_of_its_own():
+    model = Tower()
+    model(np.ones((2, 4)))
+    optimizer = keras_slsam.SLSAM("sgd", arms="block")
+    optimizer.build(model.trainable_variables)
+    assert sorted(len(arm) for arm in optimizer.arms) == [1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("arms", ["layer", "block"])
+def test_layers_of_the_same_name_in_two_models_are_two_arms(arms):
+    def tower():
+        inputs = keras.Input((4,))
+        x = keras.layers.Dense(4, name="first")(inputs)
+        return keras.Model(inputs, keras.layers.Dense(4, name="second")(x))
+
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, tower()(inputs) + tower()(inputs))
+    optimizer = keras_slsam.SLSAM("sgd", arms=arms)
+    optimizer.build(model.trainable_variables)
+    layers = [layer for inner in model.layers for layer in getattr(inner, "layers", [])]
+    expected = [{id(v) for v in la.variables} for la in layers if la.variables]
+    assert len(expected) == 4
+    assert [{id(v) for v in arm} for arm in optimizer.arms] == expected

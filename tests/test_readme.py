@@ -1,14 +1,20 @@
-"""The README's Python runs as it is printed."""
+"""The Python of the README and of the docs runs as it is printed."""
 
 import pathlib
 import re
 
 import pytest
 
-README = pathlib.Path(__file__).parent.parent / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
+ROOT = pathlib.Path(__file__).parent.parent
+BLOCKS = [
+    pytest.param(block, id=f"{file.name}-{number}")
+    for file in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for number, block in enumerate(
+        re.findall(r"```python\n(.*?)```", file.read_text("utf-8"), re.DOTALL)
+    )
+]
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_python_block_runs(block, capsys):
-    exec(compile(block, str(README), "exec"), {"__name__": "__main__"})
+    exec(compile(block, "block", "exec"), {"__name__": "__main__"})

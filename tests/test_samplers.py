@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+import keras_slsam
 from keras_slsam import samplers
 from keras_slsam import threefry
 
@@ -112,7 +113,7 @@ def test_draws_have_the_exact_conditional_distribution():
 
 
 def test_draws_with_tiny_probabilities_are_never_all_off():
-    sampler = sampler_with(np.full(5, 1e-8, "float32"))
+    sampler = sampler_with(np.full(5, 1e-8, "float32"), samplers.Uniform)
     draws = np.stack([numpy(sampler.draw()) for _ in range(500)])
     assert (draws.sum(axis=1) == 1).all()
     assert (draws.mean(axis=0) > 0.12).all()
@@ -225,6 +226,50 @@ def test_zero_norms_leave_the_proportional_sampler_uniform():
     np.testing.assert_allclose(numpy(sampler.probabilities), 0.5, rtol=1e-6)
 
 
+def test_variables_of_a_samplers_generators_and_lists_are_its_own():
+    class Own(samplers.Sampler):
+        def build(self, num_arms):
+            self.generator = keras.random.SeedGenerator(3)
+            self.rows = {"a": [keras.Variable([1.0]), keras.Variable([2.0])]}
+
+    sampler = Own()
+    assert sampler.variables == []
+    sampler.build(2)
+    expected = [sampler.generator.state, *sampler.rows["a"]]
+    assert [id(v) for v in sampler.variables] == [id(v) for v in expected]
+
+
+def test_drawing_with_keras_random_moves_on_inside_fit():
+    class Own(samplers.Sampler):
+        def build(self, num_arms):
+            self.num_arms = num_arms
+            self.generator = keras.random.SeedGenerator(3)
+
+        def draw(self):
+            unit = keras.random.uniform((self.num_arms,), seed=self.generator)
+            return ops.greater_equal(unit, ops.median(unit))
+
+    model = keras.Sequential([keras.Input((2,))] + [keras.layers.Dense(2)] * 1)
+    for _ in range(5):
+        model.add(keras.layers.Dense(2))
+    model = keras_slsam.sharpness_aware(model)
+    optimizer = keras_slsam.SLSAM("sgd", sampler=Own())
+    model.compile(optimizer=optimizer, loss="mse")
+    masks = set()
+    for _ in range(4):
+        model.train_on_batch(np.ones((2, 2)), np.ones((2, 2)))
+        masks.add(tuple(numpy(optimizer.active).tolist()))
+    assert len(masks) > 1
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64])
+def test_numbers_of_numpy_are_numbers(number):
+    sampler = samplers.Bandit(number(0.5), learning_rate=number(0.1), seed=np.int64(3))
+    assert sampler.get_config()["active_fraction"] == 0.5
+    assert type(sampler.get_config()["seed"]) is int
+    assert keras_slsam.SAM("sgd", rho=number(0.5)).rho == 0.5
+
+
 @pytest.mark.parametrize(
     "sampler",
     [
@@ -252,6 +297,8 @@ def test_config_round_trip(sampler):
         (lambda: samplers.Bandit(0.2, learning_rate=0), "learning_rate"),
         (lambda: samplers.Bandit(0.2, learning_rate=float("inf")), "learning_rate"),
         (lambda: samplers.Bandit(0.2, min_probability=0), "min_probability"),
+        (lambda: samplers.Bandit(0.2, min_probability=1e-60), "min_probability"),
+        (lambda: samplers.Bandit(0.2, min_probability=0.5), "min_probability"),
         (lambda: samplers.Proportional(0.2, momentum=1.0), "momentum"),
         (lambda: samplers.Proportional(0.02), "min_probability"),
     ],

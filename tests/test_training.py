@@ -190,6 +190,66 @@ def test_weights_are_as_before_if_a_step_raises(call):
     assert any((a != b).any() for a, b in zip(before, model.get_weights()))
 
 
+def test_weights_are_as_before_if_a_metric_raises():
+    def broken(y, y_pred):
+        raise RuntimeError("in a metric")
+
+    model, x, y = compiled("dense", "sgd")
+    model.compile(
+        optimizer=keras_slsam.SLSAM("sgd", active_fraction=0.5, seed=0),
+        loss=zoo.loss(),
+        metrics=[broken],
+        run_eagerly=True,
+    )
+    before = model.get_weights()
+    x, y = ops.convert_to_tensor(x), ops.convert_to_tensor(y)
+    with pytest.raises(RuntimeError, match="in a metric"):
+        keras_slsam.step(model, model.optimizer, (x, y))
+    for old, new in zip(before, model.get_weights()):
+        np.testing.assert_array_equal(old, new)
+
+
+@pytest.mark.parametrize("method", ["sam", "slsam", "sl+s2"])
+def test_metrics_see_the_mask_of_the_outputs(method):
+    tokens = np.array([[1, 2, 0, 0], [3, 0, 0, 0]])
+    inputs = keras.Input((4,), dtype="int32")
+    x = keras.layers.Embedding(5, 4, mask_zero=True)(inputs)
+    model = keras.Model(inputs, keras.layers.Dense(2)(x))
+    model = keras_slsam.sharpness_aware(model)
+    model.compile(
+        loss=zoo.loss(), metrics=["accuracy"], optimizer=methods(TINY)[method]
+    )
+    # All right where there is a token, all wrong where there is none.
+    predicted = np.argmax(model.predict(tokens, verbose=0), axis=-1)
+    y = np.where(tokens > 0, predicted, 1 - predicted)
+    expected = model.evaluate(tokens, y, return_dict=True, verbose=0)
+    logs = model.train_on_batch(tokens, y, return_dict=True)
+    assert logs["accuracy"] == expected["accuracy"] == 1.0
+    np.testing.assert_allclose(logs["loss"], expected["loss"], rtol=1e-5)
+
+
+def test_a_loss_of_the_models_own():
+    class Own(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = keras.layers.Dense(1)
+
+        def call(self, x):  # without `training`, like the next
+            return self.dense(x)
+
+        def compute_loss(self, x, y, y_pred, sample_weight=None):
+            return 3.0 * ops.mean(y_pred)
+
+    x, y = np.ones((4, 2), "float32"), np.zeros((4, 1), "float32")
+    model = keras_slsam.sharpness_aware(Own())
+    model.compile(optimizer=keras_slsam.SLSAM("sgd", active_fraction=1.0, seed=0))
+    output = model.predict(x, verbose=0)
+    logs = model.train_on_batch(x, y, return_dict=True)
+    np.testing.assert_allclose(logs["loss"], 3 * output.mean(), rtol=1e-5)
+    after = model.predict(x, verbose=0)
+    np.testing.assert_allclose(after - output, -0.01 * 3.0 * 3, rtol=1e-4)
+
+
 class Counts(keras.layers.Layer):
     """Counts the calls of Python: traces where the step is compiled."""
 
@@ -270,27 +330,39 @@ def test_one_synchronisation_a_step(sampler, monkeypatch):
     assert ours <= plain + 1
 
 
-def test_custom_loop_takes_the_same_step_as_fit():
+@pytest.mark.parametrize("name", ["dense", "two_inputs_and_outputs"])
+def test_custom_loop_takes_the_same_step_as_fit(name):
     results = []
     for custom in (False, True):
         optimizer = keras_slsam.SLSAM("adamw", active_fraction=0.5, seed=0)
-        model, x, y = compiled("dense", optimizer)
-        if not custom:
-            for _ in range(4):
-                model.train_on_batch(x, y)
+        model, x, y = compiled(name, optimizer)
+        if custom:
+            logs = run_custom_loop(model, optimizer, (x, y), steps=4)
         else:
-            optimizer.build(model.trainable_variables)
-            run_custom_loop(model, optimizer, (x, y), steps=4)
-        results.append(model.get_weights())
-    for one, other in zip(*results):
+            x, y = keras.tree.map_structure(lambda a: np.concatenate([a] * 4), (x, y))
+            kwargs = {"batch_size": zoo.BATCH, "shuffle": False, "verbose": 0}
+            history = model.fit(x, y, **kwargs).history
+            logs = {key: values[-1] for key, values in history.items()}
+        results.append((model.get_weights(), logs))
+    (weights, logs), (custom_weights, custom_logs) = results
+    for one, other in zip(weights, custom_weights):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+    # Averages over all steps, of the metrics and of each output's loss.
+    assert sorted(logs) == sorted(custom_logs)
+    assert len(logs) == {"dense": 2, "two_inputs_and_outputs": 4}[name]
+    for key, value in logs.items():
+        np.testing.assert_allclose(float(custom_logs[key]), value, rtol=1e-4)
 
 
 def run_custom_loop(model, optimizer, batch, steps):
+    """The loops of the README; returns the last metrics."""
     batch = keras.tree.map_structure(ops.convert_to_tensor, batch)
     if BACKEND == "jax":
         import jax
 
+        model.evaluate(*batch, verbose=0)
+        model.reset_metrics()
+        optimizer.build(model.trainable_variables)
         variables = (
             model.trainable_variables,
             model.non_trainable_variables,
@@ -317,7 +389,25 @@ def run_custom_loop(model, optimizer, batch, steps):
     else:
         for _ in range(steps):
             logs = keras_slsam.step(model, optimizer, batch)
-    assert "loss" in logs
+    return logs
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="state is given to the step on JAX only")
+def test_state_that_lacks_variables_is_refused():
+    optimizer = keras_slsam.SLSAM("adamw", active_fraction=0.5, seed=0)
+    model, x, y = compiled("dense", optimizer)
+    empty = ([], [], [], [])
+    with pytest.raises(ValueError, match=r"`state`.*optimizer.build"):
+        keras_slsam.stateless_step(model, optimizer, empty, (x, y))
+    optimizer.build(model.trainable_variables)
+    state = (
+        [v.value for v in model.trainable_variables],
+        [v.value for v in model.non_trainable_variables],
+        [v.value for v in optimizer.variables],
+        [v.value for v in model.metrics_variables],
+    )
+    with pytest.raises(ValueError, match=r"model.evaluate"):
+        keras_slsam.stateless_step(model, optimizer, state, (x, y))
 
 
 def test_a_plain_optimizer_trains_as_keras_does():
@@ -338,6 +428,13 @@ def test_mixin():
     model.fit(np.ones((4, 3)), np.ones((4, 1)), verbose=0)
     assert int(model.optimizer.iterations) == 1
     assert keras_slsam.sharpness_aware(model) is model
+
+
+def test_mixin_after_the_model_is_refused():
+    with pytest.raises(ValueError, match=r"`SAMTrainStep` before `keras.Model`"):
+
+        class Model(keras.Model, keras_slsam.SAMTrainStep):
+            pass
 
 
 def test_sharpness_aware_twice_is_once():

@@ -27,12 +27,14 @@ no_grad = contextlib.nullcontext  # JAX differentiates only what it is told to
 can_compile = True
 init_scope = contextlib.nullcontext
 
-# Calls of a traced function, and the parameter that holds its jaxpr. What
-# `jax.checkpoint` recomputes stays apart from the forward pass: conditions do that.
+# Calls of a traced function, by the name of the primitive, and the parameter that holds
+# its jaxpr. What `jax.checkpoint` recomputes stays apart from the forward pass:
+# conditions do that.
 _CALLS = {
-    primitives.jit_p: "jaxpr",
-    primitives.closed_call_p: "call_jaxpr",
-    primitives.remat_p: "jaxpr",
+    "jit": "jaxpr",
+    "pjit": "jaxpr",  # before JAX 0.7
+    primitives.closed_call_p.name: "call_jaxpr",
+    primitives.remat_p.name: "jaxpr",
 }
 
 # A condition would cost more than these do.
@@ -137,8 +139,8 @@ def _inline(jaxpr, inputs):
 
     for equation in jaxpr.eqns:
         arguments = renamed(equation.invars)
-        if equation.primitive in _CALLS:
-            inner = equation.params[_CALLS[equation.primitive]]
+        if equation.primitive.name in _CALLS:
+            inner = equation.params[_CALLS[equation.primitive.name]]
             body, results, more = _inline(inner, arguments)
             equations += body
             constants.update(more)

@@ -51,7 +51,16 @@ def value_and_grad(loss_fn, weights, arms, active, jit_compile=False):
         `((loss, aux), gradients)`. The gradient of an active weight that the loss
         does not reach is zero, that of an inactive weight `None` if `active` holds
         bools and zero otherwise. Those of embeddings are `tf.IndexedSlices`.
+
+    Raises:
+        ValueError: with several replicas, whose gradients would have to be exchanged.
     """
+    replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    if replicas > 1:
+        raise ValueError(
+            "Sharpness-aware steps under a `tf.distribute` strategy are not supported "
+            f"yet. Received: {replicas} replicas. Train on one device."
+        )
     if all(isinstance(on, bool) for on in active):
         return _record(loss_fn, weights, [active[arm] for arm in arms])
     wanted = [True] * len(weights)

@@ -65,13 +65,16 @@ def replayed(loss_fn):
     Returns:
         Function like `loss_fn`.
     """
-    state = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    generators = []
 
     def run(weights):
-        torch.set_rng_state(state)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
+        if generators:
+            for module, state in generators:
+                module.set_rng_state(state)
+        else:
+            kinds = {weight.device.type for weight in weights} - {"cpu"}
+            modules = [torch, *map(torch.get_device_module, kinds)]
+            generators.extend((module, module.get_rng_state()) for module in modules)
         return loss_fn(weights)
 
     return run

@@ -70,8 +70,8 @@ class RST(SharpnessAware):
             sampler=samplers.All(),
             name=name,
         )
-        self.probability = probability
-        self.seed = seed
+        self.probability = float(probability)
+        self.seed = None if seed is None else int(seed)
         self._first_seed = first_seed
 
     def build(self, variables):

@@ -2,6 +2,8 @@
 
 import contextlib
 import math
+import numbers
+import warnings
 
 import keras
 from keras import ops
@@ -54,7 +56,7 @@ class SharpnessAware(keras.optimizers.Optimizer):
         owner = type(self).__name__
         if (
             isinstance(rho, bool)
-            or not isinstance(rho, (int, float))
+            or not isinstance(rho, numbers.Real)
             or not (rho > 0 and math.isfinite(rho))
         ):
             raise ValueError(
@@ -66,7 +68,7 @@ class SharpnessAware(keras.optimizers.Optimizer):
         # The learning rate that counts is the base optimizer's.
         super().__init__(learning_rate=0.0, name=name)
         self.base_optimizer = base_optimizer
-        self.rho = rho
+        self.rho = float(rho)
         self.adaptive = adaptive
         self.sampler = sampler
         self.single_step = single_step
@@ -82,8 +84,8 @@ class SharpnessAware(keras.optimizers.Optimizer):
             variables: List of `keras.Variable`s, the model's trainable ones.
 
         Raises:
-            ValueError: if there are none, or `base_optimizer` belongs to another
-                model already.
+            ValueError: if there are none, if `base_optimizer` or the sampler belongs
+                to others already, or if `arms` returns something unhashable.
         """
         if self.built:
             return
@@ -104,10 +106,22 @@ class SharpnessAware(keras.optimizers.Optimizer):
                 f"`{owner}` does not support float8 training: its scales are not "
                 "weights that can be perturbed. Use another dtype policy."
             )
-        super().build(variables)
-        self.base_optimizer.build(variables)
+        if self.sampler.variables:
+            raise ValueError(
+                f"Argument `sampler` of `{owner}` belongs to another optimizer. "
+                f"Received: {self.sampler!r}. Make a new one for each optimizer."
+            )
+        # First what may be refused: a failed call leaves everything as it was.
         arms = arms_module.group(variables, self._grouping)
         num_arms = max(arms) + 1
+        if num_arms == 1 and not self._all_active:
+            warnings.warn(
+                f"`{owner}` found a single arm, which is active in every step: nothing "
+                f"is saved. Received: arms={self._grouping!r}.",
+                stacklevel=2,
+            )
+        super().build(variables)
+        self.base_optimizer.build(variables)
         self.arm_of = arms
         self._members = [
             [i for i, arm in enumerate(arms) if arm == number]
@@ -218,12 +232,29 @@ class SharpnessAware(keras.optimizers.Optimizer):
         Returns:
             List with one entry an arm: bools, or scalar boolean tensors inside a
             traced step.
+
+        Raises:
+            ValueError: if the sampler's mask has another shape, or is seen to have
+                no active arm.
         """
-        mask = self.sampler.draw()
+        mask = ops.cast(self.sampler.draw(), "bool")
+        expected = (len(self._members),)
+        if None not in mask.shape and tuple(mask.shape) != expected:
+            raise ValueError(
+                "`draw()` of a sampler must return a boolean tensor of shape "
+                f"(num_arms,), here {expected}. Received: shape {tuple(mask.shape)} "
+                f"of {self.sampler!r}"
+            )
         self._active.assign(mask)
         if self._all_active:
             return [True] * len(self._members)
-        return backend.concrete(mask)
+        active = backend.concrete(backend.read(self._active))
+        if not any(on is not False for on in active):
+            raise ValueError(
+                "`draw()` of a sampler must return at least one active arm. "
+                f"Received: none of {self.sampler!r}"
+            )
+        return active
 
     def draw_perturbed(self):
         """Whether this step has an ascent: a bool or a scalar boolean tensor."""
@@ -308,17 +339,19 @@ class SharpnessAware(keras.optimizers.Optimizer):
                 def update(arm=arm, indices=indices, variables=variables, slots=slots):
                     for count, own, _ in own_counts:
                         count.assign(own[arm])
-                    decayed = [v for v in variables if base._use_weight_decay(v)]
-                    if decayed:
-                        base._apply_weight_decay(decayed)
-                    for i, variable in zip(indices, variables):
-                        base.update_step(clipped[i], variable, learning_rate)
-                        if variable.constraint is not None:
-                            variable.assign(variable.constraint(variable))
+                    try:
+                        decayed = [v for v in variables if base._use_weight_decay(v)]
+                        if decayed:
+                            base._apply_weight_decay(decayed)
+                        for i, variable in zip(indices, variables):
+                            base.update_step(clipped[i], variable, learning_rate)
+                            if variable.constraint is not None:
+                                variable.assign(variable.constraint(variable))
+                    finally:
+                        for count, _, everyone in own_counts:
+                            count.assign(everyone)
                     for i, previous in zip(indices, slots):
                         previous.assign(gradients[i])
-                    for count, _, everyone in own_counts:
-                        count.assign(everyone)
 
                 state = variables + slots + base.variables
                 backend.when(active[arm], update, variables=state)

@@ -95,8 +95,10 @@ class SLSAM(SharpnessAware):
             single_step=single_step,
             name=name,
         )
-        self.active_fraction = active_fraction
-        self.seed = seed
+        self.active_fraction = (
+            None if active_fraction is None else float(active_fraction)
+        )
+        self.seed = None if seed is None else int(seed)
         self._sampler_name = sampler if isinstance(sampler, str) else None
 
     def get_config(self):
