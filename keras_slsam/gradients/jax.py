@@ -27,14 +27,15 @@ no_grad = contextlib.nullcontext  # JAX differentiates only what it is told to
 can_compile = True
 init_scope = contextlib.nullcontext
 
-# Calls of a traced function, by the name of the primitive, and the parameter that holds
-# its jaxpr. What `jax.checkpoint` recomputes stays apart from the forward pass:
-# conditions do that.
+# Calls of a traced function, by the name of the primitive, which differs from one JAX to
+# the next, and the parameter that holds its jaxpr. What `jax.checkpoint` recomputes
+# stays apart from the forward pass: conditions do that.
 _CALLS = {
     "jit": "jaxpr",
-    "pjit": "jaxpr",  # before JAX 0.7
-    primitives.closed_call_p.name: "call_jaxpr",
-    primitives.remat_p.name: "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "checkpoint": "jaxpr",
+    "remat2": "jaxpr",
 }
 
 # A condition would cost more than these do.
@@ -130,8 +131,9 @@ def _inline(jaxpr, inputs):
         `(equations, outputs, constants)`: a flat list, the variables and literals
         that hold the results, and a dict from variables to constant arrays.
     """
-    constants = dict(zip(jaxpr.constvars, getattr(jaxpr, "consts", ())))
-    jaxpr, equations = getattr(jaxpr, "jaxpr", jaxpr), []
+    arrays, equations = getattr(jaxpr, "consts", ()), []
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    constants = dict(zip(jaxpr.constvars, arrays))
     names = dict(zip(jaxpr.invars, inputs))
 
     def renamed(atoms):
@@ -193,7 +195,7 @@ def _partition(jaxpr, demands, everyone):
             invars=[v for v in read if v not in made],
             outvars=[v for v in made if readers[v] - {demand}],
             eqns=body,
-            effects=core.no_effects if demand != everyone else jaxpr.effects,
+            effects=frozenset() if demand != everyone else jaxpr.effects,
         )
     return parts
 
