@@ -64,8 +64,7 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
         weights = [backend.read(v) for v in variables]  # w
         if optimizer.single_step:
             # Up along the gradient of the last step: one pass, h = grad(w + e).
-            previous = optimizer.previous_gradients
-            squared_norm = optimizer.previous_squared_norm
+            previous, squared_norm = optimizer.previous_gradients()
             perturbed = optimizer.perturb(weights, previous, squared_norm, active)
             (loss, outputs), gradients = value_and_grad(perturbed)
             squares = optimizer.squared_norms(gradients, active)
@@ -82,7 +81,7 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
         # The weights move last: where something raises, they have not.
         logs = _record(model, x, y, sample_weight, loss, outputs)
         optimizer.learn(squares)
-        optimizer.descend(gradients, active)  # the base step at w, with h
+        optimizer.descend(gradients, squares, active)  # the base step at w, with h
         return logs
 
 

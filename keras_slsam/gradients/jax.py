@@ -27,9 +27,9 @@ no_grad = contextlib.nullcontext  # JAX differentiates only what it is told to
 can_compile = True
 init_scope = contextlib.nullcontext
 
-# Calls of a traced function, by the name of the primitive, which differs from one JAX to
-# the next, and the parameter that holds its jaxpr. What `jax.checkpoint` recomputes
-# stays apart from the forward pass: conditions do that.
+# Calls of a traced function, by the name of the primitive (which changes with JAX), and
+# the parameter that holds its jaxpr. What `jax.checkpoint` recomputes stays apart from
+# the forward pass: conditions do that.
 _CALLS = {
     "jit": "jaxpr",
     "pjit": "jaxpr",

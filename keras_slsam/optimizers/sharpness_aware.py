@@ -1,6 +1,5 @@
 """The base of all our optimizers: a wrapper around a Keras optimizer."""
 
-import contextlib
 import math
 import numbers
 import warnings
@@ -9,6 +8,7 @@ import keras
 from keras import ops
 
 from keras_slsam import arms as arms_module
+from keras_slsam import base_step
 from keras_slsam import gradients as backend
 from keras_slsam import perturbation
 from keras_slsam import samplers
@@ -63,7 +63,14 @@ class SharpnessAware(keras.optimizers.Optimizer):
                 f"Argument `rho` of `{owner}` is the radius of the perturbation and "
                 f"must be a finite number > 0. Received: rho={rho!r}"
             )
-        base_optimizer = _get_base_optimizer(owner, base_optimizer)
+        if isinstance(base_optimizer, SharpnessAware):
+            raise ValueError(
+                f"Argument `base_optimizer` of `{owner}` is one of ours already; "
+                "perturbations do not nest. Give it a Keras optimizer, like "
+                '`keras.optimizers.AdamW(2e-5)` or "adamw". '
+                f"Received: base_optimizer={base_optimizer!r}"
+            )
+        base_optimizer = base_step.get(owner, base_optimizer)
         arms_module.validate(arms)
         # The learning rate that counts is the base optimizer's.
         super().__init__(learning_rate=0.0, name=name)
@@ -74,8 +81,9 @@ class SharpnessAware(keras.optimizers.Optimizer):
         self.single_step = single_step
         self._grouping = arms
         self._all_active = type(sampler) is samplers.All
-        if not self._all_active:
-            _check_can_skip_arms(owner, base_optimizer)
+        accumulates = bool(base_optimizer.gradient_accumulation_steps)
+        if not self._all_active or (single_step and accumulates):
+            base_step.check_can_skip_arms(owner, base_optimizer)
 
     def build(self, variables):
         """Makes the state: the sampler's, the base optimizer's and ours.
@@ -131,23 +139,14 @@ class SharpnessAware(keras.optimizers.Optimizer):
         dtype = keras.backend.result_type("float32", *(v.dtype for v in variables))
         self._active = self.add_variable((num_arms,), dtype="bool", name="active")
         self._norms = self.add_variable((num_arms,), dtype=dtype, name="norms")
-        if self.single_step:
-            self._previous = self.add_optimizer_variables(
-                variables, "previous_gradient"
-            )
-            self._previous_squares = self.add_variable(
-                (num_arms,), dtype=dtype, name="previous_squares"
-            )
-        if not self._all_active:
-            self._own_iterations = self.add_variable(
-                (num_arms,),
-                dtype=self.base_optimizer.iterations.dtype,
-                name="own_iterations",
-            )
-            if isinstance(self.base_optimizer, keras.optimizers.Nadam):
-                self._own_products = self.add_variable(
-                    (num_arms,), "ones", dtype=variables[0].dtype, name="own_products"
-                )
+        self._base_step = base_step.BaseStep(
+            self.base_optimizer,
+            variables,
+            self._members,
+            all_active=self._all_active,
+            remember=self.single_step,
+            owner=self,
+        )
 
     @property
     def variables(self):
@@ -194,19 +193,16 @@ class SharpnessAware(keras.optimizers.Optimizer):
     def learning_rate(self, learning_rate):
         self.base_optimizer.learning_rate = learning_rate
 
-    @property
     def previous_gradients(self):
-        """List of tensors, the gradient last applied to each variable, or 0.
+        """The ascent of `single_step`: the gradient last applied to each variable.
 
-        Only with `single_step`.
+        Returns:
+            Tuple of a list of tensors, 0 where there was none, and a float scalar,
+            the squared norm of those of the active arms.
         """
-        return [backend.read(previous) for previous in self._previous]
-
-    @property
-    def previous_squared_norm(self):
-        """Float scalar, the squared norm of the active `previous_gradients`."""
-        squares = backend.read(self._previous_squares)
-        return ops.sum(ops.where(backend.read(self._active), squares, 0.0))
+        gradients, squares = self._base_step.applied()
+        active = backend.read(self._active)
+        return gradients, ops.sum(ops.where(active, squares, 0.0))
 
     def check_variables(self, variables):
         """Checks that the optimizer was built for just these variables.
@@ -237,15 +233,11 @@ class SharpnessAware(keras.optimizers.Optimizer):
             ValueError: if the sampler's mask has another shape, or is seen to have
                 no active arm.
         """
-        mask = ops.cast(self.sampler.draw(), "bool")
-        expected = (len(self._members),)
-        if None not in mask.shape and tuple(mask.shape) != expected:
-            raise ValueError(
-                "`draw()` of a sampler must return a boolean tensor of shape "
-                f"(num_arms,), here {expected}. Received: shape {tuple(mask.shape)} "
-                f"of {self.sampler!r}"
-            )
-        self._active.assign(mask)
+        backend.when(
+            self._base_step.is_first(),
+            self._draw,
+            variables=[self._active, *self.sampler.variables],
+        )
         if self._all_active:
             return [True] * len(self._members)
         active = backend.concrete(backend.read(self._active))
@@ -255,6 +247,17 @@ class SharpnessAware(keras.optimizers.Optimizer):
                 f"Received: none of {self.sampler!r}"
             )
         return active
+
+    def _draw(self):
+        mask = ops.cast(self.sampler.draw(), "bool")
+        expected = (len(self._members),)
+        if None not in mask.shape and tuple(mask.shape) != expected:
+            raise ValueError(
+                "`draw()` of a sampler must return a boolean tensor of shape "
+                f"(num_arms,), here {expected}. Received: shape {tuple(mask.shape)} "
+                f"of {self.sampler!r}"
+            )
+        self._active.assign(mask)
 
     def draw_perturbed(self):
         """Whether this step has an ascent: a bool or a scalar boolean tensor."""
@@ -294,105 +297,37 @@ class SharpnessAware(keras.optimizers.Optimizer):
             directions, self._members, active, self._norms.dtype
         )
 
-    def descend(self, gradients, active):
+    def descend(self, gradients, squares, active):
         """The base optimizer's step with `gradients`, on the active arms only.
 
         Args:
             gradients: List of tensors, one a variable.
+            squares: List of float scalars, the squared norms of the arms' gradients.
             active: What `draw_active` returned.
         """
-        if self._all_active:
-            self.base_optimizer.apply(gradients, self._trainable_variables)
-            if self.single_step:
-                for previous, gradient in zip(self._previous, gradients):
-                    previous.assign(gradient)
-        else:
-            self._descend_on_active(gradients, active)
+        self._base_step(gradients, squares, active)
 
     def learn(self, squares):
         """Records the arms' norms and lets the sampler learn from them.
 
+        In a window of accumulated gradients the norms are root mean squares, and the
+        sampler learns from them once.
+
         Args:
             squares: List of float scalars, the arms' squared gradient norms.
         """
-        active, squares = backend.read(self._active), ops.stack(squares)
-        if self.single_step:
-            previous = backend.read(self._previous_squares)
-            self._previous_squares.assign(ops.where(active, squares, previous))
+        squares = ops.stack(squares)
+        if self.base_optimizer.gradient_accumulation_steps:
+            position = ops.cast(self._base_step.position(), squares.dtype)
+            before = ops.square(self._norms) * position
+            squares = (before + squares) / (position + 1)
         norms = ops.sqrt(squares)
         self._norms.assign(norms)
-        self.sampler.update(active, norms)
-
-    def _descend_on_active(self, gradients, active):
-        # `apply` would count, decay and average all variables alike, so its parts
-        # are called one arm at a time. Keras has no public names for them.
-        base = self.base_optimizer
-        present = [i for i, gradient in enumerate(gradients) if gradient is not None]
-        clipped = base._clip_gradients([gradients[i] for i in present])
-        clipped = dict(zip(present, clipped))
-        own_counts, counts_after = self._own_counts()
-        with _fixed_learning_rate(base) as learning_rate:
-            for arm, indices in enumerate(self._members):
-                variables = [self._trainable_variables[i] for i in indices]
-                slots = [self._previous[i] for i in indices] if self.single_step else []
-
-                def update(arm=arm, indices=indices, variables=variables, slots=slots):
-                    for count, own, _ in own_counts:
-                        count.assign(own[arm])
-                    try:
-                        decayed = [v for v in variables if base._use_weight_decay(v)]
-                        if decayed:
-                            base._apply_weight_decay(decayed)
-                        for i, variable in zip(indices, variables):
-                            base.update_step(clipped[i], variable, learning_rate)
-                            if variable.constraint is not None:
-                                variable.assign(variable.constraint(variable))
-                    finally:
-                        for count, _, everyone in own_counts:
-                            count.assign(everyone)
-                    for i, previous in zip(indices, slots):
-                        previous.assign(gradients[i])
-
-                state = variables + slots + base.variables
-                backend.when(active[arm], update, variables=state)
-        for variable, value in counts_after:
-            variable.assign(value)
-        if base.use_ema:
-            self._average()
-        base.iterations.assign_add(1)
-
-    def _own_counts(self):
-        """What the base optimizer counts, for each arm by its own updates.
-
-        Returns:
-            Two lists: `(variable of the base optimizer, its value for each arm, its
-            value for the whole)`, and `(variable of ours, its value after the step)`.
-        """
-        base, own = self.base_optimizer, self._own_iterations
-        active = backend.read(self._active)
-        counts = [(base.iterations, ops.copy(own), ops.copy(base.iterations))]
-        after = [(own, own + ops.cast(active, own.dtype))]
-        if isinstance(base, keras.optimizers.Nadam):
-            # Nadam keeps a running product of its momentum schedule, mu_1 ... mu_t.
-            before = backend.read(self._own_products)
-            step = ops.cast(own + 1, before.dtype)
-            decay = ops.power(ops.cast(0.96, before.dtype), step)
-            product = before * base.beta_1 * (1.0 - 0.5 * decay)
-            counts.append((base._u_product, product, ops.copy(base._u_product)))
-            after.append((self._own_products, ops.where(active, product, before)))
-        return counts, after
-
-    def _average(self):
-        # The moving average is that of the whole model, step by step.
-        base, variables = self.base_optimizer, self._trainable_variables
-        base._update_model_variables_moving_average(variables)
-        if base.ema_overwrite_frequency:
-            due = (base.iterations + 1) % base.ema_overwrite_frequency == 0
-            backend.when(
-                due,
-                lambda: base._overwrite_model_variables_with_average_value(variables),
-                variables=variables + base.variables,
-            )
+        backend.when(
+            self._base_step.is_last(),
+            lambda: self.sampler.update(backend.read(self._active), norms),
+            variables=[self._active, *self.sampler.variables],
+        )
 
     def apply(self, grads, trainable_variables=None):
         """Refuses: gradients alone do not make a sharpness-aware step.
@@ -434,77 +369,3 @@ class SharpnessAware(keras.optimizers.Optimizer):
             config["base_optimizer"], custom_objects=custom_objects
         )
         return cls(**config)
-
-
-def _get_base_optimizer(owner, base_optimizer):
-    received = f"Received: base_optimizer={base_optimizer!r}"
-    if isinstance(base_optimizer, SharpnessAware):
-        raise ValueError(
-            f"Argument `base_optimizer` of `{owner}` is one of ours already; "
-            "perturbations do not nest. Give it a Keras optimizer, like "
-            f'`keras.optimizers.AdamW(2e-5)` or "adamw". {received}'
-        )
-    if isinstance(base_optimizer, keras.optimizers.LossScaleOptimizer):
-        raise ValueError(
-            f"Argument `base_optimizer` of `{owner}` must not scale the loss: the "
-            "scaling goes around our optimizer. Give it the optimizer that was "
-            f"wrapped. {received}"
-        )
-    try:
-        optimizer = keras.optimizers.get(base_optimizer)
-    except (ValueError, TypeError, KeyError) as error:
-        raise _not_an_optimizer(owner, received) from error
-    if optimizer is None:
-        raise _not_an_optimizer(owner, received)
-    if optimizer.loss_scale_factor:
-        raise ValueError(
-            f"Argument `base_optimizer` of `{owner}` must not have a "
-            "`loss_scale_factor`: the perturbation needs the true gradients. "
-            f"Received: loss_scale_factor={optimizer.loss_scale_factor!r}"
-        )
-    return optimizer
-
-
-def _not_an_optimizer(owner, received):
-    return ValueError(
-        f"Argument `base_optimizer` of `{owner}` must be what `keras.optimizers.get` "
-        "takes: a Keras optimizer, the name of one, or its config. "
-        f'{received}. For example `keras.optimizers.AdamW(2e-5)` or "adamw".'
-    )
-
-
-def _check_can_skip_arms(owner, base_optimizer):
-    name = type(base_optimizer).__name__
-    if type(base_optimizer).update_step is keras.optimizers.Optimizer.update_step:
-        raise ValueError(
-            f"Argument `base_optimizer` of `{owner}` must update one variable at a "
-            f"time (`update_step`), which `{name}` does not: it cannot leave out the "
-            "inactive ones. Use another optimizer, or `SAM` or `S2SAM`."
-        )
-    if base_optimizer.gradient_accumulation_steps:
-        raise ValueError(
-            f"Argument `base_optimizer` of `{owner}` must not have "
-            "`gradient_accumulation_steps`: each micro-batch would draw other arms. "
-            "Received: gradient_accumulation_steps="
-            f"{base_optimizer.gradient_accumulation_steps}. Leave it out, or use "
-            "`SAM` or `S2SAM`."
-        )
-
-
-@contextlib.contextmanager
-def _fixed_learning_rate(optimizer):
-    """The learning rate of this global step, also where an own count is read.
-
-    A schedule computes it from the optimizer's `iterations`, which an arm's update
-    finds replaced by the arm's own count.
-    """
-    learning_rate = ops.convert_to_tensor(optimizer.learning_rate)
-    schedule = optimizer._learning_rate
-    if isinstance(schedule, keras.Variable):
-        yield learning_rate
-        return
-    optimizer.learning_rate = lambda: learning_rate
-    try:
-        yield learning_rate
-    finally:
-        optimizer.learning_rate = schedule

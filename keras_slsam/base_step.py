@@ -1,0 +1,302 @@
+"""The base optimizer's step, on the active arms only.
+
+An inactive variable keeps its value, its moments and its step count, and gets no
+weight decay, as if the step had not happened for it. `Optimizer.apply` would count,
+decay and average all variables alike, so its parts are called here one arm at a time;
+Keras has no public names for them.
+"""
+
+import contextlib
+
+import keras
+from keras import ops
+
+from keras_slsam import gradients as backend
+from keras_slsam import perturbation
+
+
+class BaseStep:
+    """The step of a base optimizer on the active arms only.
+
+    With `gradient_accumulation_steps` the gradients of a window of steps are added
+    up, and their mean is applied by the last of them.
+
+    Args:
+        base_optimizer: `keras.optimizers.Optimizer`, built.
+        variables: List of `keras.Variable`s, those that it was built for.
+        members: List of lists of int, the variables of each arm.
+        all_active: bool, whether all arms are active in every step.
+        remember: bool, whether to keep the gradients that are applied.
+        owner: `keras.optimizers.Optimizer`, which makes and holds the state.
+    """
+
+    def __init__(self, base_optimizer, variables, members, all_active, remember, owner):
+        self._base = base_optimizer
+        self._variables = variables
+        self._members = members
+        self._all_active = all_active
+        self._dtype = keras.backend.result_type(
+            "float32", *(v.dtype for v in variables)
+        )
+        self._state = []
+        shape = (len(members),)
+
+        def add(name, dtype, initializer="zeros"):
+            self._state.append(owner.add_variable(shape, initializer, dtype, name=name))
+            return self._state[-1]
+
+        if remember:
+            self._applied = owner.add_optimizer_variables(
+                variables, "previous_gradient"
+            )
+            self._state += self._applied
+            self._applied_squares = add("previous_squares", self._dtype)
+        else:
+            self._applied = []
+        if not all_active:
+            self._own_iterations = add(
+                "own_iterations", base_optimizer._iterations.dtype
+            )
+            if isinstance(base_optimizer, keras.optimizers.Nadam):
+                self._own_products = add("own_products", variables[0].dtype, "ones")
+
+    def __call__(self, gradients, squares, active):
+        """Updates the active arms, or adds up their gradients.
+
+        Args:
+            gradients: List of tensors, one a variable; anything where inactive.
+            squares: List of float scalars, the squared norms of the arms' gradients.
+            active: List of bools or scalar boolean tensors, one an arm.
+        """
+        base = self._base
+        steps = base.gradient_accumulation_steps
+        if self._all_active and not (steps and self._applied):
+            base.apply(gradients, self._variables)
+            if self._applied:
+                for applied, gradient in zip(self._applied, gradients):
+                    applied.assign(gradient)
+                self._applied_squares.assign(ops.stack(squares))
+            return
+        if steps:
+            self._accumulate(gradients, active)
+            state = self._variables + self._state + base.variables
+            backend.when(
+                self.is_last(), lambda: self._apply_mean(active), variables=state
+            )
+        else:
+            self._update(gradients, squares, active)
+        if base.use_ema:
+            self._average()
+        base._iterations.assign_add(1)
+
+    def applied(self):
+        """The gradient last applied to each variable, or 0, and the arms' norms.
+
+        Returns:
+            Tuple of a list of tensors and a float tensor of shape `(num_arms,)`, the
+            squared norms.
+        """
+        gradients = [backend.read(gradient) for gradient in self._applied]
+        return gradients, backend.read(self._applied_squares)
+
+    def position(self):
+        """Int tensor, how many steps of this window were made before this one."""
+        return self._base._iterations % (self._base.gradient_accumulation_steps or 1)
+
+    def is_first(self):
+        """Whether this is the first step of a window: bool or boolean tensor."""
+        return self._known(0)
+
+    def is_last(self):
+        """Whether this is the last step of a window: bool or boolean tensor."""
+        return self._known((self._base.gradient_accumulation_steps or 1) - 1)
+
+    def _known(self, position):
+        if not self._base.gradient_accumulation_steps:
+            return True
+        (answer,) = backend.concrete(ops.reshape(self.position() == position, (1,)))
+        return answer
+
+    def _accumulate(self, gradients, active):
+        sums = self._base._accumulated_gradients
+        for on, indices in zip(active, self._members):
+
+            def add(indices=indices):
+                for i in indices:
+                    one = ops.ones((), sums[i].dtype)
+                    total = backend.add(backend.read(sums[i]), gradients[i], one)
+                    sums[i].assign(total)
+
+            backend.when(on, add, variables=[sums[i] for i in indices])
+
+    def _apply_mean(self, active):
+        sums = self._base._accumulated_gradients
+        share = 1.0 / self._base.gradient_accumulation_steps
+        means = [backend.read(total) for total in sums]
+        for on, indices in zip(active, self._members):
+            found = backend.cond(
+                on,
+                lambda i=indices: [means[j] * share for j in i],
+                lambda i=indices: [means[j] for j in i],
+            )
+            for i, mean in zip(indices, found):
+                means[i] = mean
+        squares = perturbation.squared_norms(means, self._members, active, self._dtype)
+        self._update(means, squares, active)
+        for on, indices in zip(active, self._members):
+
+            def reset(indices=indices):
+                for i in indices:
+                    sums[i].assign(ops.zeros_like(sums[i]))
+
+            backend.when(on, reset, variables=[sums[i] for i in indices])
+
+    def _update(self, gradients, squares, active):
+        base = self._base
+        present = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        clipped = base._clip_gradients([gradients[i] for i in present])
+        clipped = dict(zip(present, clipped))
+        mask = ops.convert_to_tensor(active, dtype="bool")
+        own_counts, counts_after = self._own_counts(mask)
+        with _fixed_learning_rate(base) as learning_rate:
+            for arm, indices in enumerate(self._members):
+                variables = [self._variables[i] for i in indices]
+                slots = [self._applied[i] for i in indices] if self._applied else []
+
+                def update(arm=arm, indices=indices, variables=variables, slots=slots):
+                    for count, own, _ in own_counts:
+                        count.assign(own[arm])
+                    try:
+                        decayed = [v for v in variables if base._use_weight_decay(v)]
+                        if decayed:
+                            base._apply_weight_decay(decayed)
+                        for i, variable in zip(indices, variables):
+                            base.update_step(clipped[i], variable, learning_rate)
+                            if variable.constraint is not None:
+                                variable.assign(variable.constraint(variable))
+                    finally:
+                        for count, _, everyone in own_counts:
+                            count.assign(everyone)
+                    for i, applied in zip(indices, slots):
+                        applied.assign(gradients[i])
+
+                state = variables + slots + base.variables
+                backend.when(active[arm], update, variables=state)
+        for variable, value in counts_after:
+            variable.assign(value)
+        if self._applied:
+            before = backend.read(self._applied_squares)
+            self._applied_squares.assign(ops.where(mask, ops.stack(squares), before))
+
+    def _own_counts(self, mask):
+        """What the base optimizer counts, for each arm by its own updates.
+
+        Returns:
+            Two lists: `(variable of the base optimizer, its value for each arm, its
+            value for the whole)`, and `(variable of ours, its value after the step)`.
+        """
+        if self._all_active:
+            return [], []
+        base, own = self._base, self._own_iterations
+        # The base optimizer's own variable counts the steps of each window.
+        steps = base.gradient_accumulation_steps or 1
+        whole = base._iterations
+        counts = [(whole, ops.copy(own) * steps, ops.copy(whole))]
+        after = [(own, own + ops.cast(mask, own.dtype))]
+        if isinstance(base, keras.optimizers.Nadam):
+            # Nadam keeps a running product of its momentum schedule, mu_1 ... mu_t.
+            before = backend.read(self._own_products)
+            step = ops.cast(own + 1, before.dtype)
+            decay = ops.power(ops.cast(0.96, before.dtype), step)
+            product = before * base.beta_1 * (1.0 - 0.5 * decay)
+            counts.append((base._u_product, product, ops.copy(base._u_product)))
+            after.append((self._own_products, ops.where(mask, product, before)))
+        return counts, after
+
+    def _average(self):
+        # The moving average is that of the whole model, step by step.
+        base, variables = self._base, self._variables
+        base._update_model_variables_moving_average(variables)
+        if base.ema_overwrite_frequency:
+            due = (base.iterations + 1) % base.ema_overwrite_frequency == 0
+            backend.when(
+                due,
+                lambda: base._overwrite_model_variables_with_average_value(variables),
+                variables=variables + base.variables,
+            )
+
+
+@contextlib.contextmanager
+def _fixed_learning_rate(optimizer):
+    """The learning rate of this global step, also where an own count is read.
+
+    A schedule computes it from the optimizer's `iterations`, which an arm's update
+    finds replaced by the arm's own count.
+    """
+    learning_rate = ops.convert_to_tensor(optimizer.learning_rate)
+    schedule = optimizer._learning_rate
+    if isinstance(schedule, keras.Variable):
+        yield learning_rate
+        return
+    optimizer.learning_rate = lambda: learning_rate
+    try:
+        yield learning_rate
+    finally:
+        optimizer.learning_rate = schedule
+
+
+def get(owner, base_optimizer):
+    """The optimizer that an argument `base_optimizer` stands for.
+
+    Args:
+        owner: String, who asks, for the messages.
+        base_optimizer: What `keras.optimizers.get` takes.
+
+    Returns:
+        `keras.optimizers.Optimizer`.
+
+    Raises:
+        ValueError: if it stands for none, or for one that cannot be used.
+    """
+    received = f"Received: base_optimizer={base_optimizer!r}"
+    if isinstance(base_optimizer, keras.optimizers.LossScaleOptimizer):
+        raise ValueError(
+            f"Argument `base_optimizer` of `{owner}` must not scale the loss: the "
+            "scaling goes around our optimizer. Give it the optimizer that was "
+            f"wrapped. {received}"
+        )
+    try:
+        optimizer = keras.optimizers.get(base_optimizer)
+    except (ValueError, TypeError, KeyError) as error:
+        raise _not_an_optimizer(owner, received) from error
+    if optimizer is None:
+        raise _not_an_optimizer(owner, received)
+    if optimizer.loss_scale_factor:
+        raise ValueError(
+            f"Argument `base_optimizer` of `{owner}` must not have a "
+            "`loss_scale_factor`: the perturbation needs the true gradients. "
+            f"Received: loss_scale_factor={optimizer.loss_scale_factor!r}"
+        )
+    return optimizer
+
+
+def _not_an_optimizer(owner, received):
+    return ValueError(
+        f"Argument `base_optimizer` of `{owner}` must be what `keras.optimizers.get` "
+        "takes: a Keras optimizer, the name of one, or its config. "
+        f'{received}. For example `keras.optimizers.AdamW(2e-5)` or "adamw".'
+    )
+
+
+def check_can_skip_arms(owner, base_optimizer):
+    """Checks that an optimizer can update one variable and leave out another.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    if type(base_optimizer).update_step is keras.optimizers.Optimizer.update_step:
+        raise ValueError(
+            f"Argument `base_optimizer` of `{owner}` must update one variable at a "
+            f"time (`update_step`), which `{type(base_optimizer).__name__}` does not: "
+            "it cannot leave out the inactive ones. Use another optimizer, or `SAM`."
+        )
