@@ -147,7 +147,7 @@ class BaseStep:
 
             def reset(indices=indices):
                 for i in indices:
-                    sums[i].assign(ops.zeros_like(sums[i]))
+                    sums[i].assign(ops.zeros_like(backend.read(sums[i])))
 
             backend.when(on, reset, variables=[sums[i] for i in indices])
 

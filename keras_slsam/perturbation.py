@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_slsam.gradients import add
 from keras_slsam.gradients import cond
+from keras_slsam.gradients import multiply
 from keras_slsam.gradients import squared_sum
 
 _EPSILON = 1e-12
@@ -45,6 +46,31 @@ def squared_norms(directions, members, active, dtype, weights=None):
         cond(on, lambda i=indices: of_arm(i), lambda: ops.zeros((), dtype))
         for on, indices in zip(active, members)
     ]
+
+
+def unscale(gradients, members, active, scale):
+    """Gradients divided by the scale of the loss, where the arm is active.
+
+    Args:
+        gradients: List of tensors, one a variable; anything, or `None`, where the
+            arm is inactive.
+        members: List of lists of int, the variables of each arm.
+        active: List of bools or scalar boolean tensors, one an arm.
+        scale: Float scalar.
+
+    Returns:
+        List of tensors like `gradients`.
+    """
+    result = list(gradients)
+    for on, indices in zip(active, members):
+        values = cond(
+            on,
+            lambda i=indices: [multiply(gradients[j], 1.0 / scale) for j in i],
+            lambda i=indices: [gradients[j] for j in i],
+        )
+        for i, value in zip(indices, values):
+            result[i] = value
+    return result
 
 
 def perturb(weights, directions, squared_norm, members, active, rho, adaptive=False):

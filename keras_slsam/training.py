@@ -12,9 +12,8 @@ from keras.src.backend.common.masking import get_keras_mask
 from keras.src.backend.common.masking import set_keras_mask
 
 from keras_slsam import gradients as backend
+from keras_slsam import loss_scale
 from keras_slsam.optimizers.sharpness_aware import SharpnessAware
-
-_LAYERS_WITH_OWN_WEIGHTS = (keras.layers.TorchModuleWrapper, keras.layers.TFSMLayer)
 
 
 def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
@@ -27,7 +26,8 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
     Args:
         model: `keras.Model`, compiled with a loss; its `compute_loss` and
             `compute_metrics` are used.
-        optimizer: `SAM`, `S2SAM`, `SLSAM` or `RST`.
+        optimizer: `SAM`, `S2SAM`, `SLSAM` or `RST`, or a Keras
+            `LossScaleOptimizer` around one of them.
         data: Tuple `(x, y)` or `(x, y, sample_weight)` of one batch.
 
     Returns:
@@ -51,26 +51,29 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
     """
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
     _prepare(model, optimizer, x)
+    scaler, optimizer = loss_scale.split(optimizer)
     variables = model.trainable_variables
-    loss_fn = _make_loss_function(model, variables, x, y, sample_weight)
-
-    def value_and_grad(weights):
-        return backend.value_and_grad(
-            loss_fn, weights, optimizer.arm_of, active, model.jit_compile
-        )
-
     with backend.no_grad():
+        scale = loss_scale.read(scaler)
+        loss_fn = _make_loss_function(model, variables, x, y, sample_weight, scale)
         active = optimizer.draw_active()
+
+        def value_and_grad(weights):
+            (_, outputs), gradients = backend.value_and_grad(
+                loss_fn, weights, optimizer.arm_of, active, model.jit_compile
+            )
+            return outputs, optimizer.unscale(gradients, active, scale)
+
         weights = [backend.read(v) for v in variables]  # w
         if optimizer.single_step:
             # Up along the gradient of the last step: one pass, h = grad(w + e).
             previous, squared_norm = optimizer.previous_gradients()
             perturbed = optimizer.perturb(weights, previous, squared_norm, active)
-            (loss, outputs), gradients = value_and_grad(perturbed)
+            outputs, gradients = value_and_grad(perturbed)
             squares = optimizer.squared_norms(gradients, active)
         else:
             # First pass, g = grad(w); second pass, h = grad(w + e).
-            (loss, outputs), first = value_and_grad(weights)
+            outputs, first = value_and_grad(weights)
             squares = optimizer.squared_norms(first, active)
 
             def second():
@@ -78,10 +81,19 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
                 return value_and_grad(perturbed)[1]
 
             gradients = backend.cond(optimizer.draw_perturbed(), second, lambda: first)
+
+        def update():
+            optimizer.learn(squares)
+            optimizer.descend(gradients, squares, active)  # the base step at w, with h
+
         # The weights move last: where something raises, they have not.
-        logs = _record(model, x, y, sample_weight, loss, outputs)
-        optimizer.learn(squares)
-        optimizer.descend(gradients, squares, active)  # the base step at w, with h
+        logs = _record(model, x, y, sample_weight, outputs)
+        if scaler is None:
+            update()
+        else:
+            norms = squares + optimizer.squared_norms(gradients, active)
+            state = variables + optimizer.variables
+            loss_scale.update_if_finite(scaler, sum(norms), update, state)
         return logs
 
 
@@ -211,14 +223,7 @@ def sharpness_aware(model: keras.Model) -> keras.Model:
 
 def _train_step(model, keras_train_step, *args):
     optimizer = model.optimizer
-    if isinstance(getattr(optimizer, "inner_optimizer", None), SharpnessAware):
-        raise ValueError(
-            "A model with the dtype policy 'mixed_float16' is compiled with a "
-            "`LossScaleOptimizer` around the optimizer, and perturbations of scaled "
-            f"gradients are not supported. Received: optimizer={optimizer!r}. Use "
-            "the policy 'mixed_bfloat16' or 'float32'."
-        )
-    if not isinstance(optimizer, SharpnessAware):
+    if not isinstance(loss_scale.split(optimizer)[1], SharpnessAware):
         return keras_train_step(*args)
     if len(args) == 2:
         # The stateless trainer of the JAX backend gives `(state, data)`.
@@ -237,7 +242,7 @@ def _state_variables(model, optimizer):
 
 def _prepare(model, optimizer, x):
     """Checks what a step is called with, and builds what is not built yet."""
-    if not isinstance(optimizer, SharpnessAware):
+    if not isinstance(loss_scale.split(optimizer)[1], SharpnessAware):
         raise ValueError(
             "Argument `optimizer` must be `SAM`, `S2SAM`, `SLSAM` or `RST` of "
             f"keras_slsam. Received: optimizer={optimizer!r}"
@@ -250,12 +255,11 @@ def _prepare(model, optimizer, x):
         )
     for layer in model._flatten_layers():
         # Keras has no public name for the layers at any depth.
-        if isinstance(layer, _LAYERS_WITH_OWN_WEIGHTS):
+        if isinstance(layer, keras.layers.TFSMLayer) and layer.trainable_variables:
             raise ValueError(
-                f"The layer {layer.name!r}, a `{type(layer).__name__}`, reads weights "
-                "that Keras cannot replace by perturbed ones, so it would be trained "
-                "with wrong gradients. Write it with Keras layers, or keep it out of "
-                "the model that is trained."
+                f"The layer {layer.name!r}, a `TFSMLayer`, reads weights that Keras "
+                "cannot replace by perturbed ones, so it would be trained with wrong "
+                "gradients. Set its `trainable = False`, or write it with Keras layers."
             )
     if not optimizer.built:
         with backend.init_scope():
@@ -263,20 +267,22 @@ def _prepare(model, optimizer, x):
                 # TensorFlow's `fit` leaves it to the first step.
                 model(keras.tree.map_structure(_symbolic, x), **_training(model.call))
             optimizer.build(model.trainable_variables)
-    optimizer.check_variables(model.trainable_variables)
+    loss_scale.split(optimizer)[1].check_variables(model.trainable_variables)
 
 
-def _make_loss_function(model, variables, x, y, sample_weight):
-    """The loss as a pure function of the weights.
+def _make_loss_function(model, variables, x, y, sample_weight, scale=None):
+    """The loss, times `scale` if given, as a pure function of the weights.
 
     It always starts from the state of before the step, so a second pass sees the
     dropout masks of the first; what it does to the state comes out as values.
     """
     state = [(v, backend.read(v)) for v in _changing(model)]
+    given = backend.own_parameters(model, variables)
 
     def loss_fn(weights):
         mapping = list(zip(variables, weights)) + state
-        with keras.StatelessScope(mapping, collect_losses=True) as scope:
+        scope = keras.StatelessScope(mapping, collect_losses=True)
+        with given(weights), scope:
             start = {id(v): scope.get_current_value(v) for v, _ in state}
             y_pred = model(x, **_training(model.call))
             loss = model.compute_loss(
@@ -294,7 +300,8 @@ def _make_loss_function(model, variables, x, y, sample_weight):
             for index, (variable, value) in enumerate(after)
             if value is not None and value is not start.get(id(variable))
         }
-        return loss, (y_pred, masks, updates)
+        scaled = loss if scale is None else ops.multiply(loss, scale)
+        return scaled, (loss, y_pred, masks, updates)
 
     return backend.replayed(loss_fn)
 
@@ -304,9 +311,9 @@ def _changing(model):
     return model.non_trainable_variables + model.metrics_variables
 
 
-def _record(model, x, y, sample_weight, loss, outputs):
+def _record(model, x, y, sample_weight, outputs):
     """Takes over what a forward pass did to the state; returns the metrics' values."""
-    y_pred, masks, updates = outputs
+    loss, y_pred, masks, updates = outputs
     variables = _changing(model)
     for index, value in updates.items():
         variables[index].assign(value)

@@ -25,6 +25,9 @@ What each file holds:
 - `when(active, update, variables)`: run an update that assigns to
   variables only if `active`.
 - `cond(active, true_fn, false_fn)` (in this file): a value, by `active`.
+- `own_parameters(model, variables)`: contexts in which layers that do not read their
+  weights as Keras variables compute with other weights.
+- `multiply(gradient, factor)`: `factor * gradient`, a new tensor.
 - `squared_sum(gradient)`: sum of the squares of a gradient's entries.
 - `add(weight, gradient, scale)`: `weight + scale * gradient`, a new tensor.
 """
@@ -36,7 +39,9 @@ if keras.config.backend() == "jax":
     from keras_slsam.gradients.jax import can_compile
     from keras_slsam.gradients.jax import concrete
     from keras_slsam.gradients.jax import init_scope
+    from keras_slsam.gradients.jax import multiply
     from keras_slsam.gradients.jax import no_grad
+    from keras_slsam.gradients.jax import own_parameters
     from keras_slsam.gradients.jax import read
     from keras_slsam.gradients.jax import replayed
     from keras_slsam.gradients.jax import squared_sum
@@ -47,7 +52,9 @@ elif keras.config.backend() == "tensorflow":
     from keras_slsam.gradients.tensorflow import can_compile
     from keras_slsam.gradients.tensorflow import concrete
     from keras_slsam.gradients.tensorflow import init_scope
+    from keras_slsam.gradients.tensorflow import multiply
     from keras_slsam.gradients.tensorflow import no_grad
+    from keras_slsam.gradients.tensorflow import own_parameters
     from keras_slsam.gradients.tensorflow import read
     from keras_slsam.gradients.tensorflow import replayed
     from keras_slsam.gradients.tensorflow import squared_sum
@@ -58,7 +65,9 @@ elif keras.config.backend() == "torch":
     from keras_slsam.gradients.torch import can_compile
     from keras_slsam.gradients.torch import concrete
     from keras_slsam.gradients.torch import init_scope
+    from keras_slsam.gradients.torch import multiply
     from keras_slsam.gradients.torch import no_grad
+    from keras_slsam.gradients.torch import own_parameters
     from keras_slsam.gradients.torch import read
     from keras_slsam.gradients.torch import replayed
     from keras_slsam.gradients.torch import squared_sum

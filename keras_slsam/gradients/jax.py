@@ -284,6 +284,11 @@ def squared_sum(gradient):
     return jnp.sum(jnp.square(gradient.astype(dtype)))
 
 
+def multiply(gradient, factor):
+    """`factor * gradient`, for a scalar `factor`."""
+    return gradient * factor.astype(gradient.dtype)
+
+
 def add(weight, gradient, scale):
     """`weight + scale * gradient`, a new tensor.
 
@@ -296,6 +301,11 @@ def add(weight, gradient, scale):
         Tensor of the shape of `weight`.
     """
     return weight + scale * gradient
+
+
+def own_parameters(model, variables):
+    """Nothing: all layers read their weights as Keras variables."""
+    return lambda weights: contextlib.nullcontext()
 
 
 def replayed(loss_fn):

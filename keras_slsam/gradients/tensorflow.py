@@ -96,6 +96,11 @@ def read(variable):
     return tf.convert_to_tensor(variable.value)
 
 
+def own_parameters(model, variables):
+    """Nothing: all layers read their weights as Keras variables."""
+    return lambda weights: contextlib.nullcontext()
+
+
 def replayed(loss_fn):
     """`loss_fn` itself: Keras' random numbers are functions of seeds, its state.
 
@@ -125,6 +130,15 @@ def squared_sum(gradient):
     if isinstance(gradient, tf.IndexedSlices):
         gradient = gradient.values
     return 2 * tf.nn.l2_loss(tf.cast(gradient, dtype))  # no buffer for the squares
+
+
+def multiply(gradient, factor):
+    """`factor * gradient`, for a scalar `factor`; `tf.IndexedSlices` stay such."""
+    factor = tf.cast(factor, gradient.dtype)
+    if isinstance(gradient, tf.IndexedSlices):
+        values = gradient.values * factor
+        return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
+    return gradient * factor
 
 
 def add(weight, gradient, scale):

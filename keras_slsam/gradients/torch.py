@@ -53,6 +53,67 @@ def value_and_grad(loss_fn, weights, arms, active, jit_compile=False):
     return (loss.detach(), aux), gradients
 
 
+def own_parameters(model, variables):
+    """Lets modules of PyTorch in a model compute with other weights than their own.
+
+    A `TorchModuleWrapper` does not read its weights as Keras variables. What the
+    forward pass does to the module's buffers, like the statistics of a BatchNorm,
+    stays after the first pass only.
+
+    Args:
+        model: `keras.Model`.
+        variables: List of its `keras.Variable`s that `weights` stand for.
+
+    Returns:
+        Function from a list of tensors, like the values of `variables`, to a context
+        in which the model's modules compute with them.
+    """
+    # Keras has no public name for the layers at any depth.
+    modules = [
+        layer.module
+        for layer in model._flatten_layers()
+        if isinstance(layer, keras.layers.TorchModuleWrapper)
+    ]
+    index = {id(variable.value): i for i, variable in enumerate(variables)}
+    passes = []
+
+    @contextlib.contextmanager
+    def given(weights):
+        with contextlib.ExitStack() as stack:
+            for module in modules:
+                tensors = {
+                    name: weights[index[id(parameter)]]
+                    for name, parameter in module.named_parameters()
+                    if id(parameter) in index
+                }
+                if passes:
+                    buffers = module.named_buffers()
+                    tensors.update((name, buffer.clone()) for name, buffer in buffers)
+                stack.enter_context(_replaced(module, tensors))
+            yield
+        passes.append(None)
+
+    return given
+
+
+@contextlib.contextmanager
+def _replaced(module, tensors):
+    """A module that computes with `tensors` in the place of its own, by name."""
+
+    def forward(*args, **kwargs):
+        del module.forward  # so that this is the class's own again
+        try:
+            return torch.func.functional_call(module, tensors, args, kwargs)
+        finally:
+            module.forward = forward
+
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
 def replayed(loss_fn):
     """`loss_fn` with the same random numbers in every call.
 
@@ -96,6 +157,11 @@ def squared_sum(gradient):
     """Sum of the squares of the entries of `gradient`, at least in float32."""
     dtype = torch.promote_types(gradient.dtype, torch.float32)
     return torch.linalg.vector_norm(gradient, dtype=dtype).square()
+
+
+def multiply(gradient, factor):
+    """`factor * gradient`, for a scalar `factor`."""
+    return gradient * factor
 
 
 def add(weight, gradient, scale):

@@ -193,6 +193,11 @@ class SharpnessAware(keras.optimizers.Optimizer):
     def learning_rate(self, learning_rate):
         self.base_optimizer.learning_rate = learning_rate
 
+    @property
+    def _model_variables_moving_average(self):
+        # What `keras.callbacks.SwapEMAWeights` looks for.
+        return self.base_optimizer._model_variables_moving_average
+
     def previous_gradients(self):
         """The ascent of `single_step`: the gradient last applied to each variable.
 
@@ -290,6 +295,12 @@ class SharpnessAware(keras.optimizers.Optimizer):
             self.rho,
             self.adaptive,
         )
+
+    def unscale(self, gradients, active, scale):
+        """Gradients of the loss from those of the loss times `scale`, if not `None`."""
+        if scale is None:
+            return gradients
+        return perturbation.unscale(gradients, self._members, active, scale)
 
     def squared_norms(self, directions, active):
         """Squared norms of the arms' gradients, see `perturbation.squared_norms`."""

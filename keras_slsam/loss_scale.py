@@ -1,0 +1,53 @@
+"""Loss scaling, for float16: the gradients of a small loss would vanish in it.
+
+Keras wraps the optimizer of a model with the policy "mixed_float16" in a
+`LossScaleOptimizer`, which multiplies the loss by a scale, divides the gradients by it,
+leaves out a step whose gradients are not finite, and adapts the scale. Norms and
+perturbations are those of the unscaled gradients; a step is left out whole if the
+gradients of either pass are not finite, so that neither the base optimizer nor the
+sampler learns from it.
+"""
+
+import keras
+from keras import ops
+
+from keras_slsam import gradients as backend
+
+
+def split(optimizer):
+    """Takes the `LossScaleOptimizer` off an optimizer.
+
+    Returns:
+        Tuple of the `LossScaleOptimizer` or `None`, and the optimizer inside.
+    """
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return optimizer, optimizer.inner_optimizer
+    return None, optimizer
+
+
+def read(scaler):
+    """The present scale of a `LossScaleOptimizer`, a float scalar, or `None`."""
+    return None if scaler is None else backend.read(scaler.dynamic_scale)
+
+
+def update_if_finite(scaler, squared_norm, update, variables):
+    """Makes an update where the gradients are finite, and adapts the scale.
+
+    The rule is that of Keras: half of the scale after a step that was left out, twice
+    the scale after `dynamic_growth_steps` steps that were not.
+
+    Args:
+        scaler: `keras.optimizers.LossScaleOptimizer`, built.
+        squared_norm: Float scalar, of all gradients together.
+        update: Function without arguments.
+        variables: List of the `keras.Variable`s that it may read or assign to.
+    """
+    finite = ops.isfinite(squared_norm)
+    (known,) = backend.concrete(ops.reshape(finite, (1,)))
+    backend.when(known, update, variables)
+    steps, scale = scaler.step_counter, scaler.dynamic_scale
+    due = ops.equal(steps, scaler.dynamic_growth_steps - 1)
+    factor = ops.where(finite, ops.where(due, 2.0, 1.0), 0.5)
+    counted = ops.logical_and(finite, ops.logical_not(due))
+    scale.assign(scale * factor)
+    steps.assign(ops.where(counted, steps + 1, 0))

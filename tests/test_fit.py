@@ -1,0 +1,694 @@
+"""Everything that `fit` gives: each row of docs/fit.md.
+
+Most tests compare with Keras' own step: with a vanishing radius and all arms active
+every method is the base optimizer, and what passes through `fit` must be the same.
+"""
+
+import os
+import pathlib
+
+import keras
+import matrix
+import numpy as np
+import pytest
+import test_training
+import zoo
+from keras import ops
+from matrix import row
+from replay import Replay
+
+import keras_slsam
+
+BACKEND = keras.config.backend()
+TINY = 1e-9
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(14, 5)).astype("float32")
+Y = RNG.integers(0, 3, 14)
+
+
+def make_model(dtype=None):
+    """Two layers and a BatchNorm, with the same weights each time."""
+    keras.utils.set_random_seed(0)
+    layers = [
+        keras.layers.Dense(8, activation="tanh", dtype=dtype),
+        keras.layers.BatchNormalization(dtype=dtype),
+        keras.layers.Dense(3, dtype=dtype),
+    ]
+    return keras.Sequential([keras.Input((5,)), *layers])
+
+
+def all_arms(base, **kwargs):
+    """SL-SAM that is the base optimizer, by the way that can leave out arms."""
+    return keras_slsam.SLSAM(base, TINY, 1.0, sampler="uniform", **kwargs)
+
+
+def half_the_arms(base="adam", **kwargs):
+    return keras_slsam.SLSAM(base, rho=0.05, active_fraction=0.5, seed=0, **kwargs)
+
+
+def compiled(optimizer, model=None, **kwargs):
+    model = keras_slsam.sharpness_aware(model or make_model())
+    kwargs = {"loss": zoo.loss(), "metrics": ["accuracy"], **kwargs}
+    model.compile(optimizer=optimizer, **kwargs)
+    return model
+
+
+def fit(model, x=X, y=Y, **kwargs):
+    kwargs = {"batch_size": 4, "epochs": 2, "shuffle": False, "verbose": 0, **kwargs}
+    return model.fit(x, y, **kwargs).history
+
+
+def values(model):
+    return [ops.convert_to_numpy(v) for v in model.weights]
+
+
+def assert_same(model, other, atol=2e-6):
+    for one, two in zip(values(model), values(other)):
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=atol)
+
+
+def assert_as_keras(make_base, compile_kwargs=None, **kwargs):
+    """Trains with the base optimizer alone, with SAM and with SL-SAM, alike."""
+    plain = compiled(make_base(), **(compile_kwargs or {}))
+    expected = fit(plain, **kwargs)
+    for wrap in (lambda base: keras_slsam.SAM(base, rho=TINY), all_arms):
+        model = compiled(wrap(make_base()), **(compile_kwargs or {}))
+        history = fit(model, **kwargs)
+        assert sorted(history) == sorted(expected)
+        for key in expected:
+            np.testing.assert_allclose(history[key], expected[key], rtol=1e-4)
+        assert_same(model, plain)
+    return model
+
+
+def adam(**kwargs):
+    return lambda: keras.optimizers.Adam(0.01, **kwargs)
+
+
+# --- Precision ---------------------------------------------------------------------
+
+
+@row("`mixed_float16`", "the step is left out whole where a gradient is not finite")
+@pytest.mark.parametrize("method", ["sam", "s2sam", "slsam", "sl+s2"])
+def test_loss_scaling_changes_nothing(method):
+    """Norms and gradients are unscaled: the trajectory is that without scaling."""
+
+    def make(method):
+        return {
+            "sam": lambda: keras_slsam.SAM("adam"),
+            "s2sam": lambda: keras_slsam.S2SAM("adam"),
+            "slsam": half_the_arms,
+            "sl+s2": lambda: half_the_arms(single_step=True),
+        }[method]()
+
+    plain = compiled(make(method))
+    expected = fit(plain)
+    optimizer = keras.optimizers.LossScaleOptimizer(
+        make(method), initial_scale=2.0**10, dynamic_growth_steps=3
+    )
+    model = compiled(optimizer)
+    history = fit(model)
+    for key in expected:
+        np.testing.assert_allclose(history[key], expected[key], rtol=1e-4)
+    assert_same(model, plain)
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(optimizer.inner_optimizer.gradient_norms),
+        ops.convert_to_numpy(plain.optimizer.gradient_norms),
+        rtol=1e-3,
+        atol=1e-6,
+    )
+    # Eight steps: twice the growth after each three of them.
+    assert float(optimizer.dynamic_scale) == 2.0**12
+    assert int(optimizer.step_counter) == 2
+
+
+@row("`mixed_float16`", "the step is left out whole where a gradient is not finite")
+@pytest.mark.parametrize("at", ["first pass", "second pass"])
+@pytest.mark.parametrize("kind", ["sam", "slsam"])
+def test_a_step_with_gradients_that_are_not_finite_is_left_out(kind, at):
+    class Cube(keras.layers.Layer):
+        def build(self, input_shape):
+            self.w = self.add_weight(shape=(1,), initializer="ones", name="w")
+            self.v = self.add_weight(shape=(1,), initializer="ones", name="v")
+
+        def call(self, x):
+            # At w = 1 the gradient is finite, uphill of it the value overflows.
+            return ops.sum(x) * (self.v + ops.exp(80.0 * self.w))
+
+    rho = 0.2
+    inner = (
+        keras_slsam.SAM("adam", rho=rho)
+        if kind == "sam"
+        else keras_slsam.SLSAM(
+            "adam", rho=rho, sampler=keras_slsam.samplers.Bandit(1.0)
+        )
+    )
+    optimizer = keras.optimizers.LossScaleOptimizer(
+        inner, initial_scale=1.0 if at == "second pass" else 2.0**100
+    )
+    model = keras.Sequential([keras.Input((1,)), Cube()])
+    model = compiled(optimizer, model, loss=lambda y, y_pred: y_pred, metrics=[])
+    optimizer.build(model.trainable_variables)
+    kept = [
+        v for v in inner.variables if "seed" not in v.path and v is not inner._active
+    ]
+    before = [ops.convert_to_numpy(v).copy() for v in model.weights + kept]
+    scale = float(optimizer.dynamic_scale)
+    model.train_on_batch(np.ones((1, 1)), np.ones((1, 1)))
+    after = [ops.convert_to_numpy(v) for v in model.weights + kept]
+    for old, new in zip(before, after):
+        np.testing.assert_array_equal(old, new)
+    assert int(optimizer.iterations) == 0
+    assert float(optimizer.dynamic_scale) == scale / 2
+
+
+@row("`mixed_float16`", "the step is left out whole where a gradient is not finite")
+def test_mixed_float16():
+    model = compiled(half_the_arms(), make_model("mixed_float16"))
+    model.dtype_policy = keras.DTypePolicy("mixed_float16")
+    model.compile(optimizer=half_the_arms(), loss=zoo.loss())
+    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    single = compiled(half_the_arms())
+    half, full = fit(model, epochs=4)["loss"], fit(single, epochs=4)["loss"]
+    np.testing.assert_allclose(half, full, rtol=0.05)
+    assert int(model.optimizer.iterations) == 16
+    assert {v.dtype for v in model.trainable_variables} == {"float32"}
+
+
+@row("`mixed_bfloat16`")
+def test_mixed_bfloat16():
+    model = compiled(half_the_arms(), make_model("mixed_bfloat16"))
+    single = compiled(half_the_arms())
+    half, full = fit(model, epochs=4)["loss"], fit(single, epochs=4)["loss"]
+    np.testing.assert_allclose(half, full, rtol=0.05)
+    assert not isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+
+
+@row("`bfloat16`", "not with Adam: its 0.999 is 1 in this type, so Keras' never moves")
+def test_bfloat16():
+    base = keras.optimizers.SGD(0.2)
+    model = compiled(half_the_arms(base), make_model("bfloat16"))
+    losses = fit(model, epochs=8)["loss"]
+    assert np.isfinite(losses).all() and losses[-1] < losses[0]
+    assert {v.dtype for v in model.trainable_variables} == {"bfloat16"}
+    plain = compiled(adam()(), make_model("bfloat16"))
+    before = [ops.convert_to_numpy(v) for v in plain.trainable_variables]
+    fit(plain)
+    for old, variable in zip(before, plain.trainable_variables):
+        np.testing.assert_array_equal(old, ops.convert_to_numpy(variable))
+    optimizer = model.optimizer
+    assert keras.backend.standardize_dtype(optimizer.gradient_norms.dtype) == "float32"
+    norms = ops.convert_to_numpy(optimizer.gradient_norms)
+    assert (norms > 0).tolist() == ops.convert_to_numpy(optimizer.active).tolist()
+
+
+# --- Execution ---------------------------------------------------------------------
+
+ACCUMULATION = "one mask a window; each micro-batch has its own ascent"
+
+
+@row("`gradient_accumulation_steps`", ACCUMULATION)
+def test_gradient_accumulation_is_that_of_keras():
+    # The last batch is smaller, and its window is not complete.
+    assert_as_keras(adam(gradient_accumulation_steps=3))
+
+
+@row("`gradient_accumulation_steps`", ACCUMULATION)
+def test_one_mask_and_one_lesson_a_window():
+    class Counting(Replay):
+        def build(self, num_arms):
+            super().build(num_arms)
+            self.lessons = keras.Variable(0, dtype="int32", trainable=False)
+            self.norms = keras.Variable(np.zeros(num_arms, "float32"), trainable=False)
+
+        def update(self, active, norms):
+            self.lessons.assign_add(1)
+            self.norms.assign(norms)
+
+    masks = RNG.random((4, 6)) < 0.5
+    masks[:, 0] = True
+    sampler = Counting(masks)
+    base = keras.optimizers.Adam(0.01, gradient_accumulation_steps=3)
+    model = compiled(keras_slsam.SLSAM(base, sampler=sampler))
+    for step in range(9):
+        before = model.get_weights()
+        model.train_on_batch(X[:4], Y[:4])
+        optimizer, window = model.optimizer, step // 3
+        active = ops.convert_to_numpy(optimizer.active)
+        np.testing.assert_array_equal(active, masks[window])
+        trained = [v.path for v in model.trainable_variables]
+        moved = [
+            (old != new).any()
+            for old, new, v in zip(before, model.get_weights(), model.weights)
+            if v.path in trained
+        ]
+        assert moved == (masks[window].tolist() if step % 3 == 2 else [False] * 6)
+        assert int(sampler.lessons) == (step + 1) // 3
+    counts = ops.convert_to_numpy(optimizer._base_step._own_iterations)
+    np.testing.assert_array_equal(counts, masks[:3].sum(axis=0))
+    assert int(optimizer.iterations) == 3
+
+
+@row("`gradient_accumulation_steps`", ACCUMULATION)
+def test_gradient_norms_of_a_window_are_root_mean_squares():
+    base = keras.optimizers.SGD(0.0, gradient_accumulation_steps=2)
+    window = compiled(keras_slsam.SAM(base), metrics=[])
+    single = compiled(keras_slsam.SAM(keras.optimizers.SGD(0.0)), metrics=[])
+    squares = []
+    for rows in (slice(0, 4), slice(4, 8)):
+        for model in (window, single):
+            model.train_on_batch(X[rows], Y[rows])
+        squares.append(ops.convert_to_numpy(single.optimizer.gradient_norms) ** 2)
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(window.optimizer.gradient_norms),
+        np.sqrt(np.mean(squares, axis=0)),
+        rtol=1e-4,
+        atol=1e-7,
+    )
+
+
+@row("`gradient_accumulation_steps`", ACCUMULATION)
+@pytest.mark.parametrize("arms", ["all", "half"])
+def test_a_window_of_s2sam_is_one_large_batch(arms):
+    """All its micro-batches are seen at one point, along the last gradient applied."""
+
+    def make(steps):
+        base = keras.optimizers.Adam(0.01, gradient_accumulation_steps=steps)
+        if arms == "all":
+            return keras_slsam.S2SAM(base, rho=0.3)
+        return keras_slsam.SLSAM(
+            base,
+            rho=0.3,
+            single_step=True,
+            sampler=Replay([[1, 0, 1, 1], [0, 1, 1, 0]]),
+        )
+
+    def model(optimizer):
+        keras.utils.set_random_seed(0)
+        layers = [keras.layers.Dense(8, activation="tanh"), keras.layers.Dense(3)]
+        return compiled(optimizer, keras.Sequential([keras.Input((5,)), *layers]))
+
+    large, small = model(make(None)), model(make(2))
+    fit(large, X[:12], Y[:12], batch_size=4, epochs=3)
+    fit(small, X[:12], Y[:12], batch_size=2, epochs=3)
+    assert_same(small, large)
+
+
+@row("`steps_per_execution` > 1", "refused by Keras itself", torch="refused")
+def test_steps_per_execution():
+    if BACKEND == "torch":
+        with pytest.raises(ValueError, match="steps_per_execution"):
+            fit(compiled(half_the_arms(), steps_per_execution=3))
+        return
+    assert_as_keras(adam(), compile_kwargs={"steps_per_execution": 3})
+
+
+@row("`jit_compile=True`", "would be compiled anew for each mask", torch="refused")
+@row("`jit_compile=False`")
+@row('`jit_compile="auto"`')
+@pytest.mark.parametrize("jit_compile", [True, False, "auto"])
+def test_jit_compile(jit_compile):
+    if BACKEND == "torch" and jit_compile is True:
+        with pytest.raises(ValueError, match="jit_compile"):
+            fit(compiled(half_the_arms(), jit_compile=True))
+        return
+    model = compiled(half_the_arms(), jit_compile=jit_compile)
+    reference = compiled(half_the_arms(), run_eagerly=True)
+    fit(model), fit(reference)
+    assert_same(model, reference, atol=1e-5)
+
+
+@row("`run_eagerly=True`")
+def test_run_eagerly():
+    assert_as_keras(adam(), compile_kwargs={"run_eagerly": True}, epochs=1)
+
+
+@row("`train_on_batch`")
+def test_train_on_batch():
+    model, other = compiled(half_the_arms()), compiled(half_the_arms())
+    for start in range(0, 14, 4):
+        model.train_on_batch(X[start : start + 4], Y[start : start + 4])
+    fit(other, epochs=1)
+    assert_same(model, other)
+
+
+# --- Losses and weights ------------------------------------------------------------
+
+
+@row("sample weights")
+@row("class weights")
+def test_sample_and_class_weights():
+    assert_as_keras(adam(), sample_weight=np.linspace(0.1, 2.0, 14))
+    assert_as_keras(adam(), class_weight={0: 1.0, 1: 0.2, 2: 3.0})
+
+
+@row("several inputs, outputs and losses")
+@row("added losses, regularizers")
+@pytest.mark.parametrize("name", ["two_inputs_and_outputs", "dense"])
+def test_several_outputs_and_added_losses(name):
+    optimizer = test_training.methods(TINY)["slsam"]
+    test_training.assert_same_training(name, optimizer)
+
+
+@row("last batch smaller")
+@row("validation data, metrics, masks")
+def test_validation_data():
+    assert_as_keras(adam(), validation_data=(X[::-1].copy(), Y), epochs=2)
+
+
+@row("`clipnorm`, `clipvalue`, `global_clipnorm`", "over the active variables")
+@pytest.mark.parametrize("clip", ["clipnorm", "clipvalue", "global_clipnorm"])
+def test_clipping(clip):
+    assert_as_keras(adam(**{clip: 0.01}))
+
+
+# --- Learning rates and averages ---------------------------------------------------
+
+
+@row("learning-rate schedules", "follow the global steps")
+def test_schedules():
+    schedule = keras.optimizers.schedules.CosineDecay(0.01, 6)
+    assert_as_keras(lambda: keras.optimizers.Adam(schedule))
+
+
+@row("`LearningRateScheduler`, `ReduceLROnPlateau`")
+def test_callbacks_that_set_the_learning_rate():
+    def callbacks():
+        return [
+            keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2),
+            keras.callbacks.ReduceLROnPlateau(
+                monitor="loss", patience=1, min_delta=9.0
+            ),
+        ]
+
+    plain, model = compiled(adam()()), compiled(all_arms(adam()()))
+    for each in (plain, model):
+        history = fit(each, epochs=4, callbacks=callbacks())
+        np.testing.assert_allclose(
+            history["learning_rate"], [5e-3, 2.5e-3, 1.25e-4, 6.25e-6], rtol=1e-5
+        )
+    assert_same(model, plain)
+
+
+@row("`use_ema`, `SwapEMAWeights`", "the average follows every step for all weights")
+@pytest.mark.parametrize("swap_on_epoch", [False, True])
+def test_moving_average_and_swap(swap_on_epoch):
+    make_base = adam(use_ema=True, ema_momentum=0.7)
+
+    def train(optimizer):
+        model = compiled(optimizer)
+        callback = keras.callbacks.SwapEMAWeights(swap_on_epoch=swap_on_epoch)
+        history = fit(model, validation_data=(X, Y), callbacks=[callback])
+        return model, history
+
+    plain, expected = train(make_base())
+    model, history = train(all_arms(make_base()))
+    for key in expected:
+        np.testing.assert_allclose(history[key], expected[key], rtol=1e-4)
+    assert_same(model, plain)
+    without = compiled(all_arms("adam"))
+    with pytest.raises(ValueError, match="use_ema"):
+        fit(
+            without,
+            validation_data=(X, Y),
+            callbacks=[keras.callbacks.SwapEMAWeights()],
+        )
+
+
+# --- Callbacks ---------------------------------------------------------------------
+
+
+@row("`ModelCheckpoint`, `EarlyStopping(restore_best_weights=True)`")
+def test_checkpoint_and_early_stopping(tmp_path):
+    model = compiled(half_the_arms(keras.optimizers.Adam(1.0)))
+    callbacks = [
+        keras.callbacks.ModelCheckpoint(
+            tmp_path / "{epoch}.weights.h5", save_weights_only=True
+        ),
+        keras.callbacks.EarlyStopping(
+            monitor="val_loss", patience=2, restore_best_weights=True
+        ),
+    ]
+    history = fit(
+        model, epochs=12, callbacks=callbacks, validation_data=(X[:6], 2 - Y[:6])
+    )
+    best = int(np.argmin(history["val_loss"]))
+    assert best + 3 == len(history["val_loss"]) < 12
+    evaluated = model.evaluate(X[:6], 2 - Y[:6], return_dict=True, verbose=0)
+    np.testing.assert_allclose(evaluated["loss"], history["val_loss"][best], rtol=1e-4)
+    other = compiled(half_the_arms())
+    other.optimizer.build(other.trainable_variables)
+    other.load_weights(tmp_path / f"{best + 1}.weights.h5")
+    assert_same(other, model)
+    assert int(other.optimizer.iterations) == 4 * (best + 1)
+
+
+@row("`BackupAndRestore`")
+def test_backup_and_restore(tmp_path):
+    class Killed(Exception):
+        pass
+
+    def kill(epoch, logs):
+        if epoch == 2:
+            raise Killed
+
+    def train(folder, *more):
+        model = compiled(half_the_arms())
+        backup = keras.callbacks.BackupAndRestore(folder)
+        fit(model, epochs=4, callbacks=[backup, *more])
+        return model
+
+    whole = train(tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(
+            tmp_path / "killed",
+            keras.callbacks.LambdaCallback(on_epoch_begin=kill),
+        )
+    resumed = train(tmp_path / "killed")
+    assert int(resumed.optimizer.iterations) == 16
+    assert_same(resumed, whole)
+
+
+@row("`TerminateOnNaN`")
+def test_terminate_on_nan():
+    x = X.copy()
+    x[9] = np.nan
+    model = compiled(half_the_arms())
+    fit(model, x, epochs=3, callbacks=[keras.callbacks.TerminateOnNaN()])
+    assert int(model.optimizer.iterations) == 3
+
+
+@row("`TensorBoard`", "needs the package tensorboard")
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    board = keras.callbacks.TensorBoard(tmp_path, update_freq=1)
+    fit(compiled(half_the_arms()), callbacks=[board])
+    assert [path for path, _, files in os.walk(tmp_path) if files]
+
+
+# --- Data --------------------------------------------------------------------------
+
+
+def batches():
+    return [(X[i : i + 4], Y[i : i + 4]) for i in range(0, 14, 4)]
+
+
+class Batches(keras.utils.PyDataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return batches()[index]
+
+
+def tensorflow_data():
+    import tensorflow as tf
+
+    return tf.data.Dataset.from_tensor_slices((X, Y)).batch(4)
+
+
+def torch_data():
+    import torch
+
+    pairs = torch.utils.data.TensorDataset(torch.tensor(X), torch.tensor(Y))
+    return torch.utils.data.DataLoader(pairs, batch_size=4)
+
+
+@row("data: NumPy, `tf.data`, `DataLoader`, `PyDataset` with workers, generators")
+@pytest.mark.parametrize(
+    "data",
+    [
+        tensorflow_data,
+        torch_data,
+        lambda: Batches(workers=2),
+        lambda: (batch for _ in range(2) for batch in batches()),
+    ],
+    ids=["tf.data", "DataLoader", "PyDataset", "generator"],
+)
+def test_data(data):
+    plain, model = compiled("adam"), compiled(all_arms("adam"))
+    for each in (plain, model):
+        batches = data()
+        steps = None if hasattr(batches, "__len__") else 4
+        each.fit(batches, epochs=2, shuffle=False, steps_per_epoch=steps, verbose=0)
+    assert int(model.optimizer.iterations) == 8
+    assert_same(model, plain)
+
+
+# --- Models ------------------------------------------------------------------------
+
+
+@row("freezing layers between two `fit` calls", "compile again, with a new optimizer")
+def test_freezing_and_unfreezing():
+    model = compiled(half_the_arms())
+    fit(model)
+    model.layers[0].trainable = False
+    frozen = model.layers[0].get_weights()
+    with pytest.raises(ValueError, match="compile"):
+        model.train_on_batch(X, Y)
+    compiled(half_the_arms(), model)
+    fit(model)
+    assert len(model.optimizer.arms) == 4
+    for old, new in zip(frozen, model.layers[0].get_weights()):
+        np.testing.assert_array_equal(old, new)
+    model.layers[0].trainable = True
+    compiled(half_the_arms(), model)
+    fit(model)
+    assert len(model.optimizer.arms) == 6
+    assert any((a != b).any() for a, b in zip(frozen, model.layers[0].get_weights()))
+
+
+@row("models cloned, saved and loaded", "call `sharpness_aware` again")
+def test_cloned_and_loaded_models(tmp_path):
+    model = compiled(half_the_arms())
+    fit(model)
+    clone = keras.models.clone_model(model)
+    clone.set_weights(model.get_weights())
+    fit(compiled(half_the_arms(), clone))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    loaded = keras_slsam.sharpness_aware(loaded)
+    fit(loaded), fit(model)
+    assert_same(loaded, model)
+
+
+@row(
+    "layers of the backend: `TorchModuleWrapper`, `JaxLayer`, layers in TensorFlow",
+    "each on its own backend",
+)
+@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's modules")
+@pytest.mark.parametrize("make", [all_arms, half_the_arms])
+def test_torch_modules(make):
+    import torch
+
+    def model(optimizer, wrapped):
+        keras.utils.set_random_seed(0)
+        module = torch.nn.Sequential(
+            torch.nn.Linear(5, 8), torch.nn.BatchNorm1d(8, eps=1e-3, momentum=0.01)
+        )
+        reference = make_model()
+        kernel, bias, *_ = reference.get_weights()
+        with torch.no_grad():
+            module[0].weight.copy_(torch.tensor(kernel.T))
+            module[0].bias.copy_(torch.tensor(bias))
+        if not wrapped:
+            layers = [
+                keras.layers.Dense(8),
+                keras.layers.BatchNormalization(momentum=0.99),
+            ]
+        else:
+            layers = [keras.layers.TorchModuleWrapper(module, output_shape=(None, 8))]
+        head = keras.layers.Dense(3, kernel_initializer=keras.initializers.Ones())
+        model = keras.Sequential([keras.Input((5,)), *layers, head])
+        if not wrapped:
+            model.layers[0].set_weights([kernel, bias])
+        return compiled(optimizer, model), module
+
+    expected, _ = model(make("sgd"), wrapped=False)
+    actual, module = model(make("sgd"), wrapped=True)
+    for each in (expected, actual):
+        fit(each)
+    np.testing.assert_allclose(
+        module[0].weight.detach().numpy().T, expected.layers[0].get_weights()[0], 1e-4
+    )
+    _, _, mean, _ = expected.layers[1].get_weights()
+    # Moved once a step, by the first pass.
+    np.testing.assert_allclose(module[1].running_mean.numpy(), mean, 1e-4, 1e-6)
+    assert "forward" not in vars(module)
+
+
+@row(
+    "layers of the backend: `TorchModuleWrapper`, `JaxLayer`, layers in TensorFlow",
+    "each on its own backend",
+)
+@pytest.mark.skipif(BACKEND != "jax", reason="JAX's functions")
+def test_jax_layers():
+    import jax.numpy as jnp
+
+    kernel, bias = make_model().get_weights()[:2]
+    layer = keras.layers.JaxLayer(
+        lambda params, inputs: jnp.tanh(inputs @ params["kernel"] + params["bias"]),
+        params={"bias": bias, "kernel": kernel},
+    )
+    reference = make_model()
+    head = make_model().layers[1:]
+    model = keras.Sequential([keras.Input((5,)), layer, *head])
+    names = [v.path.rpartition("/")[2] for v in layer.trainable_variables]
+    order = [0, 1] if "kernel" in names[0] else [1, 0]
+    masks = [[1, 0, 1, 0, 1, 1], [0, 1, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1]]
+    swapped = [[mask[order[0]], mask[order[1]], *mask[2:]] for mask in masks]
+    compiled(keras_slsam.SLSAM("sgd", rho=0.1, sampler=Replay(swapped)), model)
+    compiled(keras_slsam.SLSAM("sgd", rho=0.1, sampler=Replay(masks)), reference)
+    fit(model), fit(reference)
+    np.testing.assert_allclose(
+        model.predict(X, verbose=0), reference.predict(X, verbose=0), 1e-4, 1e-5
+    )
+
+
+@row(
+    "layers of the backend: `TorchModuleWrapper`, `JaxLayer`, layers in TensorFlow",
+    "each on its own backend",
+)
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's functions")
+def test_layers_in_tensorflow():
+    import tensorflow as tf
+
+    class Own(keras.layers.Dense):
+        def call(self, x):
+            return tf.tanh(tf.matmul(x, self.kernel) + self.bias)
+
+    reference = make_model()
+    own = Own(8)
+    model = keras.Sequential([keras.Input((5,)), own, *make_model().layers[1:]])
+    own.set_weights(reference.layers[0].get_weights())
+    for each in (model, reference):
+        fit(compiled(half_the_arms(), each))
+    assert_same(model, reference)
+
+
+@row(
+    "`TFSMLayer` that is trained",
+    "use it frozen",
+    jax="-",
+    torch="-",
+    tensorflow="refused",
+)
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="a layer of TensorFlow")
+def test_tfsm_layer(tmp_path):
+    exported = make_model()
+    exported.export(tmp_path / "saved", verbose=False)
+    layer = keras.layers.TFSMLayer(tmp_path / "saved", call_endpoint="serve")
+    model = keras.Sequential([keras.Input((5,)), layer, keras.layers.Dense(3)])
+    compiled(half_the_arms(), model)
+    if layer.trainable_variables:
+        with pytest.raises(ValueError, match=r"TFSMLayer.*trainable = False"):
+            fit(model)
+    layer.trainable = False
+    compiled(half_the_arms(), model)
+    fit(model)
+    assert len(model.optimizer.arms) == 2
+
+
+def test_the_documented_table_is_that_of_these_tests():
+    docs = pathlib.Path(__file__).parent.parent / "docs" / "fit.md"
+    assert matrix.table() in docs.read_text("utf-8")
