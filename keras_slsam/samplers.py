@@ -77,15 +77,18 @@ class Sampler:
     def variables(self) -> list[keras.Variable]:
         """List of the sampler's variables, in the order they were made.
 
-        Those of `keras.random.SeedGenerator`s, and those in lists and dicts, are
-        among them.
+        Those of `keras.random.SeedGenerator`s and of other samplers, and those in
+        lists and dicts, are among them.
         """
-        attributes = keras.tree.flatten(list(vars(self).values()))
-        states = [
-            a.state if isinstance(a, keras.random.SeedGenerator) else a
-            for a in attributes
-        ]
-        return [state for state in states if isinstance(state, keras.Variable)]
+        found = []
+        for attribute in keras.tree.flatten(list(vars(self).values())):
+            if isinstance(attribute, Sampler):
+                found += attribute.variables
+            elif isinstance(attribute, keras.random.SeedGenerator):
+                found.append(attribute.state)
+            elif isinstance(attribute, keras.Variable):
+                found.append(attribute)
+        return found
 
     def get_config(self) -> dict:
         """Returns the arguments of the constructor as a dict."""

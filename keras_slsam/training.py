@@ -55,7 +55,8 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
     variables = model.trainable_variables
     with backend.no_grad():
         scale = loss_scale.read(scaler)
-        loss_fn = _make_loss_function(model, variables, x, y, sample_weight, scale)
+        loss = _Loss(model, variables, x, y, sample_weight, scale)
+        loss_fn = backend.replayed(loss)
         active = optimizer.draw_active()
 
         def value_and_grad(weights):
@@ -87,7 +88,8 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
             optimizer.descend(gradients, squares, active)  # the base step at w, with h
 
         # The weights move last: where something raises, they have not.
-        logs = _record(model, x, y, sample_weight, outputs)
+        loss.record(outputs)
+        logs = _update_metrics(model, x, y, sample_weight, outputs)
         if scaler is None:
             update()
         else:
@@ -242,6 +244,11 @@ def _state_variables(model, optimizer):
 
 def _prepare(model, optimizer, x):
     """Checks what a step is called with, and builds what is not built yet."""
+    if not isinstance(model, keras.Model) or not model.compiled:
+        raise ValueError(
+            "Argument `model` must be a `keras.Model` that was compiled with a loss. "
+            f"Received: model={model!r}. Call `model.compile(loss=...)` first."
+        )
     if not isinstance(loss_scale.split(optimizer)[1], SharpnessAware):
         raise ValueError(
             "Argument `optimizer` must be `SAM`, `S2SAM`, `SLSAM` or `RST` of "
@@ -270,20 +277,46 @@ def _prepare(model, optimizer, x):
     loss_scale.split(optimizer)[1].check_variables(model.trainable_variables)
 
 
-def _make_loss_function(model, variables, x, y, sample_weight, scale=None):
-    """The loss, times `scale` if given, as a pure function of the weights.
+class _Loss:
+    """The loss as a pure function of the weights.
 
     It always starts from the state of before the step, so a second pass sees the
     dropout masks of the first; what it does to the state comes out as values.
-    """
-    state = [(v, backend.read(v)) for v in _changing(model)]
-    given = backend.own_parameters(model, variables)
 
-    def loss_fn(weights):
-        mapping = list(zip(variables, weights)) + state
-        scope = keras.StatelessScope(mapping, collect_losses=True)
-        with given(weights), scope:
-            start = {id(v): scope.get_current_value(v) for v, _ in state}
+    Args:
+        model: `keras.Model`.
+        variables: List of its trainable `keras.Variable`s.
+        x, y, sample_weight: The batch.
+        scale: Float scalar by which the loss is multiplied, or `None`.
+    """
+
+    def __init__(self, model, variables, x, y, sample_weight, scale=None):
+        self._model = model
+        self._variables = variables
+        self._data = x, y, sample_weight
+        self._scale = scale
+        self._given = backend.own_parameters(model, variables)
+        known = model.non_trainable_variables + model.metrics_variables
+        self._state = [(v, backend.read(v)) for v in known]
+        self._assigned = None
+
+    def __call__(self, weights, differentiate=None):
+        """The loss at `weights`.
+
+        Args:
+            weights: List of tensors, one a trainable variable.
+            differentiate: Function that is called with the loss while layers still
+                read `weights`, for those that compute anew in the backward pass.
+
+        Returns:
+            `(scaled loss, (loss, y_pred, masks, values))`; the last are those that
+            were assigned to variables.
+        """
+        model, (x, y, sample_weight) = self._model, self._data
+        # Keras multiplies sample weights by masks in place on PyTorch.
+        sample_weight = keras.tree.map_structure(_copy, sample_weight)
+        mapping = list(zip(self._variables, weights)) + self._state
+        with self._given(weights), _Scope(mapping) as scope:
             y_pred = model(x, **_training(model.call))
             loss = model.compute_loss(
                 x=x,
@@ -292,31 +325,54 @@ def _make_loss_function(model, variables, x, y, sample_weight, scale=None):
                 sample_weight=sample_weight,
                 **_training(model.compute_loss),
             )
+            scaled = loss if self._scale is None else ops.multiply(loss, self._scale)
+            assigned = list(scope.assigned.values())
+            values = [scope.get_current_value(v) for v in assigned]
+            if differentiate is not None:
+                differentiate(scaled)
+        if self._assigned is None:
+            self._assigned = assigned
+            self._check_assigned()
         masks = keras.tree.map_structure(get_keras_mask, y_pred)
-        # A loss makes its variables in its first call.
-        after = [(v, scope.get_current_value(v)) for v in _changing(model)]
-        updates = {
-            index: value
-            for index, (variable, value) in enumerate(after)
-            if value is not None and value is not start.get(id(variable))
-        }
-        scaled = loss if scale is None else ops.multiply(loss, scale)
-        return scaled, (loss, y_pred, masks, updates)
+        return scaled, (loss, y_pred, masks, values)
 
-    return backend.replayed(loss_fn)
+    def _check_assigned(self):
+        trained = {id(v) for v in self._variables}
+        for variable in self._assigned:
+            if id(variable) in trained:
+                raise ValueError(
+                    f"A layer assigns to the trainable weight {variable.path!r} when "
+                    "it is called, as `SpectralNormalization` does. It would assign a "
+                    "perturbed weight. Leave the layer out, or set "
+                    "`trainable = False` on it."
+                )
+
+    def record(self, outputs):
+        """Takes over what the first call did to the state."""
+        *_, values = outputs
+        for variable, value in zip(self._assigned, values):
+            variable.assign(value)
 
 
-def _changing(model):
-    """The variables that a forward pass may change."""
-    return model.non_trainable_variables + model.metrics_variables
+class _Scope(keras.StatelessScope):
+    """A scope that lists the variables that were assigned to.
+
+    Not all are the model's: a generator of random numbers may be anyone's. What was
+    assigned is a constant to the gradient, like the value of a variable.
+    """
+
+    def __init__(self, state_mapping):
+        super().__init__(state_mapping, collect_losses=True)
+        self.assigned = {}
+
+    def add_update(self, update):
+        variable, value = update
+        self.assigned[id(variable)] = variable
+        super().add_update((variable, ops.stop_gradient(value)))
 
 
-def _record(model, x, y, sample_weight, outputs):
-    """Takes over what a forward pass did to the state; returns the metrics' values."""
-    loss, y_pred, masks, updates = outputs
-    variables = _changing(model)
-    for index, value in updates.items():
-        variables[index].assign(value)
+def _update_metrics(model, x, y, sample_weight, outputs):
+    loss, y_pred, masks, _ = outputs
     for tensor, mask in zip(keras.tree.flatten(y_pred), keras.tree.flatten(masks)):
         if mask is not None:
             set_keras_mask(tensor, mask)
@@ -336,6 +392,10 @@ def _symbolic(tensor):
         return None
     dtype = keras.backend.standardize_dtype(tensor.dtype)
     return keras.KerasTensor(tensor.shape, dtype)
+
+
+def _copy(tensor):
+    return None if tensor is None else ops.copy(tensor)
 
 
 def _batch_size(x):

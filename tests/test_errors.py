@@ -226,6 +226,27 @@ def test_weights_frozen_after_compile():
         keras_slsam.step(model, optimizer, (np.ones((4, 2)), np.ones((4, 1))))
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("value", ["no", 0.1, None, 1])
+def test_switches_are_bools(method, value):
+    with pytest.raises(ValueError, match=r"`adaptive`.*True or False.*Received"):
+        method("sgd", adaptive=value)
+    with pytest.raises(ValueError, match=r"`single_step`.*True or False.*Received"):
+        keras_slsam.SLSAM("sgd", single_step=value)
+
+
+@pytest.mark.parametrize("name", ["arms", "active", "gradient_norms"])
+def test_arms_of_an_optimizer_that_is_not_built(name):
+    with pytest.raises(ValueError, match=r"no arms.*optimizer.build"):
+        getattr(keras_slsam.SLSAM("sgd"), name)
+
+
+@pytest.mark.parametrize("model", [None, "model", small_model()])
+def test_step_with_a_model_that_is_not_compiled(model):
+    with pytest.raises(ValueError, match=r"`model`.*compiled.*Received"):
+        keras_slsam.step(model, keras_slsam.SAM("sgd"), (np.ones((4, 2)),))
+
+
 def test_step_with_another_optimizer():
     model = small_model()
     model.compile(loss="mse")

@@ -231,11 +231,13 @@ def test_variables_of_a_samplers_generators_and_lists_are_its_own():
         def build(self, num_arms):
             self.generator = keras.random.SeedGenerator(3)
             self.rows = {"a": [keras.Variable([1.0]), keras.Variable([2.0])]}
+            self.inner = samplers.Uniform(0.5, seed=0)
+            self.inner.build(num_arms)
 
     sampler = Own()
     assert sampler.variables == []
     sampler.build(2)
-    expected = [sampler.generator.state, *sampler.rows["a"]]
+    expected = [sampler.generator.state, *sampler.rows["a"], *sampler.inner.variables]
     assert [id(v) for v in sampler.variables] == [id(v) for v in expected]
 
 
@@ -268,6 +270,7 @@ def test_numbers_of_numpy_are_numbers(number):
     assert sampler.get_config()["active_fraction"] == 0.5
     assert type(sampler.get_config()["seed"]) is int
     assert keras_slsam.SAM("sgd", rho=number(0.5)).rho == 0.5
+    assert keras_slsam.RST("sgd", probability=number(0.5)).probability == 0.5
 
 
 @pytest.mark.parametrize(

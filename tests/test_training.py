@@ -228,6 +228,160 @@ def test_metrics_see_the_mask_of_the_outputs(method):
     np.testing.assert_allclose(logs["loss"], expected["loss"], rtol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["sam", "s2sam", "slsam"])
+def test_sample_weights_and_a_mask_of_the_outputs(method):
+    """Keras multiplies the one by the other in place on PyTorch."""
+    rng = np.random.default_rng(0)
+    tokens, y = rng.integers(0, 4, (6, 7)), rng.normal(size=(6, 7, 2))
+    weights = rng.random((6, 7)).astype("float32")
+
+    def trained(optimizer):
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((7,), dtype="int32")
+        x = keras.layers.Embedding(9, 4, mask_zero=True)(inputs)
+        model = keras.Model(inputs, keras.layers.Dense(2)(x))
+        model = keras_slsam.sharpness_aware(model)
+        model.compile(optimizer=optimizer, loss="mse")
+        model.fit(tokens, y, 4, 2, sample_weight=weights, shuffle=False, verbose=0)
+        return model.get_weights()
+
+    for one, other in zip(trained("sgd"), trained(methods(TINY)[method])):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+class Rematerialised(keras.layers.Layer):
+    def __init__(self, remat):
+        super().__init__()
+        self.dense = keras.layers.Dense(5, activation="tanh")
+        self.remat = remat
+
+    def build(self, input_shape):
+        self.dense.build(input_shape)
+
+    def call(self, x):
+        return (keras.remat(self.dense) if self.remat else self.dense)(x)
+
+
+def remat_model(optimizer, remat):
+    keras.utils.set_random_seed(0)
+    layers = [Rematerialised(remat), keras.layers.Dense(1)]
+    model = keras_slsam.sharpness_aware(keras.Sequential([keras.Input((4,)), *layers]))
+    model.compile(optimizer=optimizer, loss="mse")
+    return model
+
+
+@pytest.mark.parametrize("method", ["sam", "s2sam", "slsam"])
+def test_rematerialised_layers(method):
+    x = np.linspace(-1, 1, 24).reshape(6, 4).astype("float32")
+    if BACKEND == "tensorflow":
+        with pytest.raises(ValueError, match="[Rr]ematerialisation"):
+            remat_model(methods(0.5)[method], True).train_on_batch(x, x[:, :1])
+        return
+    if BACKEND == "jax":
+        # There Keras' own step has no gradients for what is behind a bare `remat`.
+        return
+    results = []
+    for remat in (False, True):
+        model = remat_model(methods(0.5)[method], remat)
+        for _ in range(3):
+            model.train_on_batch(x, x[:, :1])
+        results.append(model.get_weights())
+    for one, other in zip(*results):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="refused, as tested above")
+def test_remat_scope():
+    def trained(mode):
+        keras.utils.set_random_seed(0)
+        with keras.RematScope(mode=mode):
+            layers = [keras.layers.Dense(5, activation="tanh"), keras.layers.Dense(1)]
+            model = keras.Sequential([keras.Input((4,)), *layers])
+        model = keras_slsam.sharpness_aware(model)
+        optimizer = keras_slsam.SLSAM("sgd", rho=0.5, active_fraction=0.6, seed=0)
+        model.compile(optimizer=optimizer, loss="mse")
+        x = np.linspace(-1, 1, 24).reshape(6, 4).astype("float32")
+        for _ in range(4):
+            model.train_on_batch(x, x[:, :1])
+        return model.get_weights()
+
+    for one, other in zip(trained(None), trained("full")):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="refused by Keras on JAX")
+@pytest.mark.parametrize("method", ["sam", "s2sam", "slsam"])
+def test_random_numbers_without_a_seed(method):
+    """New in each step, and the same in both passes of one."""
+
+    class Noise(keras.layers.Layer):
+        def call(self, x):
+            return x + keras.random.normal(ops.shape(x))
+
+    def outputs(optimizer, steps=4):
+        keras.utils.set_random_seed(0)
+        layers = [keras.layers.Dense(1), Noise()]
+        model = keras.Sequential([keras.Input((4,)), *layers])
+        model = keras_slsam.sharpness_aware(model)
+        model.compile(optimizer=optimizer, loss=lambda y, y_pred: ops.mean(y_pred))
+        x, y = np.ones((8, 4), "float32"), np.ones((8, 1), "float32")
+        losses = []
+        for _ in range(steps):
+            losses.append(model.train_on_batch(x, y))
+            model.reset_metrics()
+        return losses
+
+    plain, ours = outputs("sgd"), outputs(methods(TINY)[method])
+    assert len(set(np.round(plain, 3))) == 4
+    np.testing.assert_allclose(ours, plain, rtol=1e-4)
+
+
+class Centred(keras.layers.Layer):
+    """Takes away a running mean, which it moves first."""
+
+    def build(self, input_shape):
+        self.mean = self.add_weight(
+            shape=(input_shape[-1],), initializer="zeros", trainable=False
+        )
+
+    def call(self, x):
+        self.mean.assign(0.5 * self.mean + 0.5 * ops.mean(x, axis=0))
+        return x - self.mean
+
+
+def test_a_variable_that_is_read_after_it_was_assigned():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(8, 4)), rng.normal(size=(8, 1))
+
+    def trained(optimizer):
+        keras.utils.set_random_seed(0)
+        layers = [keras.layers.Dense(3), Centred(), keras.layers.Dense(1)]
+        model = keras.Sequential([keras.Input((4,)), *layers])
+        model = keras_slsam.sharpness_aware(model)
+        model.compile(optimizer=optimizer, loss="mse")
+        for _ in range(5):
+            model.train_on_batch(x, y)
+        return model.get_weights()
+
+    sam = trained(methods(TINY)["sam"])
+    assert abs(sam[2]).max() > 0.01
+    for method in ("s2sam", "slsam"):
+        for one, other in zip(sam, trained(methods(TINY)[method])):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+    if BACKEND != "jax":  # whose own step differentiates through what was assigned
+        for one, other in zip(sam, trained("sgd")):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_layer_that_assigns_to_its_trainable_weight_is_refused():
+    layer = keras.layers.SpectralNormalization(keras.layers.Dense(3))
+    model = keras.Sequential([keras.Input((4,)), layer, keras.layers.Dense(1)])
+    model = keras_slsam.sharpness_aware(model)
+    model.compile(optimizer=keras_slsam.SAM("sgd"), loss="mse")
+    with pytest.raises(ValueError, match="assigns to the trainable weight.*kernel"):
+        model.train_on_batch(np.ones((2, 4)), np.ones((2, 1)))
+
+
 def test_a_loss_of_the_models_own():
     class Own(keras.Model):
         def __init__(self):

@@ -1,6 +1,7 @@
-"""Twenty steps of SL-SAM with the library's own draws, for any backend.
+"""Steps of SL-SAM with the library's own draws, for any backend.
 
-`python trajectory.py FILE` writes the masks and the weights of each step.
+python trajectory.py run FILE                       twenty steps of each kind
+python trajectory.py resume KIND CHECKPOINT FILE    goes on from a checkpoint
 """
 
 import sys
@@ -12,6 +13,12 @@ from keras import layers
 import keras_slsam
 
 STEPS = 20
+KINDS = {
+    "bandit": {"sampler": "bandit"},
+    "proportional": {"sampler": "proportional"},
+    "bandit, single step": {"sampler": "bandit", "single_step": True},
+    "proportional, single step": {"sampler": "proportional", "single_step": True},
+}
 
 
 def make_model():
@@ -30,37 +37,48 @@ def make_model():
     return model
 
 
-def run(sampler, single_step):
-    """Masks `(STEPS, arms)`, and the final weights as one vector."""
+def start(kind):
     model = keras_slsam.sharpness_aware(make_model())
+    base = keras.optimizers.AdamW(3e-3)
     optimizer = keras_slsam.SLSAM(
-        keras.optimizers.AdamW(3e-3),
-        rho=0.05,
-        active_fraction=0.3,
-        sampler=sampler,
-        single_step=single_step,
-        seed=7,
+        base, rho=0.05, active_fraction=0.3, seed=7, **KINDS[kind]
     )
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer=optimizer, loss=loss)
-    rng = np.random.default_rng(1)
+    return model
+
+
+def train(model, first=0, steps=STEPS):
+    """Masks `(steps, arms)`, and the final weights as one vector."""
     masks = []
-    for _ in range(STEPS):
+    for step in range(first, first + steps):
+        rng = np.random.default_rng(step)
         x, y = rng.integers(0, 13, (16, 6)), rng.integers(0, 3, 16)
         model.train_on_batch(x, y)
-        masks.append(keras.ops.convert_to_numpy(optimizer.active))
-    return np.stack(masks), np.concatenate([w.ravel() for w in model.get_weights()])
+        masks.append(keras.ops.convert_to_numpy(model.optimizer.active))
+    weights = np.concatenate([w.ravel() for w in model.get_weights()])
+    return {"masks": np.stack(masks), "weights": weights}
 
 
 def run_all():
     results = {}
-    for sampler in ("bandit", "proportional"):
-        for single_step in (False, True):
-            masks, weights = run(sampler, single_step)
-            results[f"{sampler}-{single_step}-masks"] = masks
-            results[f"{sampler}-{single_step}-weights"] = weights
+    for kind in KINDS:
+        for key, value in train(start(kind)).items():
+            results[f"{kind}: {key}"] = value
     return results
 
 
+def resume(kind, file):
+    """Goes on after `STEPS` steps, from a file of a model or of weights."""
+    if file.endswith(".keras"):
+        model = keras_slsam.sharpness_aware(keras.saving.load_model(file))
+    else:
+        model = start(kind)
+        model.optimizer.build(model.trainable_variables)
+        model.load_weights(file)
+    return train(model, first=STEPS)
+
+
 if __name__ == "__main__":
-    np.savez(sys.argv[1], **run_all())
+    task, *arguments, result = sys.argv[1:]
+    np.savez(result, **{"run": run_all, "resume": resume}[task](*arguments))

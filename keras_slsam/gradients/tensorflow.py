@@ -11,6 +11,7 @@ import collections
 import contextlib
 import functools
 import graphlib
+import unittest.mock
 
 import keras
 import tensorflow as tf
@@ -164,12 +165,22 @@ def _record(loss_fn, weights, wanted):
     # A tape knows tensors: two weights may be the same one, until copied.
     weights = [tf.identity(w) for w in weights]
     watched = [w for w, on in zip(weights, wanted) if on]
-    with tf.GradientTape(watch_accessed_variables=False) as tape:
+    refused = unittest.mock.patch.object(tf, "recompute_grad", _refuse_recomputation)
+    with tf.GradientTape(watch_accessed_variables=False) as tape, refused:
         tape.watch(watched)
         loss, aux = loss_fn(weights)
     found = tape.gradient(loss, watched, None, tf.UnconnectedGradients.ZERO)
     found = map(_sum_duplicates, found)
     return (loss, aux), [next(found) if on else None for on in wanted]
+
+
+def _refuse_recomputation(function):
+    """Stands in for `tf.recompute_grad`, which differentiates by variables only."""
+    raise ValueError(
+        "Rematerialisation (`keras.remat`, `keras.RematScope`) is not supported on the "
+        f"TensorFlow backend: the gradients of {function!r} would be lost. Leave it "
+        "out, or use another backend."
+    )
 
 
 def _sum_duplicates(gradient):

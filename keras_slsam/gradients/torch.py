@@ -26,8 +26,9 @@ def value_and_grad(loss_fn, weights, arms, active, jit_compile=False):
     """Value of `loss_fn` and the gradients of the active weights.
 
     Args:
-        loss_fn: Pure function from a list of tensors, like `weights`, to
-            `(loss, aux)` with a scalar `loss` and any structure `aux`.
+        loss_fn: Pure function from a list of tensors, like `weights`, and a function
+            to call with the loss in the middle of it, to `(loss, aux)` with a scalar
+            `loss` and any structure `aux`.
         weights: List of tensors to differentiate at.
         arms: List of int, the arm of each weight.
         active: List of bool, one an arm.
@@ -38,14 +39,20 @@ def value_and_grad(loss_fn, weights, arms, active, jit_compile=False):
         that of an active weight that the loss does not reach is zero.
     """
     leaves = [w.detach().requires_grad_(active[a]) for w, a in zip(weights, arms)]
-    with torch.enable_grad():
-        loss, aux = loss_fn(leaves)
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    found = iter(
-        torch.autograd.grad(loss, wanted, materialize_grads=True)
-        if loss.requires_grad
-        else [torch.zeros_like(leaf) for leaf in wanted]
-    )
+    found = []
+
+    def differentiate(loss):
+        if not loss.requires_grad:
+            found.extend(map(torch.zeros_like, wanted))
+            return
+        # In this thread: what is rematerialised must find the weights that are given.
+        with torch.autograd.set_multithreading_enabled(False):
+            found.extend(torch.autograd.grad(loss, wanted, materialize_grads=True))
+
+    with torch.enable_grad():
+        loss, aux = loss_fn(leaves, differentiate)
+    found = iter(found)
     gradients = [next(found) if leaf.requires_grad else None for leaf in leaves]
     aux = keras.tree.map_structure(
         lambda t: t.detach() if torch.is_tensor(t) else t, aux
@@ -121,14 +128,14 @@ def replayed(loss_fn):
     PyTorch's global generators, which are rewound before each call.
 
     Args:
-        loss_fn: Function of one argument.
+        loss_fn: Function of a list of tensors, and more.
 
     Returns:
         Function like `loss_fn`.
     """
     generators = []
 
-    def run(weights):
+    def run(weights, *args):
         if generators:
             for module, state in generators:
                 module.set_rng_state(state)
@@ -136,7 +143,7 @@ def replayed(loss_fn):
             kinds = {weight.device.type for weight in weights} - {"cpu"}
             modules = [torch, *map(torch.get_device_module, kinds)]
             generators.extend((module, module.get_rng_state()) for module in modules)
-        return loss_fn(weights)
+        return loss_fn(weights, *args)
 
     return run
 

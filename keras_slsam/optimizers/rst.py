@@ -1,5 +1,7 @@
 """RST: SAM on randomly chosen steps."""
 
+import numbers
+
 import keras
 from keras import ops
 
@@ -55,7 +57,7 @@ class RST(SharpnessAware):
     ) -> None:
         if (
             isinstance(probability, bool)
-            or not isinstance(probability, (int, float))
+            or not isinstance(probability, numbers.Real)
             or not 0 <= probability <= 1
         ):
             raise ValueError(

@@ -63,6 +63,12 @@ class SharpnessAware(keras.optimizers.Optimizer):
                 f"Argument `rho` of `{owner}` is the radius of the perturbation and "
                 f"must be a finite number > 0. Received: rho={rho!r}"
             )
+        for name, value in (("adaptive", adaptive), ("single_step", single_step)):
+            if not isinstance(value, bool):
+                raise ValueError(
+                    f"Argument `{name}` of `{owner}` must be True or False. "
+                    f"Received: {name}={value!r}"
+                )
         if isinstance(base_optimizer, SharpnessAware):
             raise ValueError(
                 f"Argument `base_optimizer` of `{owner}` is one of ours already; "
@@ -156,6 +162,7 @@ class SharpnessAware(keras.optimizers.Optimizer):
     @property
     def arms(self):
         """List of lists of `keras.Variable`s, the variables of each arm."""
+        self._check_built()
         return [
             [self._trainable_variables[i] for i in indices] for indices in self._members
         ]
@@ -163,6 +170,7 @@ class SharpnessAware(keras.optimizers.Optimizer):
     @property
     def active(self):
         """Boolean tensor of shape `(num_arms,)`, the mask of the last step."""
+        self._check_built()
         return ops.copy(self._active)
 
     @property
@@ -171,6 +179,7 @@ class SharpnessAware(keras.optimizers.Optimizer):
 
         They are those of the first pass's gradients, 0 where inactive.
         """
+        self._check_built()
         return ops.copy(self._norms)
 
     @property
@@ -178,6 +187,14 @@ class SharpnessAware(keras.optimizers.Optimizer):
         """Tensor of shape `(num_arms,)` for the next draw, or `None`."""
         probabilities = self.sampler.probabilities
         return None if probabilities is None else ops.copy(probabilities)
+
+    def _check_built(self):
+        if not self.built:
+            raise ValueError(
+                f"`{type(self).__name__}` has no arms before it knows the model's "
+                "weights. Train a step, or call "
+                "`optimizer.build(model.trainable_variables)`."
+            )
 
     @property
     def iterations(self):

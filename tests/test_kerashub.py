@@ -1,0 +1,130 @@
+"""Tasks of KerasHub: raw strings and images, their own `compile` defaults, LoRA."""
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_slsam
+
+WORDS = "the film is good bad very not a".split()
+TEXTS = ["the film is good", "the film is bad", "a very good film", "not a good film"]
+LABELS = np.array([1, 0, 1, 0])
+
+
+def text_classifier():
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    tokenizer = keras_hub.models.BertTokenizer(vocabulary=vocabulary)
+    backbone = keras_hub.models.BertBackbone(
+        vocabulary_size=len(vocabulary),
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=16,
+        intermediate_dim=32,
+        max_sequence_length=10,
+    )
+    preprocessor = keras_hub.models.BertTextClassifierPreprocessor(
+        tokenizer, sequence_length=10
+    )
+    return keras_hub.models.BertTextClassifier(
+        backbone, num_classes=2, preprocessor=preprocessor
+    )
+
+
+def image_classifier():
+    backbone = keras_hub.models.ResNetBackbone(
+        input_conv_filters=[8],
+        input_conv_kernel_sizes=[3],
+        stackwise_num_filters=[64, 64],
+        stackwise_num_blocks=[1, 1],
+        stackwise_num_strides=[1, 2],
+        block_type="basic_block",
+        image_shape=(16, 16, 3),
+    )
+    converter = keras_hub.layers.ResNetImageConverter(image_size=(16, 16))
+    preprocessor = keras_hub.models.ResNetImageClassifierPreprocessor(converter)
+    return keras_hub.models.ResNetImageClassifier(
+        backbone, num_classes=2, preprocessor=preprocessor
+    )
+
+
+def causal_lm():
+    # A byte-pair tokenizer with one merge: nearly all tokens are letters.
+    letters = sorted({letter for text in TEXTS for letter in text.replace(" ", "Ġ")})
+    vocabulary = {token: i for i, token in enumerate(["<|endoftext|>", "th", *letters])}
+    tokenizer = keras_hub.models.GPT2Tokenizer(vocabulary=vocabulary, merges=["t h"])
+    backbone = keras_hub.models.GPT2Backbone(
+        vocabulary_size=len(vocabulary),
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=16,
+        intermediate_dim=32,
+        max_sequence_length=12,
+    )
+    preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(
+        tokenizer, sequence_length=12
+    )
+    return keras_hub.models.GPT2CausalLM(backbone=backbone, preprocessor=preprocessor)
+
+
+def slsam(rate=0.01, **kwargs):
+    return keras_slsam.SLSAM(
+        keras.optimizers.Adam(rate), active_fraction=0.5, seed=0, **kwargs
+    )
+
+
+def arm_names(optimizer):
+    return [[variable.path for variable in arm] for arm in optimizer.arms]
+
+
+def test_text_classifier_on_raw_strings():
+    task = keras_slsam.sharpness_aware(text_classifier())
+    task.compile(optimizer=slsam(arms="block"))  # the loss and metrics of the task
+    history = task.fit(TEXTS * 8, np.tile(LABELS, 8), 8, epochs=12, verbose=0).history
+    assert history["loss"][-1] < 0.5 * history["loss"][0]
+    assert history["sparse_categorical_accuracy"][-1] > 0.9
+    names = arm_names(task.optimizer)
+    blocks = [{path.split("/")[0] for path in arm} for arm in names]
+    assert all(len(block) == 1 for block in blocks)
+    assert {"transformer_layer_0", "transformer_layer_1"} <= set().union(*blocks)
+    assert task.predict(TEXTS, verbose=0).shape == (4, 2)
+
+
+def test_image_classifier_on_raw_images():
+    rng = np.random.default_rng(0)
+    labels = np.arange(32) % 2
+    images = rng.integers(0, 100, (32, 24, 24, 3)) + 120 * labels[:, None, None, None]
+    task = keras_slsam.sharpness_aware(image_classifier())
+    task.compile(optimizer=slsam(arms="layer"))
+    frozen = [v for v in task.non_trainable_variables if "moving" in v.path]
+    before = [ops.convert_to_numpy(v) for v in frozen]
+    history = task.fit(images.astype("uint8"), labels, 8, epochs=6, verbose=0).history
+    assert history["loss"][-1] < 0.5 * history["loss"][0]
+    assert before
+    for old, variable in zip(before, frozen):
+        assert (ops.convert_to_numpy(variable) != old).any()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_causal_lm_on_raw_strings(lora):
+    task = causal_lm()
+    if lora:
+        task.backbone.enable_lora(2)
+    task = keras_slsam.sharpness_aware(task)
+    task.compile(optimizer=slsam(0.03))
+    task.optimizer.build(task.trainable_variables)
+    frozen = [
+        v for v in task.variables if v.path.endswith("kernel") and not v.trainable
+    ]
+    before = [ops.convert_to_numpy(v) for v in frozen]
+    history = task.fit(TEXTS * 8, batch_size=8, epochs=6, verbose=0).history
+    assert history["loss"][-1] < 0.8 * history["loss"][0]
+    paths = [path for arm in arm_names(task.optimizer) for path in arm]
+    assert sorted(paths) == sorted(v.path for v in task.trainable_variables)
+    # Only what is trainable is an arm: the low-rank factors.
+    assert all("lora" in path for path in paths) == lora
+    assert bool(frozen) == lora
+    for old, variable in zip(before, frozen):
+        np.testing.assert_array_equal(old, ops.convert_to_numpy(variable))
+    assert task.generate("the", max_length=8).startswith("the")
