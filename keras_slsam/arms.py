@@ -1,7 +1,5 @@
 """Arms: which variables are switched on or off together."""
 
-import collections
-
 
 def group(variables, grouping):
     """The arm of each variable.
@@ -54,7 +52,7 @@ def _by_variable(variables):
 
 
 def _by_layer(variables):
-    return list(zip(_layer_paths(variables), _occurrences(variables)))
+    return _runs(_layer_paths(variables), variables)
 
 
 def _by_block(variables):
@@ -67,28 +65,29 @@ def _by_block(variables):
         len({path[depth] for path in paths if len(path) > depth}) == 1
     ):
         depth += 1
-    return [
-        (path[: depth + 1], occurrence)
-        for path, occurrence in zip(paths, _occurrences(variables))
-    ]
+    return _runs([path[: depth + 1] for path in paths], variables)
 
 
 def _layer_paths(variables):
     return [tuple(variable.path.split("/")[:-1]) for variable in variables]
 
 
-def _occurrences(variables):
-    """How many variables of the same path come before each.
+def _runs(paths, variables):
+    """Numbers the layers, of which a model lists the variables one after the other.
 
     A model inside a model leaves no trace in the paths, so two towers with the same
-    names of layers differ in this only.
+    names of layers differ in their places only: a path that comes again is another
+    layer's. A variable without a path, like those of a `TorchModuleWrapper`, is alone.
     """
-    seen = collections.Counter()
-    occurrences = []
-    for variable in variables:
-        occurrences.append(seen[variable.path])
-        seen[variable.path] += 1
-    return occurrences
+    numbers = []
+    number, before, names = -1, None, []
+    for path, variable in zip(paths, variables):
+        again = variable.path in names and variable.path != names[-1]
+        if path != before or not path or again:
+            number, before, names = number + 1, path, []
+        names.append(variable.path)
+        numbers.append(number)
+    return numbers
 
 
 _GROUPINGS = {"variable": _by_variable, "layer": _by_layer, "block": _by_block}

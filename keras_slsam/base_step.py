@@ -60,13 +60,14 @@ class BaseStep:
             if isinstance(base_optimizer, keras.optimizers.Nadam):
                 self._own_products = add("own_products", variables[0].dtype, "ones")
 
-    def __call__(self, gradients, squares, active):
+    def __call__(self, gradients, squares, active, last):
         """Updates the active arms, or adds up their gradients.
 
         Args:
             gradients: List of tensors, one a variable; anything where inactive.
             squares: List of float scalars, the squared norms of the arms' gradients.
             active: List of bools or scalar boolean tensors, one an arm.
+            last: Whether this is the last step of a window, see `window`.
         """
         base = self._base
         steps = base.gradient_accumulation_steps
@@ -80,9 +81,7 @@ class BaseStep:
         if steps:
             self._accumulate(gradients, active)
             state = self._variables + self._state + base.variables
-            backend.when(
-                self.is_last(), lambda: self._apply_mean(active), variables=state
-            )
+            backend.when(last, lambda: self._apply_mean(active), variables=state)
         else:
             self._update(gradients, squares, active)
         if base.use_ema:
@@ -103,19 +102,19 @@ class BaseStep:
         """Int tensor, how many steps of this window were made before this one."""
         return self._base._iterations % (self._base.gradient_accumulation_steps or 1)
 
-    def is_first(self):
-        """Whether this is the first step of a window: bool or boolean tensor."""
-        return self._known(0)
+    def window(self):
+        """Whether this is the first, and the last, step of a window.
 
-    def is_last(self):
-        """Whether this is the last step of a window: bool or boolean tensor."""
-        return self._known((self._base.gradient_accumulation_steps or 1) - 1)
-
-    def _known(self, position):
-        if not self._base.gradient_accumulation_steps:
-            return True
-        (answer,) = backend.concrete(ops.reshape(self.position() == position, (1,)))
-        return answer
+        Returns:
+            Tuple of two bools, or scalar boolean tensors inside a traced step.
+        """
+        steps = self._base.gradient_accumulation_steps
+        if not steps:
+            return True, True
+        position = self.position()
+        return tuple(
+            backend.concrete(ops.stack([position == 0, position == steps - 1]))
+        )
 
     def _accumulate(self, gradients, active):
         sums = self._base._accumulated_gradients
@@ -132,15 +131,12 @@ class BaseStep:
     def _apply_mean(self, active):
         sums = self._base._accumulated_gradients
         share = 1.0 / self._base.gradient_accumulation_steps
-        means = [backend.read(total) for total in sums]
-        for on, indices in zip(active, self._members):
-            found = backend.cond(
-                on,
-                lambda i=indices: [means[j] * share for j in i],
-                lambda i=indices: [means[j] for j in i],
-            )
-            for i, mean in zip(indices, found):
-                means[i] = mean
+        means = perturbation.of_active(
+            lambda i, total: total * share,
+            [backend.read(total) for total in sums],
+            self._members,
+            active,
+        )
         squares = perturbation.squared_norms(means, self._members, active, self._dtype)
         self._update(means, squares, active)
         for on, indices in zip(active, self._members):

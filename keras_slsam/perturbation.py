@@ -61,16 +61,9 @@ def unscale(gradients, members, active, scale):
     Returns:
         List of tensors like `gradients`.
     """
-    result = list(gradients)
-    for on, indices in zip(active, members):
-        values = cond(
-            on,
-            lambda i=indices: [multiply(gradients[j], 1.0 / scale) for j in i],
-            lambda i=indices: [gradients[j] for j in i],
-        )
-        for i, value in zip(indices, values):
-            result[i] = value
-    return result
+    return of_active(
+        lambda i, gradient: multiply(gradient, 1.0 / scale), gradients, members, active
+    )
 
 
 def perturb(weights, directions, squared_norm, members, active, rho, adaptive=False):
@@ -93,19 +86,33 @@ def perturb(weights, directions, squared_norm, members, active, rho, adaptive=Fa
     # Without a direction there is no ascent; 1 / eps would overflow in float16.
     scale = ops.where(squared_norm > 0, rho / (ops.sqrt(squared_norm) + _EPSILON), 0.0)
 
-    def of_arm(indices):
-        perturbed = []
-        for i in indices:
-            w, step = weights[i], ops.cast(scale, weights[i].dtype)
-            step = ops.multiply(step, ops.square(w)) if adaptive else step
-            perturbed.append(add(w, directions[i], step))
-        return perturbed
+    def ascended(i, weight):
+        step = ops.cast(scale, weight.dtype)
+        step = ops.multiply(step, ops.square(weight)) if adaptive else step
+        return add(weight, directions[i], step)
 
-    result = list(weights)
+    return of_active(ascended, weights, members, active)
+
+
+def of_active(function, values, members, active):
+    """A function of the values of the active arms; the others stay as they are.
+
+    Args:
+        function: Function of the number of a variable and its value.
+        values: List of tensors, one a variable; anything where inactive.
+        members: List of lists of int, the variables of each arm.
+        active: List of bools or scalar boolean tensors, one an arm.
+
+    Returns:
+        List of tensors like `values`.
+    """
+    result = list(values)
     for on, indices in zip(active, members):
-        values = cond(
-            on, lambda i=indices: of_arm(i), lambda i=indices: [weights[j] for j in i]
+        found = cond(
+            on,
+            lambda i=indices: [function(j, values[j]) for j in i],
+            lambda i=indices: [values[j] for j in i],
         )
-        for i, value in zip(indices, values):
+        for i, value in zip(indices, found):
             result[i] = value
     return result

@@ -80,15 +80,15 @@ class Sampler:
         Those of `keras.random.SeedGenerator`s and of other samplers, and those in
         lists and dicts, are among them.
         """
-        found = []
+        found = {}
         for attribute in keras.tree.flatten(list(vars(self).values())):
             if isinstance(attribute, Sampler):
-                found += attribute.variables
+                found.update((id(v), v) for v in attribute.variables)
             elif isinstance(attribute, keras.random.SeedGenerator):
-                found.append(attribute.state)
+                found[id(attribute.state)] = attribute.state
             elif isinstance(attribute, keras.Variable):
-                found.append(attribute)
-        return found
+                found[id(attribute)] = attribute
+        return list(found.values())
 
     def get_config(self) -> dict:
         """Returns the arguments of the constructor as a dict."""

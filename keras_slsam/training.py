@@ -1,18 +1,14 @@
 """The train step: one text for all methods and all backends."""
 
 import functools
-import inspect
 
 import keras
 from keras import ops
 
-# Keras has no public name for the mask that it attaches to a tensor, which its metrics
-# read. Copies of a tensor have none.
-from keras.src.backend.common.masking import get_keras_mask
-from keras.src.backend.common.masking import set_keras_mask
-
 from keras_slsam import gradients as backend
 from keras_slsam import loss_scale
+from keras_slsam.loss import Loss
+from keras_slsam.loss import training_argument
 from keras_slsam.optimizers.sharpness_aware import SharpnessAware
 
 
@@ -55,9 +51,10 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
     variables = model.trainable_variables
     with backend.no_grad():
         scale = loss_scale.read(scaler)
-        loss = _Loss(model, variables, x, y, sample_weight, scale)
+        loss = Loss(model, variables, x, y, sample_weight, scale)
         loss_fn = backend.replayed(loss)
-        active = optimizer.draw_active()
+        first_of_window, last_of_window = optimizer.window()
+        active = optimizer.draw_active(first_of_window)
 
         def value_and_grad(weights):
             (_, outputs), gradients = backend.value_and_grad(
@@ -84,17 +81,20 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
             gradients = backend.cond(optimizer.draw_perturbed(), second, lambda: first)
 
         def update():
-            optimizer.learn(squares)
-            optimizer.descend(gradients, squares, active)  # the base step at w, with h
+            loss.record_state(outputs)
+            optimizer.learn(squares, last_of_window)
+            # The base step at w, with h.
+            optimizer.descend(gradients, squares, active, last_of_window)
 
-        # The weights move last: where something raises, they have not.
-        loss.record(outputs)
-        logs = _update_metrics(model, x, y, sample_weight, outputs)
+        # All but the metrics moves last: where something raises, it has not.
+        logs = _update_metrics(
+            model, x, y, sample_weight, *loss.record_metrics(outputs)
+        )
         if scaler is None:
             update()
         else:
             norms = squares + optimizer.squared_norms(gradients, active)
-            state = variables + optimizer.variables
+            state = variables + optimizer.variables + loss.state
             loss_scale.update_if_finite(scaler, sum(norms), update, state)
         return logs
 
@@ -272,119 +272,18 @@ def _prepare(model, optimizer, x):
         with backend.init_scope():
             if not all(layer.built for layer in model._flatten_layers()):
                 # TensorFlow's `fit` leaves it to the first step.
-                model(keras.tree.map_structure(_symbolic, x), **_training(model.call))
+                model(
+                    keras.tree.map_structure(_symbolic, x),
+                    **training_argument(model.call),
+                )
             optimizer.build(model.trainable_variables)
     loss_scale.split(optimizer)[1].check_variables(model.trainable_variables)
 
 
-class _Loss:
-    """The loss as a pure function of the weights.
-
-    It always starts from the state of before the step, so a second pass sees the
-    dropout masks of the first; what it does to the state comes out as values.
-
-    Args:
-        model: `keras.Model`.
-        variables: List of its trainable `keras.Variable`s.
-        x, y, sample_weight: The batch.
-        scale: Float scalar by which the loss is multiplied, or `None`.
-    """
-
-    def __init__(self, model, variables, x, y, sample_weight, scale=None):
-        self._model = model
-        self._variables = variables
-        self._data = x, y, sample_weight
-        self._scale = scale
-        self._given = backend.own_parameters(model, variables)
-        known = model.non_trainable_variables + model.metrics_variables
-        self._state = [(v, backend.read(v)) for v in known]
-        self._assigned = None
-
-    def __call__(self, weights, differentiate=None):
-        """The loss at `weights`.
-
-        Args:
-            weights: List of tensors, one a trainable variable.
-            differentiate: Function that is called with the loss while layers still
-                read `weights`, for those that compute anew in the backward pass.
-
-        Returns:
-            `(scaled loss, (loss, y_pred, masks, values))`; the last are those that
-            were assigned to variables.
-        """
-        model, (x, y, sample_weight) = self._model, self._data
-        # Keras multiplies sample weights by masks in place on PyTorch.
-        sample_weight = keras.tree.map_structure(_copy, sample_weight)
-        mapping = list(zip(self._variables, weights)) + self._state
-        with self._given(weights), _Scope(mapping) as scope:
-            y_pred = model(x, **_training(model.call))
-            loss = model.compute_loss(
-                x=x,
-                y=y,
-                y_pred=y_pred,
-                sample_weight=sample_weight,
-                **_training(model.compute_loss),
-            )
-            scaled = loss if self._scale is None else ops.multiply(loss, self._scale)
-            assigned = list(scope.assigned.values())
-            values = [scope.get_current_value(v) for v in assigned]
-            if differentiate is not None:
-                differentiate(scaled)
-        if self._assigned is None:
-            self._assigned = assigned
-            self._check_assigned()
-        masks = keras.tree.map_structure(get_keras_mask, y_pred)
-        return scaled, (loss, y_pred, masks, values)
-
-    def _check_assigned(self):
-        trained = {id(v) for v in self._variables}
-        for variable in self._assigned:
-            if id(variable) in trained:
-                raise ValueError(
-                    f"A layer assigns to the trainable weight {variable.path!r} when "
-                    "it is called, as `SpectralNormalization` does. It would assign a "
-                    "perturbed weight. Leave the layer out, or set "
-                    "`trainable = False` on it."
-                )
-
-    def record(self, outputs):
-        """Takes over what the first call did to the state."""
-        *_, values = outputs
-        for variable, value in zip(self._assigned, values):
-            variable.assign(value)
-
-
-class _Scope(keras.StatelessScope):
-    """A scope that lists the variables that were assigned to.
-
-    Not all are the model's: a generator of random numbers may be anyone's. What was
-    assigned is a constant to the gradient, like the value of a variable.
-    """
-
-    def __init__(self, state_mapping):
-        super().__init__(state_mapping, collect_losses=True)
-        self.assigned = {}
-
-    def add_update(self, update):
-        variable, value = update
-        self.assigned[id(variable)] = variable
-        super().add_update((variable, ops.stop_gradient(value)))
-
-
-def _update_metrics(model, x, y, sample_weight, outputs):
-    loss, y_pred, masks, _ = outputs
-    for tensor, mask in zip(keras.tree.flatten(y_pred), keras.tree.flatten(masks)):
-        if mask is not None:
-            set_keras_mask(tensor, mask)
+def _update_metrics(model, x, y, sample_weight, loss, y_pred):
     # Keras has no public name for the metric of the loss itself.
     model._loss_tracker.update_state(loss, sample_weight=_batch_size(x))
     return model.compute_metrics(x, y, y_pred, sample_weight)
-
-
-def _training(function):
-    """The argument `training`, for a method of a user's that may not take it."""
-    takes = "training" in inspect.signature(function).parameters
-    return {"training": True} if takes else {}
 
 
 def _symbolic(tensor):
@@ -392,10 +291,6 @@ def _symbolic(tensor):
         return None
     dtype = keras.backend.standardize_dtype(tensor.dtype)
     return keras.KerasTensor(tensor.shape, dtype)
-
-
-def _copy(tensor):
-    return None if tensor is None else ops.copy(tensor)
 
 
 def _batch_size(x):

@@ -7,7 +7,7 @@ import zoo
 from keras import ops
 
 from keras_slsam import gradients as backend
-from keras_slsam.training import _Loss
+from keras_slsam.loss import Loss
 
 BACKEND = keras.config.backend()
 
@@ -23,7 +23,7 @@ def make_function(name, arms_of, compile_step):
     def run(mask):
         keras.utils.set_random_seed(0)  # PyTorch's unseeded dropout
         inputs = keras.tree.map_structure(ops.convert_to_tensor, (x, y))
-        loss_fn = backend.replayed(_Loss(model, variables, *inputs, None))
+        loss_fn = backend.replayed(Loss(model, variables, *inputs, None))
         weights = [ops.convert_to_tensor(v) for v in variables]
         active = backend.concrete(mask) if mask is not None else [True] * len(arms)
         (loss, _), gradients = backend.value_and_grad(loss_fn, weights, arms, active)
@@ -114,7 +114,7 @@ def test_embedding_gradients_stay_sparse():
 
     @tf.function
     def run(mask):
-        loss_fn = _Loss(model, variables, x, y, None)
+        loss_fn = Loss(model, variables, x, y, None)
         weights = [backend.read(v) for v in variables]
         arms = list(range(len(weights)))
         active = backend.concrete(mask)
@@ -153,7 +153,7 @@ def test_activations_of_inactive_arms_are_not_kept():
                 tensors[tensor.data_ptr()] = tensor.numel()
             return tensor
 
-        loss_fn = _Loss(model, variables, x, y, None)
+        loss_fn = Loss(model, variables, x, y, None)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             backend.value_and_grad(loss_fn, weights, [0, 1, 2, 3], active)
         return sum(tensors.values()) / (batch * width)

@@ -294,7 +294,7 @@ def test_gradient_accumulation_of_the_base_optimizer():
 
 
 def test_keras_parts_that_have_no_public_name():
-    """Fails where Keras moves what `_descend_on_active` and the step call."""
+    """Fails where Keras moves what `BaseStep`, the loss and the step use."""
     base = optimizers.Nadam()
     for name in (
         "_clip_gradients",
@@ -307,9 +307,14 @@ def test_keras_parts_that_have_no_public_name():
         assert hasattr(base, name), name
     base.build([keras.Variable([1.0])])
     assert base._u_product.shape == ()
+    assert int(base._iterations) == 0
+    base = optimizers.SGD(gradient_accumulation_steps=2)
+    base.build([keras.Variable([1.0])])
+    assert len(base._accumulated_gradients) == 1
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
     model.compile(loss="mse")
     assert model._loss_tracker.name == "loss"
+    assert len(list(model._flatten_layers())) == 3
 
 
 @pytest.mark.parametrize(
@@ -390,3 +395,45 @@ def test_layers_of_the_same_name_in_two_models_are_two_arms(arms):
     expected = [{id(v) for v in la.variables} for la in layers if la.variables]
     assert len(expected) == 4
     assert [{id(v) for v in arm} for arm in optimizer.arms] == expected
+
+
+def test_weights_of_one_name_in_a_layer_are_one_arm():
+    class Experts(keras.layers.Layer):
+        def build(self, input_shape):
+            shape = (input_shape[-1], 2)
+            self.experts = [self.add_weight(shape=shape, name="e") for _ in range(4)]
+
+        def call(self, x):
+            return sum(ops.matmul(x, expert) for expert in self.experts)
+
+    model = keras.Sequential([keras.Input((3,)), Experts(), keras.layers.Dense(1)])
+    optimizer = keras_slsam.SLSAM("sgd", arms="layer")
+    optimizer.build(model.trainable_variables)
+    assert [len(arm) for arm in optimizer.arms] == [4, 2]
+
+
+def test_towers_with_other_weights_in_layers_of_the_same_name():
+    def tower(use_bias):
+        inputs = keras.Input((4,))
+        x = keras.layers.Dense(4, name="first", use_bias=use_bias)(inputs)
+        return keras.Model(inputs, keras.layers.Dense(4, name="second")(x))
+
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, tower(False)(inputs) + tower(True)(inputs))
+    optimizer = keras_slsam.SLSAM("sgd", arms="layer")
+    optimizer.build(model.trainable_variables)
+    assert [len(arm) for arm in optimizer.arms] == [1, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (keras_slsam.SAM, "sam"),
+        (keras_slsam.S2SAM, "s2sam"),
+        (keras_slsam.SLSAM, "slsam"),
+        (keras_slsam.RST, "rst"),
+    ],
+)
+def test_names(make, name):
+    assert make("sgd").name == make("sgd").get_config()["name"] == name
+    assert make("sgd", name="mine").name == "mine"

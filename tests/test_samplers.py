@@ -233,6 +233,7 @@ def test_variables_of_a_samplers_generators_and_lists_are_its_own():
             self.rows = {"a": [keras.Variable([1.0]), keras.Variable([2.0])]}
             self.inner = samplers.Uniform(0.5, seed=0)
             self.inner.build(num_arms)
+            self.probabilities = self.inner.probabilities  # the same variable
 
     sampler = Own()
     assert sampler.variables == []
@@ -243,9 +244,11 @@ def test_variables_of_a_samplers_generators_and_lists_are_its_own():
 
 def test_drawing_with_keras_random_moves_on_inside_fit():
     class Own(samplers.Sampler):
+        def __init__(self):
+            self.generator = keras.random.SeedGenerator(3)
+
         def build(self, num_arms):
             self.num_arms = num_arms
-            self.generator = keras.random.SeedGenerator(3)
 
         def draw(self):
             unit = keras.random.uniform((self.num_arms,), seed=self.generator)

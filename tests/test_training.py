@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import zoo
 from keras import ops
+from matrix import row
 from replay import Replay
 
 import keras_slsam
@@ -209,6 +210,7 @@ def test_weights_are_as_before_if_a_metric_raises():
         np.testing.assert_array_equal(old, new)
 
 
+@row("masks of outputs, in losses and metrics")
 @pytest.mark.parametrize("method", ["sam", "slsam", "sl+s2"])
 def test_metrics_see_the_mask_of_the_outputs(method):
     tokens = np.array([[1, 2, 0, 0], [3, 0, 0, 0]])
@@ -450,8 +452,9 @@ def test_no_retrace_after_the_first_steps(single_step):
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="one program on JAX and TensorFlow")
+@pytest.mark.parametrize("accumulated", [None, 2])
 @pytest.mark.parametrize("sampler", ["bandit", "proportional", "uniform"])
-def test_one_synchronisation_a_step(sampler, monkeypatch):
+def test_one_synchronisation_a_step(sampler, accumulated, monkeypatch):
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -479,8 +482,11 @@ def test_one_synchronisation_a_step(sampler, monkeypatch):
                 model.train_step((x, y))
         return synchronisations.count + len(lists)
 
-    plain = count("adamw")
-    ours = count(keras_slsam.SLSAM("adamw", sampler=sampler, seed=0))
+    def base():
+        return keras.optimizers.AdamW(gradient_accumulation_steps=accumulated)
+
+    plain = count(base())
+    ours = count(keras_slsam.SLSAM(base(), sampler=sampler, seed=0))
     assert ours <= plain + 1
 
 
@@ -537,7 +543,10 @@ def run_custom_loop(model, optimizer, batch, steps):
     elif BACKEND == "tensorflow":
         import tensorflow as tf
 
-        step = tf.function(lambda x, y: keras_slsam.step(model, optimizer, (x, y)))
+        step = tf.function(
+            lambda x, y: keras_slsam.step(model, optimizer, (x, y)),
+            jit_compile=model.jit_compile,
+        )
         for _ in range(steps):
             logs = step(*batch)
     else:

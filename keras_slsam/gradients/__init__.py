@@ -22,11 +22,12 @@ What each file holds:
 - `read(variable)`: the value of a `keras.Variable` as a tensor, not a copy.
 - `replayed(loss_fn)`: a loss function that sees the same random numbers in every
   call.
-- `when(active, update, variables)`: run an update that assigns to
-  variables only if `active`.
+- `when(active, update, variables)`: run an update that reads, or assigns to, no other
+  variables than those listed, only if `active`.
 - `cond(active, true_fn, false_fn)` (in this file): a value, by `active`.
 - `own_parameters(model, variables)`: contexts in which layers that do not read their
-  weights as Keras variables compute with other weights.
+  weights as Keras variables compute with other weights, and what takes over their
+  state.
 - `multiply(gradient, factor)`: `factor * gradient`, a new tensor.
 - `squared_sum(gradient)`: sum of the squares of a gradient's entries.
 - `add(weight, gradient, scale)`: `weight + scale * gradient`, a new tensor.

@@ -253,7 +253,9 @@ def when(active, update, variables):
         update: Function without arguments; what it returns is ignored.
         variables: List of the `keras.Variable`s that it may read or assign to.
     """
-    if active is False:
+    if isinstance(active, bool):
+        if active:
+            update()
         return
     # An inner scope sees nothing of the outer one.
     state = [(v, v.value) for v in variables]
@@ -268,12 +270,9 @@ def when(active, update, variables):
         assigned.extend(variables[i] for i in changed)
         return [after[i] for i in changed]
 
-    if active is True:
-        values = updated()
-    else:
-        # Traced before the condition, which must know what is assigned.
-        update_fn = core.jaxpr_as_fun(jax.make_jaxpr(updated)())
-        values = jax.lax.cond(active, update_fn, lambda: [v.value for v in assigned])
+    # Traced before the condition, which must know what is assigned.
+    update_fn = core.jaxpr_as_fun(jax.make_jaxpr(updated)())
+    values = jax.lax.cond(active, update_fn, lambda: [v.value for v in assigned])
     for variable, value in zip(assigned, values):
         variable.assign(value)
 
@@ -305,7 +304,7 @@ def add(weight, gradient, scale):
 
 def own_parameters(model, variables):
     """Nothing: all layers read their weights as Keras variables."""
-    return lambda weights: contextlib.nullcontext()
+    return lambda weights: contextlib.nullcontext(), lambda: None
 
 
 def replayed(loss_fn):

@@ -72,20 +72,28 @@ def own_parameters(model, variables):
         variables: List of its `keras.Variable`s that `weights` stand for.
 
     Returns:
-        Function from a list of tensors, like the values of `variables`, to a context
-        in which the model's modules compute with them.
+        Tuple of two functions. The first makes of a list of tensors, like the values of
+        `variables`, a context in which the model's modules compute with them; the
+        second, without arguments, takes over what the first pass did to the buffers.
+
+    Raises:
+        ValueError: if a parameter belongs to two variables.
     """
     # Keras has no public name for the layers at any depth.
-    modules = [
-        layer.module
-        for layer in model._flatten_layers()
-        if isinstance(layer, keras.layers.TorchModuleWrapper)
-    ]
+    layers = model._flatten_layers()
+    wrappers = [x for x in layers if isinstance(x, keras.layers.TorchModuleWrapper)]
+    modules = {id(wrapper.module): wrapper.module for wrapper in wrappers}.values()
     index = {id(variable.value): i for i, variable in enumerate(variables)}
+    if len(index) < len(variables):
+        raise ValueError(
+            "Two of the model's variables are one parameter of PyTorch, which would be "
+            "updated twice. Wrap each module in one `TorchModuleWrapper` only."
+        )
     passes = []
 
     @contextlib.contextmanager
     def given(weights):
+        buffers = []
         with contextlib.ExitStack() as stack:
             for module in modules:
                 tensors = {
@@ -93,32 +101,48 @@ def own_parameters(model, variables):
                     for name, parameter in module.named_parameters()
                     if id(parameter) in index
                 }
-                if passes:
-                    buffers = module.named_buffers()
-                    tensors.update((name, buffer.clone()) for name, buffer in buffers)
+                for name, buffer in module.named_buffers():
+                    tensors[name] = buffer.clone()
+                    buffers.append((buffer, tensors[name]))
                 stack.enter_context(_replaced(module, tensors))
             yield
-        passes.append(None)
+        passes.append(buffers)
 
-    return given
+    def record():
+        for buffer, value in passes[0]:
+            buffer.copy_(value)
+
+    return given, record
 
 
 @contextlib.contextmanager
 def _replaced(module, tensors):
     """A module that computes with `tensors` in the place of its own, by name."""
-
-    def forward(*args, **kwargs):
-        del module.forward  # so that this is the class's own again
-        try:
-            return torch.func.functional_call(module, tensors, args, kwargs)
-        finally:
-            module.forward = forward
-
-    module.forward = forward
+    own = vars(module).get("forward")
+    holder = _Holder(module)
+    tensors = {f"module.{name}": tensor for name, tensor in tensors.items()}
+    module.forward = lambda *args, **kwargs: torch.func.functional_call(
+        holder, tensors, args, kwargs
+    )
     try:
         yield
     finally:
-        del module.forward
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+class _Holder(torch.nn.Module):
+    """Calls a module's own `forward`, without its hooks, which its caller runs."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+        self.run = module.forward
+
+    def forward(self, *args, **kwargs):
+        return self.run(*args, **kwargs)
 
 
 def replayed(loss_fn):

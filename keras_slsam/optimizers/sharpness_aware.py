@@ -63,11 +63,12 @@ class SharpnessAware(keras.optimizers.Optimizer):
                 f"Argument `rho` of `{owner}` is the radius of the perturbation and "
                 f"must be a finite number > 0. Received: rho={rho!r}"
             )
-        for name, value in (("adaptive", adaptive), ("single_step", single_step)):
+        switches = {"adaptive": adaptive, "single_step": single_step}
+        for argument, value in switches.items():
             if not isinstance(value, bool):
                 raise ValueError(
-                    f"Argument `{name}` of `{owner}` must be True or False. "
-                    f"Received: {name}={value!r}"
+                    f"Argument `{argument}` of `{owner}` must be True or False. "
+                    f"Received: {argument}={value!r}"
                 )
         if isinstance(base_optimizer, SharpnessAware):
             raise ValueError(
@@ -120,7 +121,7 @@ class SharpnessAware(keras.optimizers.Optimizer):
                 f"`{owner}` does not support float8 training: its scales are not "
                 "weights that can be perturbed. Use another dtype policy."
             )
-        if self.sampler.variables:
+        if getattr(self.sampler, "_in_use", False):
             raise ValueError(
                 f"Argument `sampler` of `{owner}` belongs to another optimizer. "
                 f"Received: {self.sampler!r}. Make a new one for each optimizer."
@@ -142,6 +143,7 @@ class SharpnessAware(keras.optimizers.Optimizer):
             for number in range(num_arms)
         ]
         self.sampler.build(num_arms)
+        self.sampler._in_use = True
         dtype = keras.backend.result_type("float32", *(v.dtype for v in variables))
         self._active = self.add_variable((num_arms,), dtype="bool", name="active")
         self._norms = self.add_variable((num_arms,), dtype=dtype, name="norms")
@@ -244,8 +246,21 @@ class SharpnessAware(keras.optimizers.Optimizer):
                 "a new optimizer."
             )
 
-    def draw_active(self):
+    def window(self):
+        """Where this step is in a window of accumulated gradients.
+
+        Returns:
+            Tuple `(first, last)`, whether it is its first and its last step: bools, or
+            scalar boolean tensors inside a traced step. Without accumulation each
+            step is a window.
+        """
+        return self._base_step.window()
+
+    def draw_active(self, first):
         """Draws the step's active arms.
+
+        Args:
+            first: What `window` returned: in a window the arms stay.
 
         Returns:
             List with one entry an arm: bools, or scalar boolean tensors inside a
@@ -256,7 +271,7 @@ class SharpnessAware(keras.optimizers.Optimizer):
                 no active arm.
         """
         backend.when(
-            self._base_step.is_first(),
+            first,
             self._draw,
             variables=[self._active, *self.sampler.variables],
         )
@@ -325,17 +340,18 @@ class SharpnessAware(keras.optimizers.Optimizer):
             directions, self._members, active, self._norms.dtype
         )
 
-    def descend(self, gradients, squares, active):
+    def descend(self, gradients, squares, active, last):
         """The base optimizer's step with `gradients`, on the active arms only.
 
         Args:
             gradients: List of tensors, one a variable.
             squares: List of float scalars, the squared norms of the arms' gradients.
             active: What `draw_active` returned.
+            last: What `window` returned.
         """
-        self._base_step(gradients, squares, active)
+        self._base_step(gradients, squares, active, last)
 
-    def learn(self, squares):
+    def learn(self, squares, last):
         """Records the arms' norms and lets the sampler learn from them.
 
         In a window of accumulated gradients the norms are root mean squares, and the
@@ -343,16 +359,18 @@ class SharpnessAware(keras.optimizers.Optimizer):
 
         Args:
             squares: List of float scalars, the arms' squared gradient norms.
+            last: What `window` returned.
         """
         squares = ops.stack(squares)
         if self.base_optimizer.gradient_accumulation_steps:
             position = ops.cast(self._base_step.position(), squares.dtype)
-            before = ops.square(self._norms) * position
+            # Norms of the window before, which may not be finite, do not count.
+            before = ops.where(position > 0, ops.square(self._norms) * position, 0.0)
             squares = (before + squares) / (position + 1)
         norms = ops.sqrt(squares)
         self._norms.assign(norms)
         backend.when(
-            self._base_step.is_last(),
+            last,
             lambda: self.sampler.update(backend.read(self._active), norms),
             variables=[self._active, *self.sampler.variables],
         )

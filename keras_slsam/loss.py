@@ -1,0 +1,149 @@
+"""The loss of a batch as a pure function of the weights."""
+
+import inspect
+
+import keras
+from keras import ops
+
+# Keras has no public name for the mask that it attaches to a tensor, which its metrics
+# read. Copies of a tensor have none.
+from keras.src.backend.common.masking import get_keras_mask
+from keras.src.backend.common.masking import set_keras_mask
+
+from keras_slsam import gradients as backend
+
+
+class Loss:
+    """The loss as a pure function of the weights.
+
+    It always starts from the state of before the step, so a second pass sees the
+    dropout masks of the first; what it does to the state comes out as values.
+
+    Args:
+        model: `keras.Model`.
+        variables: List of its trainable `keras.Variable`s.
+        x, y, sample_weight: The batch.
+        scale: Float scalar by which the loss is multiplied, or `None`.
+    """
+
+    def __init__(self, model, variables, x, y, sample_weight, scale=None):
+        self._model = model
+        self._variables = variables
+        self._data = x, y, sample_weight
+        self._scale = scale
+        self._given, self._record_own = backend.own_parameters(model, variables)
+        known = model.non_trainable_variables + model.metrics_variables
+        self._state = [(v, backend.read(v)) for v in known]
+        self._assigned = None
+
+    def __call__(self, weights, differentiate=None):
+        """The loss at `weights`.
+
+        Args:
+            weights: List of tensors, one a trainable variable.
+            differentiate: Function that is called with the loss while layers still
+                read `weights`, for those that compute anew in the backward pass.
+
+        Returns:
+            `(scaled loss, (loss, y_pred, masks, values))`; the last are those that
+            were assigned to variables.
+        """
+        model, (x, y, sample_weight) = self._model, self._data
+        # Keras multiplies sample weights by masks in place on PyTorch.
+        sample_weight = keras.tree.map_structure(_copy, sample_weight)
+        mapping = list(zip(self._variables, weights)) + self._state
+        with self._given(weights), _Scope(mapping) as scope:
+            y_pred = model(x, **training_argument(model.call))
+            loss = model.compute_loss(
+                x=x,
+                y=y,
+                y_pred=y_pred,
+                sample_weight=sample_weight,
+                **training_argument(model.compute_loss),
+            )
+            scaled = loss if self._scale is None else ops.multiply(loss, self._scale)
+            assigned = list(scope.assigned.values())
+            values = [scope.get_current_value(v) for v in assigned]
+            if differentiate is not None:
+                differentiate(scaled)
+        if self._assigned is None:
+            self._assigned = assigned
+            self._check_assigned()
+        masks = keras.tree.map_structure(get_keras_mask, y_pred)
+        return scaled, (loss, y_pred, masks, values)
+
+    def _check_assigned(self):
+        trained = {id(v) for v in self._variables}
+        for variable in self._assigned:
+            if id(variable) in trained:
+                raise ValueError(
+                    f"A layer assigns to the trainable weight {variable.path!r} when "
+                    "it is called, as `SpectralNormalization` does. It would assign a "
+                    "perturbed weight. Leave the layer out, or set "
+                    "`trainable = False` on it."
+                )
+
+    def record_metrics(self, outputs):
+        """Takes over what the first call did to the metrics.
+
+        Args:
+            outputs: What that call returned besides the scaled loss.
+
+        Returns:
+            `(loss, y_pred)`, with the masks that Keras attached to the outputs.
+        """
+        loss, y_pred, masks, values = outputs
+        metrics = {id(v) for v in self._model.metrics_variables}
+        for variable, value in zip(self._assigned, values):
+            if id(variable) in metrics:
+                variable.assign(value)
+        for tensor, mask in zip(keras.tree.flatten(y_pred), keras.tree.flatten(masks)):
+            if mask is not None:
+                set_keras_mask(tensor, mask)
+        return loss, y_pred
+
+    def record_state(self, outputs):
+        """Takes over what the first call did to the model's state, and to generators.
+
+        Args:
+            outputs: What that call returned besides the scaled loss.
+        """
+        *_, values = outputs
+        state = {id(v) for v in self.state}
+        for variable, value in zip(self._assigned, values):
+            if id(variable) in state:
+                variable.assign(value)
+        self._record_own()
+
+    @property
+    def state(self):
+        """List of the variables that `record_state` assigns to."""
+        metrics = {id(v) for v in self._model.metrics_variables}
+        return [v for v in self._assigned if id(v) not in metrics]
+
+
+class _Scope(keras.StatelessScope):
+    """A scope that lists the variables that were assigned to.
+
+    Not all are the model's: a generator of random numbers may be anyone's. What was
+    assigned is a constant to the gradient, like the value of a variable.
+    """
+
+    def __init__(self, state_mapping):
+        super().__init__(state_mapping, collect_losses=True)
+        self.assigned = {}
+
+    def add_update(self, update):
+        variable, value = update
+        self.assigned[id(variable)] = variable
+        super().add_update((variable, ops.stop_gradient(value)))
+
+
+def training_argument(function):
+    """The argument `training`, for a method of a user's that may not take it."""
+    takes = "training" in inspect.signature(function).parameters
+    return {"training": True} if takes else {}
+
+
+def _copy(tensor):
+    return None if tensor is None else ops.copy(tensor)
