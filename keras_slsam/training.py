@@ -1,6 +1,7 @@
 """The train step: one text for all methods and all backends."""
 
 import functools
+import warnings
 
 import keras
 from keras import ops
@@ -183,7 +184,9 @@ def sharpness_aware(model: keras.Model) -> keras.Model:
     """Gives an existing model the sharpness-aware train step, in place.
 
     Nothing is copied, and the model's class stays what it is: a saved model loads
-    without `keras_slsam`'s step and takes it again by one more call.
+    without `keras_slsam`'s step and takes it again by one more call. On PyTorch a
+    model that was saved on JAX comes with `jit_compile=True`, which is switched off
+    with a warning.
 
     Args:
         model: `keras.Model`: functional, sequential, subclassed, or a KerasHub task.
@@ -206,6 +209,14 @@ def sharpness_aware(model: keras.Model) -> keras.Model:
             "Argument `model` of `sharpness_aware` must be a `keras.Model`. "
             f"Received: model={model!r} of type {type(model).__name__}"
         )
+    if model.compiled and model.jit_compile and not backend.can_compile:
+        warnings.warn(
+            f"The model {model.name!r} was compiled with jit_compile=True, as models "
+            "that were saved on JAX are. It is set to False: on PyTorch a "
+            "sharpness-aware step cannot be compiled.",
+            stacklevel=2,
+        )
+        model.jit_compile = False
     own = vars(model).get("train_step")
     if getattr(own, "func", None) is _train_step:
         return model
@@ -258,7 +269,8 @@ def _prepare(model, optimizer, x):
         raise ValueError(
             "A sharpness-aware step cannot be compiled on the PyTorch backend: with "
             "arms switched off it would be compiled again for every new mask. "
-            "Received: jit_compile=True. Call `model.compile(..., jit_compile=False)`."
+            "Received: jit_compile=True. Call `model.compile(..., jit_compile=False)`, "
+            "or set `model.jit_compile = False` on a model that was loaded."
         )
     for layer in model._flatten_layers():
         # Keras has no public name for the layers at any depth.

@@ -255,6 +255,18 @@ def test_step_with_another_optimizer():
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="JAX and TensorFlow compile the step")
+def test_jit_compile_of_a_model_saved_on_another_backend(tmp_path):
+    model = small_model()
+    model.compile(optimizer=keras_slsam.SAM("sgd"), loss="mse", jit_compile=True)
+    model.save(tmp_path / "model.keras")
+    model = keras.saving.load_model(tmp_path / "model.keras")
+    with pytest.warns(UserWarning, match="jit_compile=True.*set to False"):
+        model = keras_slsam.sharpness_aware(model)
+    assert model.jit_compile is False
+    model.train_on_batch(np.ones((4, 2)), np.ones((4, 1)))
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="JAX and TensorFlow compile the step")
 @pytest.mark.parametrize("method", METHODS)
 def test_jit_compile_on_torch(method):
     model = keras_slsam.sharpness_aware(small_model())
