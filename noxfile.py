@@ -33,7 +33,10 @@ def tests(session):
         run_quickstart(session)
     for backend in BACKENDS:
         session.run(
-            "pytest", *session.posargs, env={**SETTINGS, "KERAS_BACKEND": backend}
+            "pytest",
+            "--numprocesses=2",
+            *session.posargs,
+            env={**SETTINGS, "KERAS_BACKEND": backend},
         )
 
 
