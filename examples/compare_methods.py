@@ -37,41 +37,31 @@ import numpy as np
 
 import keras_slsam
 
-# The optimizer around a base optimizer, and whether it has an active fraction.
-METHODS = {
-    "adamw": (lambda base, fraction, seed: base, False),
-    "sam": (lambda base, fraction, seed: keras_slsam.SAM(base), False),
-    "s2sam": (lambda base, fraction, seed: keras_slsam.S2SAM(base), False),
-    "rst": (lambda base, fraction, seed: keras_slsam.RST(base, seed=seed), False),
-    "slsam-bandit": (
-        lambda base, fraction, seed: keras_slsam.SLSAM(
-            base, active_fraction=fraction, sampler="bandit", seed=seed
-        ),
-        True,
-    ),
-    "slsam-proportional": (
-        lambda base, fraction, seed: keras_slsam.SLSAM(
-            base, active_fraction=fraction, sampler="proportional", seed=seed
-        ),
-        True,
-    ),
-    "slsam-uniform": (
-        lambda base, fraction, seed: keras_slsam.SLSAM(
-            base, active_fraction=fraction, sampler="uniform", seed=seed
-        ),
-        True,
-    ),
-    "sl+s2": (
-        lambda base, fraction, seed: keras_slsam.SLSAM(
-            base,
-            active_fraction=fraction,
-            sampler="proportional",
-            single_step=True,
-            seed=seed,
-        ),
-        True,
-    ),
+
+def sparse(sampler, single_step=False):
+    return lambda base, fraction, seed: keras_slsam.SLSAM(
+        base,
+        active_fraction=fraction,
+        sampler=sampler,
+        single_step=single_step,
+        seed=seed,
+    )
+
+
+# The optimizer around a base optimizer, given an active fraction and a seed.
+DENSE = {
+    "adamw": lambda base, fraction, seed: base,
+    "sam": lambda base, fraction, seed: keras_slsam.SAM(base),
+    "s2sam": lambda base, fraction, seed: keras_slsam.S2SAM(base),
+    "rst": lambda base, fraction, seed: keras_slsam.RST(base, seed=seed),
 }
+SPARSE = {
+    "slsam-bandit": sparse("bandit"),
+    "slsam-proportional": sparse("proportional"),
+    "slsam-uniform": sparse("uniform"),
+    "sl+s2": sparse("proportional", single_step=True),
+}
+METHODS = {**DENSE, **SPARSE}
 
 
 def read_texts(file):
@@ -132,7 +122,7 @@ def make_image_model(args, classes, shape):
     model = keras.Sequential([keras.Input(shape)])
     for filters in (32, 64, 128):
         model.add(layers.Conv2D(filters, 3, padding="same", use_bias=False))
-        model.add(layers.BatchNormalization())
+        model.add(layers.BatchNormalization(momentum=0.9))
         model.add(layers.ReLU())
         model.add(layers.MaxPooling2D(2, padding="same"))
     model.add(layers.GlobalAveragePooling2D())
@@ -188,9 +178,8 @@ def run(method, rate, fraction, seed, train, test, args):
     x, y = train
     model = KINDS[args.model][1](args, int(y.max()) + 1, x.shape[1:])
     model = keras_slsam.sharpness_aware(model)
-    make_optimizer, _ = METHODS[method]
     model.compile(
-        optimizer=make_optimizer(keras.optimizers.AdamW(rate), fraction, seed),
+        optimizer=METHODS[method](keras.optimizers.AdamW(rate), fraction, seed),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
@@ -326,8 +315,7 @@ def main():
     for seed, method, rate in itertools.product(
         args.seeds, args.methods, args.learning_rate
     ):
-        sparse = METHODS[method][1]
-        for fraction in args.active_fraction if sparse else [None]:
+        for fraction in args.active_fraction if method in SPARSE else [None]:
             run(method, rate, fraction, seed, train, test, args)
     groups = read(args.folder)
     write_csv(groups, args.folder / "results.csv")

@@ -80,7 +80,7 @@ class Sampler:
         Those of `keras.random.SeedGenerator`s and of other samplers, and those in
         lists and dicts, are among them.
         """
-        found = {}
+        found: dict[int, keras.Variable] = {}
         for attribute in keras.tree.flatten(list(vars(self).values())):
             if isinstance(attribute, Sampler):
                 found.update((id(v), v) for v in attribute.variables)
