@@ -17,6 +17,8 @@ nox.options.reuse_existing_virtualenvs = True
 BACKENDS = ("jax", "tensorflow", "torch")
 # PyTorch's threads spin while they wait, which is slow where others want the cores.
 SETTINGS = {"TF_CPP_MIN_LOG_LEVEL": "3", "OMP_WAIT_POLICY": "PASSIVE"}
+# What a test compiles runs a few times only: half of its time is LLVM's optimisation.
+FAST_COMPILATION = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 ROOT = pathlib.Path(__file__).parent
 
 
@@ -36,7 +38,7 @@ def tests(session):
             "pytest",
             "--numprocesses=2",
             *session.posargs,
-            env={**SETTINGS, "KERAS_BACKEND": backend},
+            env={**SETTINGS, **FAST_COMPILATION, "KERAS_BACKEND": backend},
         )
 
 
