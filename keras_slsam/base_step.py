@@ -137,7 +137,11 @@ class BaseStep:
             self._members,
             active,
         )
-        squares = perturbation.squared_norms(means, self._members, active, self._dtype)
+        squares = None  # not asked for, unless the gradients are remembered
+        if self._applied:
+            squares = perturbation.squared_norms(
+                means, self._members, active, self._dtype
+            )
         self._update(means, squares, active)
         for on, indices in zip(active, self._members):
 

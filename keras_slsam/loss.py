@@ -93,10 +93,7 @@ class Loss:
             `(loss, y_pred)`, with the masks that Keras attached to the outputs.
         """
         loss, y_pred, masks, values = outputs
-        metrics = {id(v) for v in self._model.metrics_variables}
-        for variable, value in zip(self._assigned, values):
-            if id(variable) in metrics:
-                variable.assign(value)
+        self._assign(values, self._model.metrics_variables)
         for tensor, mask in zip(keras.tree.flatten(y_pred), keras.tree.flatten(masks)):
             if mask is not None:
                 set_keras_mask(tensor, mask)
@@ -109,11 +106,14 @@ class Loss:
             outputs: What that call returned besides the scaled loss.
         """
         *_, values = outputs
-        state = {id(v) for v in self.state}
-        for variable, value in zip(self._assigned, values):
-            if id(variable) in state:
-                variable.assign(value)
+        self._assign(values, self.state)
         self._record_own()
+
+    def _assign(self, values, variables):
+        chosen = {id(v) for v in variables}
+        for variable, value in zip(self._assigned, values):
+            if id(variable) in chosen:
+                variable.assign(value)
 
     @property
     def state(self):
