@@ -6,7 +6,7 @@
         --methods adamw slsam-proportional --learning-rate 5e-5 2e-4 --epochs 2
 
 `--model minilm` fine-tunes a pretrained MiniLM on lines `label<TAB>sentence`, by
-default on the lexicon in the `vaderSentiment` package. `--model efficientnet` fine-tunes
+default on the lexicon in the `vaderSentiment` package. `--model efficientnet` tunes
 a pretrained EfficientNet-lite0 and `--model cnn` trains a small network, both on an
 `.npz` file with `x_train`, `y_train`, `x_test`, `y_test`, the images of shape (n,
 height, width, channels) as uint8, by default on scikit-learn's digits. Several learning
