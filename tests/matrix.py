@@ -1,10 +1,17 @@
 """What `fit` offers, and whether it works: the rows of the table in docs/fit.md.
 
-A test that keeps the promise of a row is marked with `row`; `test_fit.py` compares the
-rows with the table. `python tests/matrix.py` prints the table.
+A test that keeps the promise of a row is marked with `row`, which holds it to what the
+table says: where a feature works the test has to pass, where it is refused it has to
+end in a `ValueError` that names the feature. `test_fit.py` compares the rows with the
+table. `python tests/matrix.py` prints the table.
 """
 
+import functools
 import pathlib
+import re
+
+import keras
+import pytest
 
 BACKENDS = ("jax", "tensorflow", "torch")
 ROWS = {}
@@ -16,12 +23,30 @@ def row(feature, note="", **exceptions):
     Args:
         feature: String, the first column.
         note: String, the last column.
-        **exceptions: What the table says of a backend, where it is not "works".
+        **exceptions: What the table says of a backend, where it is not "works":
+            "refused", or "-" where there is no such thing.
     """
+    assert set(exceptions) <= set(BACKENDS)
+    assert set(exceptions.values()) <= {"refused", "-"}
     answers = [exceptions.get(backend, "works") for backend in BACKENDS]
     cells = (*answers, note)
     assert ROWS.setdefault(feature, cells) == cells, feature
-    return lambda test: test
+    answer = exceptions.get(keras.config.backend())
+    if answer is None:
+        return lambda test: test
+    if answer == "-":
+        return pytest.mark.skip(reason=f"no {feature} on this backend")
+    (name, *_) = re.findall(r"\w+", feature)
+
+    def must_be_refused(test):
+        @functools.wraps(test)
+        def refused(*args, **kwargs):
+            with pytest.raises(ValueError, match=name):
+                test(*args, **kwargs)
+
+        return refused
+
+    return must_be_refused
 
 
 def table():

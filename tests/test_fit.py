@@ -87,7 +87,7 @@ def adam(**kwargs):
 
 
 @row("`mixed_float16`", "the step is left out whole where a gradient is not finite")
-@pytest.mark.parametrize("method", ["sam", "s2sam", "slsam", "sl+s2"])
+@pytest.mark.parametrize("method", ["sam", "s2sam", "rst", "slsam", "sl+s2", "windows"])
 def test_loss_scaling_changes_nothing(method):
     """Norms and gradients are unscaled: the trajectory is that without scaling."""
 
@@ -95,8 +95,10 @@ def test_loss_scaling_changes_nothing(method):
         return {
             "sam": lambda: keras_slsam.SAM("adam"),
             "s2sam": lambda: keras_slsam.S2SAM("adam"),
+            "rst": lambda: keras_slsam.RST("adam", seed=0),
             "slsam": half_the_arms,
             "sl+s2": lambda: half_the_arms(single_step=True),
+            "windows": lambda: half_the_arms(adam(gradient_accumulation_steps=2)()),
         }[method]()
 
     plain = compiled(make(method))
@@ -218,9 +220,47 @@ ACCUMULATION = "one mask a window; each micro-batch has its own ascent"
 def test_gradient_accumulation_is_that_of_keras(wrap):
     # The last batch is smaller, and its window is not complete.
     kwargs = {} if wrap is all_arms else {"rho": TINY}
-    assert_as_keras(
-        adam(gradient_accumulation_steps=3), wrap=lambda base: wrap(base, **kwargs)
-    )
+
+    def make_base():
+        schedule = keras.optimizers.schedules.CosineDecay(0.01, 3)
+        return keras.optimizers.Adam(
+            schedule,
+            gradient_accumulation_steps=3,
+            global_clipnorm=0.3,
+            use_ema=True,
+            ema_momentum=0.7,
+        )
+
+    assert_as_keras(make_base, wrap=lambda base: wrap(base, **kwargs))
+
+
+@row("`gradient_accumulation_steps`", ACCUMULATION)
+def test_a_run_goes_on_within_a_window(tmp_path):
+    """With an embedding, whose gradients are sparse on TensorFlow."""
+    keras.utils.set_random_seed(0)
+    layers = [
+        keras.layers.Embedding(9, 4),
+        keras.layers.Flatten(),
+        keras.layers.Dense(3),
+    ]
+    model = keras.Sequential([keras.Input((5,), dtype="int32"), *layers])
+    base = keras.optimizers.Adam(0.01, gradient_accumulation_steps=3)
+    model = compiled(half_the_arms(base), model)
+    x = RNG.integers(0, 9, (14, 5))
+
+    def train(model):
+        for start in (0, 4, 8, 4, 0):
+            model.train_on_batch(x[start : start + 4], Y[start : start + 4])
+
+    train(model)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    loaded = keras_slsam.sharpness_aware(loaded)
+    before = [v.copy() for v in values(model)]
+    for each in (model, loaded):
+        train(each)
+    assert any((old != new).any() for old, new in zip(before, values(model)))
+    assert_same(loaded, model, atol=0)
 
 
 @row("`gradient_accumulation_steps`", ACCUMULATION)
@@ -322,26 +362,26 @@ def test_a_window_of_s2sam_is_one_large_batch(arms):
 
 @row("`steps_per_execution` > 1", "refused by Keras itself", torch="refused")
 def test_steps_per_execution():
-    if BACKEND == "torch":
-        with pytest.raises(ValueError, match="steps_per_execution"):
-            fit(compiled(half_the_arms(), steps_per_execution=3))
-        return
     assert_as_keras(adam(), compile_kwargs={"steps_per_execution": 3})
 
 
-@row("`jit_compile=True`", "would be compiled anew for each mask", torch="refused")
-@row("`jit_compile=False`")
-@row('`jit_compile="auto"`')
-@pytest.mark.parametrize("jit_compile", [True, False, "auto"])
-def test_jit_compile(jit_compile):
-    if BACKEND == "torch" and jit_compile is True:
-        with pytest.raises(ValueError, match="jit_compile"):
-            fit(compiled(half_the_arms(), jit_compile=True))
-        return
-    model = compiled(half_the_arms(), jit_compile=jit_compile)
+def assert_as_eager(**kwargs):
+    model = compiled(half_the_arms(), **kwargs)
     reference = compiled(half_the_arms(), run_eagerly=True)
     fit(model), fit(reference)
     assert_same(model, reference, atol=1e-5)
+
+
+@row("`jit_compile=True`", "would be compiled anew for each mask", torch="refused")
+def test_jit_compile():
+    assert_as_eager(jit_compile=True)
+
+
+@row("`jit_compile=False`")
+@row('`jit_compile="auto"`')
+@pytest.mark.parametrize("jit_compile", [False, "auto"])
+def test_jit_compile_where_the_backend_decides(jit_compile):
+    assert_as_eager(jit_compile=jit_compile)
 
 
 @row("`run_eagerly=True`")
@@ -562,6 +602,11 @@ def test_data(data):
 
 # --- Models ------------------------------------------------------------------------
 
+BACKEND_LAYERS = (
+    "layers of the backend: `TorchModuleWrapper`, `JaxLayer`, `FlaxLayer`, layers in "
+    "TensorFlow"
+)
+
 
 @row("freezing layers between two `fit` calls", "compile again, with a new optimizer")
 def test_freezing_and_unfreezing():
@@ -597,10 +642,7 @@ def test_cloned_and_loaded_models(tmp_path):
     assert_same(loaded, model)
 
 
-@row(
-    "layers of the backend: `TorchModuleWrapper`, `JaxLayer`, layers in TensorFlow",
-    "each on its own backend",
-)
+@row(BACKEND_LAYERS, "each on its own backend")
 @pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's modules")
 @pytest.mark.parametrize("make", [all_arms, half_the_arms])
 def test_torch_modules(make):
@@ -707,10 +749,7 @@ def test_a_torch_module_in_two_layers_is_refused():
         model.train_on_batch(X[:4], Y[:4])
 
 
-@row(
-    "layers of the backend: `TorchModuleWrapper`, `JaxLayer`, layers in TensorFlow",
-    "each on its own backend",
-)
+@row(BACKEND_LAYERS, "each on its own backend")
 @pytest.mark.skipif(BACKEND != "jax", reason="JAX's functions")
 def test_jax_layers():
     import jax.numpy as jnp
@@ -735,10 +774,37 @@ def test_jax_layers():
     )
 
 
-@row(
-    "layers of the backend: `TorchModuleWrapper`, `JaxLayer`, layers in TensorFlow",
-    "each on its own backend",
-)
+@row(BACKEND_LAYERS, "each on its own backend")
+@pytest.mark.skipif(BACKEND != "jax", reason="Flax is of JAX")
+def test_flax_layers():
+    from flax import linen
+
+    class Module(linen.Module):
+        @linen.compact
+        def __call__(self, x, training):
+            x = linen.tanh(linen.Dense(8)(x))
+            return linen.BatchNorm(
+                use_running_average=not training, momentum=0.99, epsilon=1e-3
+            )(x)
+
+    reference = make_model()
+    layer = keras.layers.FlaxLayer(Module())
+    model = keras.Sequential([keras.Input((5,)), layer, make_model().layers[-1]])
+    # Flax sorts by names: bias and scale of BatchNorm, bias and kernel, mean, variance.
+    order = [3, 2, 1, 0, 4, 5]
+    weights = reference.get_weights()
+    layer.set_weights([weights[i] for i in order])
+    masks = [[1, 0, 1, 0, 1, 1], [0, 1, 0, 1, 1, 0], [1, 1, 0, 0, 1, 1]]
+    swapped = [[mask[i] for i in order] for mask in masks]
+    compiled(keras_slsam.SLSAM("sgd", rho=0.1, sampler=Replay(swapped)), model)
+    compiled(keras_slsam.SLSAM("sgd", rho=0.1, sampler=Replay(masks)), reference)
+    fit(model), fit(reference)
+    expected = reference.get_weights()
+    for i, value in zip([*order, 6, 7], model.get_weights()):
+        np.testing.assert_allclose(value, expected[i], 1e-4, 1e-6)
+
+
+@row(BACKEND_LAYERS, "each on its own backend")
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's functions")
 def test_layers_in_tensorflow():
     import tensorflow as tf
@@ -756,6 +822,12 @@ def test_layers_in_tensorflow():
     assert_same(model, reference)
 
 
+def model_with_a_layer_from_a_file(folder):
+    make_model().export(folder / "saved", verbose=False)
+    layer = keras.layers.TFSMLayer(folder / "saved", call_endpoint="serve")
+    return keras.Sequential([keras.Input((5,)), layer, keras.layers.Dense(3)])
+
+
 @row(
     "`TFSMLayer` that is trained",
     "use it frozen",
@@ -763,22 +835,19 @@ def test_layers_in_tensorflow():
     torch="-",
     tensorflow="refused",
 )
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="a layer of TensorFlow")
 def test_tfsm_layer(tmp_path):
-    exported = make_model()
-    exported.export(tmp_path / "saved", verbose=False)
-    layer = keras.layers.TFSMLayer(tmp_path / "saved", call_endpoint="serve")
-    model = keras.Sequential([keras.Input((5,)), layer, keras.layers.Dense(3)])
-    compiled(half_the_arms(), model)
-    assert layer.trainable_variables
-    with pytest.raises(ValueError, match=r"TFSMLayer.*trainable = False"):
-        fit(model)
-    layer.trainable = False
+    fit(compiled(half_the_arms(), model_with_a_layer_from_a_file(tmp_path)))
+
+
+@row("`TFSMLayer` that is frozen", jax="-", torch="-")
+def test_frozen_tfsm_layer(tmp_path):
+    model = model_with_a_layer_from_a_file(tmp_path)
+    model.layers[0].trainable = False
     compiled(half_the_arms(), model)
     fit(model)
     assert len(model.optimizer.arms) == 2
 
 
-def test_the_documented_table_is_that_of_these_tests():
+def test_the_documented_table_says_what_these_tests_show():
     docs = pathlib.Path(__file__).parent.parent / "docs" / "fit.md"
     assert matrix.table() in docs.read_text("utf-8")
