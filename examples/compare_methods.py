@@ -2,8 +2,8 @@
 
     python examples/compare_methods.py --folder results
     python examples/compare_methods.py --model cnn --data images.npz --seeds 0 1 2
-    python examples/compare_methods.py --data train.tsv --test dev.tsv --length 40 \
-        --methods adamw slsam-proportional --learning-rate 5e-5 2e-4 --epochs 2
+    python examples/compare_methods.py --data train.tsv --test dev.tsv --epochs 2 \
+        --methods adamw slsam-proportional --learning-rate 5e-5 2e-4
 
 `--model minilm` fine-tunes a pretrained MiniLM on lines `label<TAB>sentence`, by
 default on the lexicon in the `vaderSentiment` package. `--model efficientnet` tunes
@@ -12,11 +12,13 @@ a pretrained EfficientNet-lite0 and `--model cnn` trains a small network, both o
 height, width, channels) as uint8, by default on scikit-learn's digits. Several learning
 rates or active fractions are a sweep.
 
-Each run writes a file of its own, `--parts` times an epoch. A run that was killed goes
-on where it was when the command is given again, and one that is complete is not run
-again. From all files in the folder come `results.csv`, a table and `results.png`. The
-table's `at equal time` is the accuracy when the run that took least time was over, on
-the line between the evaluations before and after.
+A folder holds one experiment: runs with the same model, data and sizes. Each run writes
+a file of its own, `--parts` times an epoch. A run that was killed goes on where it was
+when the command is given again, with the same result; one that is complete is not run
+again (nor kept: with more `--epochs` it starts anew). From all complete runs in the
+folder come `results.csv`, a table and `results.png`. The table's `at equal time` is the
+accuracy when the run that took least time on this backend was over, on the line between
+the evaluations before and after.
 """
 
 import argparse
@@ -35,6 +37,7 @@ if "KERAS_BACKEND" not in os.environ:
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # PyTorch on a busy machine
 
+import data
 import keras
 import numpy as np
 
@@ -67,45 +70,17 @@ SPARSE = {
 METHODS = {**DENSE, **SPARSE}
 
 
-def read_texts(file):
-    lines = [line.split("\t", 1) for line in file.read_text("utf-8").splitlines()]
-    rows = [(row[1], int(row[0])) for row in lines if row[0].strip().isdigit()]
-    texts, labels = zip(*rows)
-    return np.array(texts), np.array(labels)
-
-
 def load_texts(args):
-    if args.data is None:
-        import importlib.resources
-
-        lexicon = importlib.resources.files("vaderSentiment") / "vader_lexicon.txt"
-        rows = [line.split("\t") for line in lexicon.read_text("utf-8").splitlines()]
-        rows = [row for row in rows if row[0].replace(" ", "").isalpha()]
-        texts = np.array([row[0] for row in rows])
-        labels = np.array([int(float(row[1]) > 0) for row in rows])
-    else:
-        texts, labels = read_texts(args.data)
+    texts, labels = data.read_texts(args.data) if args.data else data.lexicon()
     if args.test is not None:
-        return (texts, labels), read_texts(args.test)
-    order = np.random.default_rng(0).permutation(len(texts))
-    cut = len(order) * 4 // 5
-    return tuple((texts[rows], labels[rows]) for rows in (order[:cut], order[cut:]))
+        return (texts, labels), data.read_texts(args.test)
+    return data.split(*data.shuffled(texts, labels, seed=0))
 
 
 def load_images(args):
-    if args.data is not None:
-        file = np.load(args.data)
-        train = file["x_train"], file["y_train"].ravel()
-        test = file["x_test"], file["y_test"].ravel()
-    else:
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        images = (digits.images[..., None] * 15.9).astype("uint8")
-        images = np.repeat(images, 3, axis=-1)
-        train = images[:1400], digits.target[:1400]
-        test = images[1400:], digits.target[1400:]
-    return train, test
+    if args.test is not None:
+        raise SystemExit("--test is for texts: the file of images has its own test set")
+    return data.read_images(args.data) if args.data else data.digits()
 
 
 def make_minilm(args, classes, shape):
@@ -147,6 +122,23 @@ MODELS = {
 }
 
 
+class Seeds(keras.callbacks.Callback):
+    """Starts the random numbers of a call of `fit`, like Dropout's, from a seed.
+
+    Keras saves no random state, so a run that goes on would draw others.
+    """
+
+    def __init__(self, seed):
+        super().__init__()
+        self.seed = seed
+
+    def on_train_begin(self, logs=None):
+        keras.utils.set_random_seed(self.seed)
+        for variable in self.model.non_trainable_variables:
+            if variable.path.endswith("seed_generator_state"):
+                variable.assign(np.full(variable.shape, self.seed))
+
+
 class StepTimes(keras.callbacks.Callback):
     """The seconds of each step."""
 
@@ -166,35 +158,62 @@ class StepTimes(keras.callbacks.Callback):
         return float(np.sum(self.seconds[1:]) + np.median(self.seconds))
 
 
+def experiment(args):
+    """What all runs of a folder have in common."""
+    return {
+        "model": args.model,
+        "data": args.data and args.data.name,
+        "test": args.test and args.test.name,
+        "batch_size": args.batch_size,
+        "length": args.length,
+        "image_size": args.image_size,
+        "limit": args.limit,
+        "parts": args.parts,
+    }
+
+
+def read(file, args):
+    record = json.loads(file.read_text())
+    if record["experiment"] != experiment(args):
+        raise SystemExit(
+            f"{args.folder} holds another experiment: {record['experiment']}, asked is "
+            f"{experiment(args)}. Give another --folder."
+        )
+    return record
+
+
 def run(method, rate, fraction, seed, train, test, args):
     """Makes the parts of a run that are not in the folder yet."""
-    settings = {
-        "method": method,
-        "learning_rate": rate,
-        "active_fraction": fraction,
-        "seed": seed,
-        "backend": keras.config.backend(),
-    }
-    name = f"{method}-{rate:g}-{fraction or 'all'}-{seed}-{settings['backend']}"
+    backend = keras.config.backend()
+    name = f"{method}-{rate:g}-{fraction or 'all'}-{seed}-{backend}"
     file = args.folder / f"{name}.json"
 
     def checkpoint(part):
         return args.folder / f"{name}-{part}.weights.h5"
 
-    record = {**settings, "points": []}
+    record = {
+        "method": method,
+        "learning_rate": rate,
+        "active_fraction": fraction,
+        "seed": seed,
+        "backend": backend,
+        "points": [],
+        "experiment": experiment(args),
+    }
     if file.exists():
-        record = json.loads(file.read_text())
-    points = record["points"]
-    parts = round(args.epochs * args.parts)
+        record = read(file, args)
+    points, parts = record["points"], round(args.epochs * args.parts)
     if len(points) >= parts:
         return
-    if not checkpoint(len(points)).exists():  # complete before, with fewer epochs
+    if not checkpoint(len(points)).exists():
         points.clear()
+    record["complete"] = False
     print(f"{name}: part {len(points) + 1} of {parts}", flush=True)
 
     keras.utils.set_random_seed(seed)
     x, y = train
-    model = MODELS[args.model][1](args, int(y.max()) + 1, x.shape[1:])
+    classes = int(max(y.max(), test[1].max())) + 1
+    model = MODELS[args.model][1](args, classes, x.shape[1:])
     model = keras_slsam.sharpness_aware(model)
     model.compile(
         optimizer=METHODS[method](keras.optimizers.AdamW(rate), fraction, seed),
@@ -210,7 +229,6 @@ def run(method, rate, fraction, seed, train, test, args):
         order = np.random.default_rng([seed, epoch]).permutation(len(x))
         first, last = (steps * (place + k) // args.parts for k in (0, 1))
         rows = order[first * args.batch_size : last * args.batch_size]
-        keras.utils.set_random_seed(1000 * seed + part)  # PyTorch's dropout
         times = StepTimes()
         model.fit(
             x[rows],
@@ -218,7 +236,7 @@ def run(method, rate, fraction, seed, train, test, args):
             batch_size=args.batch_size,
             shuffle=False,
             verbose=0,
-            callbacks=[times],
+            callbacks=[Seeds(1000 * seed + part), times],
         )
         scores = model.evaluate(*test, batch_size=128, verbose=0, return_dict=True)
         before = points[-1] if points else {"step": 0, "seconds": 0.0}
@@ -230,38 +248,53 @@ def run(method, rate, fraction, seed, train, test, args):
                 "loss": scores["loss"],
             }
         )
-        model.save_weights(checkpoint(len(points)))
+        record["complete"] = len(points) == parts
+        if not record["complete"]:
+            model.save_weights(checkpoint(len(points)))
         partial = file.with_suffix(".partial")  # so that a kill leaves no half file
         partial.write_text(json.dumps(record, indent=1))
         partial.replace(file)
-        checkpoint(part).unlink(missing_ok=True)
-    checkpoint(parts).unlink()
+        for old in args.folder.glob(f"{name}-*.weights.h5"):
+            if record["complete"] or old != checkpoint(len(points)):
+                old.unlink()
 
 
-def read(folder):
-    """The runs of each setting: a dict from settings to lists of records."""
+def read_all(args):
+    """The complete runs of each setting: a dict from settings to lists of records.
+
+    Runs of one setting are cut to the length of the shortest.
+    """
     groups = {}
-    for file in sorted(folder.glob("*.json")):
-        record = json.loads(file.read_text())
+    for file in sorted(args.folder.glob("*.json")):
+        record = read(file, args)
+        if not record["complete"]:
+            print(f"{file.stem} is not complete and left out")
+            continue
         key = tuple(
             record[k] for k in ("backend", "method", "learning_rate", "active_fraction")
         )
         groups.setdefault(key, []).append(record)
+    for records in groups.values():
+        count = min(len(record["points"]) for record in records)
+        for record in records:
+            record["points"] = record["points"][:count]
     return groups
 
 
 def write_csv(groups, file):
+    settings = ("method", "learning_rate", "active_fraction", "seed", "backend")
     with open(file, "w", newline="") as stream:
-        writer = None
-        for records in groups.values():
-            for record in records:
-                settings = {k: v for k, v in record.items() if k != "points"}
-                for point in record["points"]:
-                    row = {**settings, **point}
-                    if writer is None:
-                        writer = csv.DictWriter(stream, row)
-                        writer.writeheader()
-                    writer.writerow(row)
+        writer = csv.writer(stream)
+        writer.writerow([*settings, "step", "seconds", "accuracy", "loss"])
+        for record in itertools.chain.from_iterable(groups.values()):
+            for point in record["points"]:
+                writer.writerow([*(record[k] for k in settings), *point.values()])
+
+
+def spread(values):
+    """Mean, and standard deviation over the seeds."""
+    deviation = f"± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.4f} {deviation}"
 
 
 def print_table(groups):
@@ -270,15 +303,12 @@ def print_table(groups):
         seconds = [record["points"][-1]["seconds"] for record in records]
         shortest[backend] = min(seconds + [shortest.get(backend, np.inf)])
 
-    def spread(values):
-        return f"{np.mean(values):.4f} ± {np.std(values):.4f}"
-
     print(
         f"\n{'backend':<11} {'method':<19} {'rate':<8} {'fraction':<9} {'seeds':<6} "
         f"{'accuracy':<16} {'at equal time':<16} {'steps':<6} s/step"
     )
     for (backend, method, rate, fraction), records in groups.items():
-        accuracy, at_equal_time = [], []
+        accuracy, at_equal_time, seconds = [], [], []
         for record in records:
             times, scores = (
                 [point[k] for point in record["points"]]
@@ -286,13 +316,12 @@ def print_table(groups):
             )
             accuracy.append(scores[-1])
             at_equal_time.append(np.interp(shortest[backend], times, scores))
-        last = [record["points"][-1] for record in records]
-        seconds = np.mean([point["seconds"] / point["step"] for point in last])
-        steps = np.mean([point["step"] for point in last])
+            steps = record["points"][-1]["step"]
+            seconds.append(times[-1] / steps)
         print(
             f"{backend:<11} {method:<19} {rate:<8g} {fraction or '-':<9} "
             f"{len(records):<6} {spread(accuracy):<16} {spread(at_equal_time):<16} "
-            f"{steps:<6.0f} {seconds:.3f}"
+            f"{steps:<6} {np.mean(seconds):.3f}"
         )
 
 
@@ -306,15 +335,16 @@ def draw(groups, file):
         1, 2, figsize=(12, 5), sharey=True, layout="constrained"
     )
     for panel, axis in zip(panels, ("seconds", "step")):
-        for (_, method, rate, fraction), records in groups.items():
-            count = min(len(record["points"]) for record in records)
+        for (backend, method, rate, fraction), records in groups.items():
             x, y = (
-                np.array([[p[k] for p in r["points"][:count]] for r in records])
+                np.array([[point[k] for point in r["points"]] for r in records])
                 for k in (axis, "accuracy")
             )
             label = f"{method}, {rate:g}" + (f", {fraction}" if fraction else "")
+            label += f", {backend}" if len({key[0] for key in groups}) > 1 else ""
             (line,) = panel.plot(x.mean(0), y.mean(0), marker="o", label=label)
-            low, high = y.mean(0) - y.std(0), y.mean(0) + y.std(0)
+            deviation = y.std(0, ddof=1) if len(y) > 1 else 0 * y[0]
+            low, high = y.mean(0) - deviation, y.mean(0) + deviation
             panel.fill_between(x.mean(0), low, high, color=line.get_color(), alpha=0.15)
         panel.set(xlabel={"seconds": "seconds of training", "step": "steps"}[axis])
         panel.grid(alpha=0.3)
@@ -339,20 +369,28 @@ def main():
     add("--epochs", type=float, default=1)
     add("--parts", type=int, default=4, help="evaluations an epoch")
     add("--batch-size", type=int, default=32)
-    add("--length", type=int, default=16, help="tokens a text")
+    add("--length", type=int, help="tokens a text; default: 16, with --data 64")
     add("--image-size", type=int, default=32, help="of EfficientNet's input")
-    add("--limit", type=int, help="examples to train on")
+    add("--limit", type=int, help="examples to train on, chosen at random")
     args = parser.parse_args()
+    args.length = args.length or (64 if args.data else 16)
     args.folder.mkdir(parents=True, exist_ok=True)
 
-    (x, y), test = MODELS[args.model][0](args)
-    train = x[: args.limit], y[: args.limit]
+    train, test = MODELS[args.model][0](args)
+    if args.limit is not None:
+        train = data.shuffled(*train, seed=0, limit=args.limit)
+    if len(train[0]) < args.parts * args.batch_size:
+        parser.error(f"{len(train[0])} examples are too few for {args.parts} --parts")
+    if round(args.epochs * args.parts) < 1:
+        parser.error(
+            f"--epochs {args.epochs:g} is less than one of {args.parts} --parts"
+        )
     for seed, method, rate in itertools.product(
         args.seeds, args.methods, args.learning_rate
     ):
         for fraction in args.active_fraction if method in SPARSE else [None]:
             run(method, rate, fraction, seed, train, test, args)
-    groups = read(args.folder)
+    groups = read_all(args)
     write_csv(groups, args.folder / "results.csv")
     print_table(groups)
     draw(groups, args.folder / "results.png")

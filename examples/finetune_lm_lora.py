@@ -1,9 +1,9 @@
-"""Fine-tunes a small causal language model by LoRA and SL-SAM.
+"""Fine-tunes a small causal language model with LoRA and SL-SAM.
 
     python examples/finetune_lm_lora.py
     python examples/finetune_lm_lora.py --data lines.txt --like ing --rank 8
 
-A GPT-2-like model whose tokens are letters is first trained whole on the lines that
+A GPT-2-like model whose tokens are bytes is first trained whole on the lines that
 `--data` gives, one text a line; without it on the words and phrases of the lexicon in
 the `vaderSentiment` package. Then all of it is frozen but low-rank factors, and the
 biases beside them, in its attention, and these are fine-tuned on the lines that hold
@@ -50,9 +50,12 @@ def load(args):
     return [line for line in lines if line not in set(test)], alike[len(test) :], test
 
 
-def make_model(lines, args):
-    letters = sorted({letter for line in lines for letter in line.replace(" ", "Ġ")})
-    # 0 is padding; one merge, of t and h, since the tokenizer does not do without.
+def make_model(args):
+    # GPT-2 writes each byte as a letter, by a table that its tokenizer applies. 0 is
+    # padding; one merge, of t and h, since the tokenizer does not do without.
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(byte) for byte in plain]
+    letters += [chr(256 + i) for i in range(256 - len(plain))]
     tokens = ["<|padding|>", "<|endoftext|>", "th", *letters]
     tokenizer = keras_hub.models.GPT2Tokenizer(
         vocabulary={token: i for i, token in enumerate(tokens)}, merges=["t h"]
@@ -98,7 +101,7 @@ def main():
 
     keras.utils.set_random_seed(args.seed)
     lines, alike, test = load(args)
-    model = make_model(lines, args)
+    model = make_model(args)
     print(f"{len(lines)} lines, all {model.count_params():,} weights")
     model.compile(optimizer=keras.optimizers.AdamW(3e-3))
     model.fit(lines, batch_size=args.batch_size, epochs=args.epochs, verbose=2)

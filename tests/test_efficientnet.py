@@ -89,7 +89,9 @@ def photographs():
     """Two real images, (2, 224, 224, 3), of scikit-learn."""
     from sklearn.datasets import load_sample_images
 
-    return np.stack([image[100:324, 200:424] for image in load_sample_images().images])
+    rows = np.linspace(0, 426, 224).astype(int)
+    images = load_sample_images().images
+    return np.stack([image[rows][:, 106 + rows] for image in images])
 
 
 def test_the_converted_network_is_that_of_pytorch():
@@ -102,9 +104,10 @@ def test_the_converted_network_is_that_of_pytorch():
         expected = network(scaled).numpy()
     model = lite0.convert()
     logits = model.predict(images, verbose=0)
-    np.testing.assert_allclose(logits, expected, atol=1e-4 * abs(expected).max())
-    # It recognises what is in them: a palace or a temple, and a flower with its bee.
-    assert {int(k) for k in logits.argmax(axis=1)} & {698, 832, 663, 308, 985, 668}
+    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
+    # It recognises what is in them: a palace or a temple, and a flower or a bee.
+    temple, flower = logits.argmax(axis=1)
+    assert temple in {698, 832, 663, 668} and flower in {985, 308, 309}
 
 
 def test_fine_tuning_from_the_converted_weights():
