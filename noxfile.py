@@ -18,7 +18,12 @@ BACKENDS = ("jax", "tensorflow", "torch")
 # PyTorch's threads spin while they wait, which is slow where others want the cores.
 SETTINGS = {"TF_CPP_MIN_LOG_LEVEL": "3", "OMP_WAIT_POLICY": "PASSIVE"}
 # What a test compiles runs a few times only: half of its time is LLVM's optimisation.
-FAST_COMPILATION = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+# And many compile the same.
+FAST_COMPILATION = {
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
 ROOT = pathlib.Path(__file__).parent
 
 
@@ -33,13 +38,17 @@ def tests(session):
     if not session.posargs:
         check(session)
         run_quickstart(session)
-    for backend in BACKENDS:
-        session.run(
-            "pytest",
-            "--numprocesses=2",
-            *session.posargs,
-            env={**SETTINGS, **FAST_COMPILATION, "KERAS_BACKEND": backend},
-        )
+    with tempfile.TemporaryDirectory() as cache:
+        settings = {**SETTINGS, **FAST_COMPILATION, "JAX_COMPILATION_CACHE_DIR": cache}
+        for backend in BACKENDS:
+            session.run(
+                "pytest",
+                "--numprocesses=2",
+                "--dist=worksteal",
+                "--durations=10",
+                *session.posargs,
+                env={**settings, "KERAS_BACKEND": backend},
+            )
 
 
 @nox.session
