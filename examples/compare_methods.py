@@ -23,20 +23,12 @@ the evaluations before and after.
 
 import argparse
 import csv
-import importlib.util
 import itertools
 import json
-import os
 import pathlib
 import time
 
-BACKENDS = ("jax", "tensorflow", "torch")
-if "KERAS_BACKEND" not in os.environ:
-    installed = [name for name in BACKENDS if importlib.util.find_spec(name)]
-    os.environ["KERAS_BACKEND"] = installed[0]
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # PyTorch on a busy machine
-
+import choose_backend  # noqa: F401, before Keras
 import data
 import keras
 import numpy as np
@@ -71,7 +63,7 @@ METHODS = {**DENSE, **SPARSE}
 
 
 def load_texts(args):
-    texts, labels = data.read_texts(args.data) if args.data else data.lexicon()
+    texts, labels = data.load_texts(args.data)
     if args.test is not None:
         return (texts, labels), data.read_texts(args.test)
     return data.split(*data.shuffled(texts, labels, seed=0))
@@ -80,7 +72,7 @@ def load_texts(args):
 def load_images(args):
     if args.test is not None:
         raise SystemExit("--test is for texts: the file of images has its own test set")
-    return data.read_images(args.data) if args.data else data.digits()
+    return data.load_images(args.data)
 
 
 def make_minilm(args, classes, shape):
@@ -97,9 +89,7 @@ def make_minilm(args, classes, shape):
 def make_efficientnet(args, classes, shape):
     import convert_efficientnet_lite0 as lite0
 
-    model = lite0.make_classifier(classes, args.image_size)
-    lite0.convert_backbone(model.backbone, lite0.read())
-    return model
+    return lite0.pretrained(classes, args.image_size)
 
 
 def make_cnn(args, classes, shape):

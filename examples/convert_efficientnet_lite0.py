@@ -10,14 +10,8 @@ ImageNet. The folder is then a preset, for any backend:
 """
 
 import argparse
-import importlib.util
-import os
 
-BACKENDS = ("jax", "tensorflow", "torch")
-if "KERAS_BACKEND" not in os.environ:
-    installed = [name for name in BACKENDS if importlib.util.find_spec(name)]
-    os.environ["KERAS_BACKEND"] = installed[0]
-
+import choose_backend  # noqa: F401, before Keras
 import keras_hub
 import numpy as np
 
@@ -109,6 +103,13 @@ def convert_backbone(backbone, weights):
         normalization(third, f"{name}._bn2")
     convolution(backbone.get_layer("top_conv"), "_conv_head")
     normalization(backbone.get_layer("top_bn"), "_bn1")
+
+
+def pretrained(num_classes, image_size):
+    """A classifier with the converted backbone and a new head."""
+    model = make_classifier(num_classes, image_size)
+    convert_backbone(model.backbone, read())
+    return model
 
 
 def convert():

