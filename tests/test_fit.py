@@ -69,10 +69,10 @@ def assert_same(model, other, atol=2e-6):
 
 def assert_as_keras(make_base, compile_kwargs=None, wrap=all_arms, **kwargs):
     """Trains with the base optimizer alone, and with ours around it, alike."""
-    plain = compiled(make_base(), **(compile_kwargs or {}))
-    expected = fit(plain, **kwargs)
     model = compiled(wrap(make_base()), **(compile_kwargs or {}))
     history = fit(model, **kwargs)
+    plain = compiled(make_base(), **(compile_kwargs or {}))
+    expected = fit(plain, **kwargs)
     assert sorted(history) == sorted(expected)
     for key in expected:
         np.testing.assert_allclose(history[key], expected[key], rtol=1e-4)
@@ -838,7 +838,11 @@ def model_with_a_layer_from_a_file(folder):
     tensorflow="refused",
 )
 def test_tfsm_layer(tmp_path):
-    fit(compiled(half_the_arms(), model_with_a_layer_from_a_file(tmp_path)))
+    model = compiled(half_the_arms(), model_with_a_layer_from_a_file(tmp_path))
+    assert model.layers[0].trainable_variables
+    with pytest.raises(ValueError, match=r"TFSMLayer.*trainable = False") as refusal:
+        fit(model)
+    raise refusal.value
 
 
 @row("`TFSMLayer` that is frozen", jax="-", torch="-")
