@@ -111,14 +111,10 @@ def test_the_converted_network_is_that_of_pytorch():
 
 
 def test_fine_tuning_from_the_converted_weights():
-    model = lite0.make_classifier(num_classes=2, image_size=32)
-    lite0.convert_backbone(model.backbone, lite0.read())
+    model = lite0.pretrained(num_classes=2, image_size=32)
     model = keras_slsam.sharpness_aware(model)
     optimizer = keras_slsam.SLSAM(
-        keras.optimizers.AdamW(1e-3),
-        active_fraction=0.3,
-        arms=lambda variable: variable.path[:6],  # seven stages, stem, top and head
-        seed=0,
+        keras.optimizers.AdamW(1e-3), active_fraction=0.3, arms="block", seed=0
     )
     model.compile(optimizer=optimizer)
     crops = photographs().reshape(2, 7, 32, 7, 32, 3).swapaxes(2, 3)
