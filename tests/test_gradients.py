@@ -1,9 +1,12 @@
 """The sparse gradients: those of the active arms are the dense ones, no others."""
 
+import re
+
 import keras
 import numpy as np
 import pytest
 import zoo
+from keras import layers
 from keras import ops
 
 from keras_slsam import gradients as backend
@@ -129,6 +132,45 @@ def test_embedding_gradients_stay_sparse():
     assert len(np.unique(x)) < x.size
     dense = tf.convert_to_tensor(gradient).numpy()
     np.testing.assert_allclose(float(squared), (dense**2).sum(), rtol=1e-5)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="the layout is XLA's")
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("kind", ["Conv1D", "Conv2D", "Conv3D", "DepthwiseConv2D"])
+def test_convolutions_have_the_layout_of_the_fast_kernel(kind, data_format):
+    import jax
+
+    rank = int(kind[-2])
+    rng = np.random.default_rng(0)
+    model = keras.Sequential([keras.Input((9,) * (rank + 1))])
+    for _ in range(2):
+        convolve = getattr(layers, kind)
+        count = () if kind.startswith("Depthwise") else (9,)
+        layer = convolve(*count, kernel_size=3, data_format=data_format)
+        model.add(layer)
+    model.compile(loss="mse")
+    x = rng.normal(size=(5, *model.input_shape[1:])).astype("float32")
+    y = rng.normal(size=(5, *model.output_shape[1:])).astype("float32")
+    variables = model.trainable_variables
+    weights = [backend.read(v) for v in variables]
+    loss_fn = Loss(model, variables, x, y, None)
+
+    @jax.jit
+    def sparse(mask):
+        active = backend.concrete(mask)
+        return backend.value_and_grad(loss_fn, weights, [0, 1, 2, 3], active)
+
+    mask = np.array([True, False, True, True])
+    compiled = sparse.lower(mask).compile()
+    orders = re.findall(r" convolution\(.*dim_labels=([\w>-]+)", compiled.as_text())
+    assert len(orders) >= 3  # to the input once, to the weights twice
+    digits = "".join(map(str, range(rank)))
+    assert set(orders) == {f"b{digits}f_{digits}io->b{digits}f"}
+
+    _, expected = backend.value_and_grad(loss_fn, weights, [0, 1, 2, 3], [True] * 4)
+    _, found = compiled(mask)
+    for gradient, dense_gradient, on in zip(found, expected, mask):
+        np.testing.assert_allclose(gradient, dense_gradient * on, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="buffers are planned ahead elsewhere")

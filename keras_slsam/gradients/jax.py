@@ -141,8 +141,8 @@ def _inline(jaxpr, inputs):
 
     for equation in jaxpr.eqns:
         arguments = renamed(equation.invars)
-        if equation.primitive.name in _CALLS:
-            inner = equation.params[_CALLS[equation.primitive.name]]
+        inner = _body(equation)
+        if inner is not None:
             body, results, more = _inline(inner, arguments)
             equations += body
             constants.update(more)
@@ -152,6 +152,47 @@ def _inline(jaxpr, inputs):
             equations.append(equation.replace(invars=arguments, outvars=results))
         names.update(zip(equation.outvars, results))
     return equations, renamed(jaxpr.outvars), constants
+
+
+def _body(equation):
+    """The jaxpr to put in an equation's place, or None."""
+    if equation.primitive.name in _CALLS:
+        return equation.params[_CALLS[equation.primitive.name]]
+    if (
+        equation.primitive is primitives.conv_general_dilated_p
+        and jax.default_backend() == "cpu"
+        and equation.params["dimension_numbers"] != _channels_last(equation)
+    ):
+        # XLA on CPU brings convolutions into the one order for which it has a fast
+        # kernel, but not those in conditions, which are 100 times slower then.
+        convolve = functools.partial(
+            _convolve, equation, dimension_numbers=_channels_last(equation)
+        )
+        return jax.make_jaxpr(convolve)(*[v.aval for v in equation.invars])
+    return None
+
+
+def _channels_last(equation):
+    """The order of the axes (batch, ..., channels), and of the kernel's (..., in, out).
+
+    A tuple of three, of the left and right argument of a convolution and its result.
+    Each tells where batch and channels, or `out` and `in`, are, and then the others.
+    """
+    rank = equation.outvars[0].aval.ndim
+    between = tuple(range(1, rank - 1))
+    outer = (0, rank - 1, *between)
+    kernel = (rank - 1, rank - 2, *range(rank - 2))
+    return jax.lax.ConvDimensionNumbers(outer, kernel, outer)
+
+
+def _convolve(equation, left, right, dimension_numbers):
+    """A convolution, with its axes in another order meanwhile."""
+    given = equation.params["dimension_numbers"]
+    left = jnp.moveaxis(left, given.lhs_spec, dimension_numbers.lhs_spec)
+    right = jnp.moveaxis(right, given.rhs_spec, dimension_numbers.rhs_spec)
+    params = {**equation.params, "dimension_numbers": dimension_numbers}
+    result = equation.primitive.bind(left, right, **params)
+    return jnp.moveaxis(result, dimension_numbers.out_spec, given.out_spec)
 
 
 def _partition(jaxpr, demands, everyone):
