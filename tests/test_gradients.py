@@ -153,12 +153,13 @@ def test_convolutions_have_the_layout_of_the_fast_kernel(kind, data_format):
     y = rng.normal(size=(5, *model.output_shape[1:])).astype("float32")
     variables = model.trainable_variables
     weights = [backend.read(v) for v in variables]
+    arms = one_each(len(weights))
     loss_fn = Loss(model, variables, x, y, None)
 
     @jax.jit
     def sparse(mask):
         active = backend.concrete(mask)
-        return backend.value_and_grad(loss_fn, weights, [0, 1, 2, 3], active)
+        return backend.value_and_grad(loss_fn, weights, arms, active)
 
     mask = np.array([True, False, True, True])
     compiled = sparse.lower(mask).compile()
@@ -167,7 +168,7 @@ def test_convolutions_have_the_layout_of_the_fast_kernel(kind, data_format):
     digits = "".join(map(str, range(rank)))
     assert set(orders) == {f"b{digits}f_{digits}io->b{digits}f"}
 
-    _, expected = backend.value_and_grad(loss_fn, weights, [0, 1, 2, 3], [True] * 4)
+    _, expected = backend.value_and_grad(loss_fn, weights, arms, [True] * len(arms))
     _, found = compiled(mask)
     for gradient, dense_gradient, on in zip(found, expected, mask):
         np.testing.assert_allclose(gradient, dense_gradient * on, rtol=1e-4, atol=1e-6)
