@@ -27,8 +27,8 @@ def read_texts(file):
     return np.array(texts), np.array(labels)
 
 
-def load_texts(file=None):
-    """Texts and labels of a file, or of the lexicon."""
+def load_texts(file):
+    """Texts and labels of a file, or if it is None of the lexicon."""
     return lexicon() if file is None else read_texts(file)
 
 
@@ -56,8 +56,8 @@ def read_images(file):
     )
 
 
-def load_images(file=None):
-    """Images and labels to train and to test on, of a file or digits."""
+def load_images(file):
+    """Images and labels to train and to test on, of a file, or if None of digits."""
     return digits() if file is None else read_images(file)
 
 
