@@ -53,31 +53,32 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
     with backend.no_grad():
         scale = loss_scale.read(scaler)
         loss = Loss(model, variables, x, y, sample_weight, scale)
-        loss_fn = backend.replayed(loss)
         first_of_window, last_of_window = optimizer.window()
         active = optimizer.draw_active(first_of_window)
-
-        def value_and_grad(weights):
-            (_, outputs), gradients = backend.value_and_grad(
-                loss_fn, weights, optimizer.arm_of, active, model.jit_compile
-            )
-            return outputs, optimizer.unscale(gradients, active, scale)
-
+        passes = backend.Passes(
+            loss,
+            optimizer.arm_of,
+            active,
+            twice=not optimizer.single_step,
+            jit_compile=model.jit_compile,
+        )
         weights = [backend.read(v) for v in variables]  # w
         if optimizer.single_step:
             # Up along the gradient of the last step: one pass, h = grad(w + e).
             previous, squared_norm = optimizer.previous_gradients()
             perturbed = optimizer.perturb(weights, previous, squared_norm, active)
-            outputs, gradients = value_and_grad(perturbed)
+            (_, outputs), gradients = passes.first(perturbed)
+            gradients = optimizer.unscale(gradients, active, scale)
             squares = optimizer.squared_norms(gradients, active)
         else:
             # First pass, g = grad(w); second pass, h = grad(w + e).
-            outputs, first = value_and_grad(weights)
+            (_, outputs), first = passes.first(weights)
+            first = optimizer.unscale(first, active, scale)
             squares = optimizer.squared_norms(first, active)
 
             def second():
                 perturbed = optimizer.perturb(weights, first, sum(squares), active)
-                return value_and_grad(perturbed)[1]
+                return optimizer.unscale(passes.second(perturbed), active, scale)
 
             gradients = backend.cond(optimizer.draw_perturbed(), second, lambda: first)
 

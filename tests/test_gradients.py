@@ -26,10 +26,10 @@ def make_function(name, arms_of, compile_step):
     def run(mask):
         keras.utils.set_random_seed(0)  # PyTorch's unseeded dropout
         inputs = keras.tree.map_structure(ops.convert_to_tensor, (x, y))
-        loss_fn = backend.replayed(Loss(model, variables, *inputs, None))
+        loss_fn = Loss(model, variables, *inputs, None)
         weights = [ops.convert_to_tensor(v) for v in variables]
         active = backend.concrete(mask) if mask is not None else [True] * len(arms)
-        (loss, _), gradients = backend.value_and_grad(loss_fn, weights, arms, active)
+        (loss, _), gradients = backend.Passes(loss_fn, arms, active).first(weights)
         return loss, [
             ops.zeros_like(w)
             if g is None
@@ -121,7 +121,7 @@ def test_embedding_gradients_stay_sparse():
         weights = [backend.read(v) for v in variables]
         arms = list(range(len(weights)))
         active = backend.concrete(mask)
-        _, gradients = backend.value_and_grad(loss_fn, weights, arms, active)
+        _, gradients = backend.Passes(loss_fn, arms, active).first(weights)
         kinds.extend(type(gradient) for gradient in gradients)
         return gradients[0], backend.squared_sum(gradients[0])
 
@@ -159,7 +159,7 @@ def test_convolutions_have_the_layout_of_the_fast_kernel(kind, data_format):
     @jax.jit
     def sparse(mask):
         active = backend.concrete(mask)
-        return backend.value_and_grad(loss_fn, weights, arms, active)
+        return backend.Passes(loss_fn, arms, active).first(weights)
 
     mask = np.array([True, False, True, True])
     compiled = sparse.lower(mask).compile()
@@ -168,7 +168,7 @@ def test_convolutions_have_the_layout_of_the_fast_kernel(kind, data_format):
     digits = "".join(map(str, range(rank)))
     assert set(orders) == {f"b{digits}f_{digits}io->b{digits}f"}
 
-    _, expected = backend.value_and_grad(loss_fn, weights, arms, [True] * len(arms))
+    _, expected = backend.Passes(loss_fn, arms, [True] * len(arms)).first(weights)
     _, found = compiled(mask)
     for gradient, dense_gradient, on in zip(found, expected, mask):
         np.testing.assert_allclose(gradient, dense_gradient * on, rtol=1e-4, atol=1e-6)
@@ -198,7 +198,7 @@ def test_activations_of_inactive_arms_are_not_kept():
 
         loss_fn = Loss(model, variables, x, y, None)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            backend.value_and_grad(loss_fn, weights, [0, 1, 2, 3], active)
+            backend.Passes(loss_fn, [0, 1, 2, 3], active).first(weights)
         return sum(tensors.values()) / (batch * width)
 
     loss_only = kept([False, False, False, True]) - 1  # the last layer's input

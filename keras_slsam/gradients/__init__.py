@@ -17,11 +17,10 @@ What each file holds:
 - `concrete(mask)`: the entries of a boolean tensor of shape `(num_arms,)`, as
   Python bools if they are known, else as scalar boolean tensors. At most one
   synchronisation with the device.
-- `value_and_grad(loss_fn, weights, arms, active, jit_compile)`: loss, auxiliary
-  outputs and the gradients of the active weights.
+- `Passes(loss_fn, arms, active, twice, jit_compile)`: the passes of a step. `first`
+  gives loss, auxiliary outputs and the gradients of the active weights, `second` the
+  gradients at other values of these, with the same random numbers.
 - `read(variable)`: the value of a `keras.Variable` as a tensor, not a copy.
-- `replayed(loss_fn)`: a loss function that sees the same random numbers in every
-  call.
 - `when(active, update, variables)`: run an update that reads, or assigns to, no other
   variables than those listed, only if `active`.
 - `cond(active, true_fn, false_fn)` (in this file): a value, by `active`.
@@ -36,6 +35,7 @@ What each file holds:
 import keras
 
 if keras.config.backend() == "jax":
+    from keras_slsam.gradients.jax import Passes
     from keras_slsam.gradients.jax import add
     from keras_slsam.gradients.jax import can_compile
     from keras_slsam.gradients.jax import concrete
@@ -44,11 +44,10 @@ if keras.config.backend() == "jax":
     from keras_slsam.gradients.jax import no_grad
     from keras_slsam.gradients.jax import own_parameters
     from keras_slsam.gradients.jax import read
-    from keras_slsam.gradients.jax import replayed
     from keras_slsam.gradients.jax import squared_sum
-    from keras_slsam.gradients.jax import value_and_grad
     from keras_slsam.gradients.jax import when
 elif keras.config.backend() == "tensorflow":
+    from keras_slsam.gradients.tensorflow import Passes
     from keras_slsam.gradients.tensorflow import add
     from keras_slsam.gradients.tensorflow import can_compile
     from keras_slsam.gradients.tensorflow import concrete
@@ -57,11 +56,10 @@ elif keras.config.backend() == "tensorflow":
     from keras_slsam.gradients.tensorflow import no_grad
     from keras_slsam.gradients.tensorflow import own_parameters
     from keras_slsam.gradients.tensorflow import read
-    from keras_slsam.gradients.tensorflow import replayed
     from keras_slsam.gradients.tensorflow import squared_sum
-    from keras_slsam.gradients.tensorflow import value_and_grad
     from keras_slsam.gradients.tensorflow import when
 elif keras.config.backend() == "torch":
+    from keras_slsam.gradients.torch import Passes
     from keras_slsam.gradients.torch import add
     from keras_slsam.gradients.torch import can_compile
     from keras_slsam.gradients.torch import concrete
@@ -70,9 +68,7 @@ elif keras.config.backend() == "torch":
     from keras_slsam.gradients.torch import no_grad
     from keras_slsam.gradients.torch import own_parameters
     from keras_slsam.gradients.torch import read
-    from keras_slsam.gradients.torch import replayed
     from keras_slsam.gradients.torch import squared_sum
-    from keras_slsam.gradients.torch import value_and_grad
     from keras_slsam.gradients.torch import when
 else:
     raise ImportError(

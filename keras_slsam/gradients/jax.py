@@ -9,6 +9,10 @@ the lowest active layer, and the weight gradients of the active layers.
 
 A loop (`scan`, `while`) or a `cond` of the model is one equation and runs whole if
 any of the gradients that it yields is wanted.
+
+The second pass differs from the first in the active weights only. What hangs on none
+of them has the value that it had: equations are also marked with the arms upstream of
+them, and give the first pass's value where none of these is active.
 """
 
 import collections
@@ -38,6 +42,10 @@ _CALLS = {
     "remat2": "jaxpr",
 }
 
+# A part is given its first pass's value by a condition only where so few arms are
+# upstream of it that often none of them is active.
+_FEW = 12
+
 # A condition would cost more than these do.
 _CHEAP = {
     primitives.broadcast_in_dim_p,
@@ -54,26 +62,94 @@ def concrete(mask):
     return np.asarray(mask).tolist()
 
 
-def value_and_grad(loss_fn, weights, arms, active, jit_compile=False):
-    """Value of `loss_fn` and the gradients of the active weights.
+class Passes:
+    """The two passes of a step: one loss and its gradients, at two sets of weights.
 
     Args:
-        loss_fn: Pure function from a list of arrays, like `weights`, to
-            `(loss, aux)` with a scalar `loss` and any structure `aux` of arrays.
-        weights: List of arrays to differentiate at.
+        loss_fn: Pure function from a list of arrays to `(loss, aux)` with a scalar
+            `loss` and any structure `aux` of arrays.
         arms: List of int, the arm of each weight.
         active: List, one entry an arm: bools, or scalar boolean arrays of which at
             least one will be true.
+        twice: bool, whether there may be a second pass.
         jit_compile: Ignored, a traced step is compiled anyway.
-
-    Returns:
-        `((loss, aux), gradients)`; the gradient of an inactive weight is `None` if
-        `active` holds bools and zero otherwise, that of an active weight that the
-        loss does not reach is zero.
     """
-    if all(isinstance(on, bool) for on in active):
-        return _of_known(loss_fn, weights, [active[arm] for arm in arms])
-    return _of_traced(loss_fn, weights, arms, active)
+
+    def __init__(self, loss_fn, arms, active, twice=True, jit_compile=False):
+        self._loss_fn = loss_fn
+        self._arms = arms
+        self._active = active
+        self._twice = twice
+        self._known = all(isinstance(on, bool) for on in active)
+
+    def first(self, weights):
+        """Value of the loss and the gradients of the active weights.
+
+        Args:
+            weights: List of arrays to differentiate at.
+
+        Returns:
+            `((loss, aux), gradients)`; the gradient of an inactive weight is `None` if
+            `active` holds bools and zero otherwise, that of an active weight that the
+            loss does not reach is zero.
+        """
+        if self._known:
+            wanted = [self._active[arm] for arm in self._arms]
+            return _of_known(self._loss_fn, weights, wanted)
+        self._trace(weights)
+        return self._evaluate(weights)
+
+    def second(self, weights):
+        """The gradients at other values of the active weights.
+
+        Args:
+            weights: List of arrays, the inactive ones those of the first pass.
+
+        Returns:
+            List like the gradients of `first`.
+        """
+        if self._known:
+            return self.first(weights)[1]
+        return self._evaluate(weights, self._values)[1]
+
+    def _trace(self, weights):
+        """Traces the dense computation and sorts its parts."""
+        closed, shapes = jax.make_jaxpr(
+            jax.value_and_grad(self._loss_fn, has_aux=True), return_shape=True
+        )(weights)
+        self._structure = jax.tree.structure(shapes)
+        self._inputs = closed.jaxpr.invars
+        equations, self._outputs, self._constants = _inline(closed, self._inputs)
+        jaxpr = closed.jaxpr.replace(
+            constvars=list(self._constants), outvars=self._outputs, eqns=equations
+        )
+        # A set of arms is an int with one bit an arm. No step leaves all of them out.
+        everyone = (1 << len(self._active)) - 1
+        own = [1 << arm for arm in self._arms]
+        demands = [everyone] * (len(self._outputs) - len(own)) + own
+        upstream = dict.fromkeys(equations, everyone)
+        if self._twice:
+            upstream = _upstream(equations, dict(zip(self._inputs, own)), everyone)
+        self._parts = _partition(jaxpr, demands, upstream, everyone)
+
+    def _evaluate(self, weights, before=None):
+        given = {**self._constants, **dict(zip(self._inputs, weights))}
+        values, sets = _run(self._parts, given, self._active, before)
+        self._values = values
+        leaves = [
+            jnp.asarray(v.val, v.aval.dtype)
+            if isinstance(v, core.Literal)
+            else values[v]
+            for v in self._outputs
+        ]
+        value, gradients = jax.tree.unflatten(self._structure, leaves)
+        found = self._outputs[len(self._outputs) - len(gradients) :]
+        for i, (v, arm) in enumerate(zip(found, self._arms)):
+            # Not made for this arm alone: a loop yields the gradients of all its
+            # weights, the terms of a sum have the same gradient.
+            if isinstance(v, core.Literal) or sets.get(v) != 1 << arm:
+                gradients[i] = jnp.where(self._active[arm], gradients[i], 0)
+        return value, gradients
 
 
 def _of_known(loss_fn, weights, wanted):
@@ -87,37 +163,6 @@ def _of_known(loss_fn, weights, wanted):
     value, found = jax.value_and_grad(loss_of, has_aux=True)(leaves)
     found = iter(found)
     return value, [next(found) if on else None for on in wanted]
-
-
-def _of_traced(loss_fn, weights, arms, active):
-    """Traces the dense computation and runs its parts under conditions."""
-    closed, shapes = jax.make_jaxpr(
-        jax.value_and_grad(loss_fn, has_aux=True), return_shape=True
-    )(weights)
-    inputs = closed.jaxpr.invars
-    equations, outputs, constants = _inline(closed, inputs)
-    jaxpr = closed.jaxpr.replace(
-        constvars=list(constants), outvars=outputs, eqns=equations
-    )
-
-    # A set of arms is an int with one bit an arm. No step leaves all of them out.
-    everyone = (1 << len(active)) - 1
-    own = [1 << arm for arm in arms]
-    demands = [everyone] * (len(outputs) - len(own)) + own
-    parts = _partition(jaxpr, demands, everyone)
-    values, sets = _run(parts, {**constants, **dict(zip(inputs, weights))}, active)
-
-    leaves = [
-        jnp.asarray(v.val, v.aval.dtype) if isinstance(v, core.Literal) else values[v]
-        for v in outputs
-    ]
-    value, gradients = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
-    for i, v in enumerate(outputs[len(outputs) - len(own) :]):
-        # Not made for this arm alone: a loop yields the gradients of all its
-        # weights, the terms of a sum have the same gradient.
-        if isinstance(v, core.Literal) or sets.get(v) != own[i]:
-            gradients[i] = jnp.where(active[arms[i]], gradients[i], 0)
-    return value, gradients
 
 
 def _inline(jaxpr, inputs):
@@ -193,77 +238,139 @@ def _convolve(equation, left, right):
     return jnp.moveaxis(result, order.out_spec, given.out_spec)
 
 
-def _partition(jaxpr, demands, everyone):
-    """Sorts the equations of a jaxpr by the set of arms that need them.
+def _upstream(equations, own, everyone):
+    """Finds the arms whose weights each equation hangs on.
 
-    Two equations with the same set have none with another set between them, since
-    sets only shrink along the data flow. So each set's equations are one function,
-    and sets in order of decreasing size are in the order of computation.
+    Args:
+        equations: List of equations.
+        own: Dict from the variables of weights to sets of arms.
+        everyone: int, the set of all arms, and what stands for more than a few.
+
+    Returns:
+        Dict from equations to sets of arms.
+    """
+    found, sets = {}, dict(own)
+    for equation in equations:
+        read = (sets.get(v, 0) for v in _variables(equation.invars))
+        arms = functools.reduce(operator.or_, read, 0)
+        if (
+            equation.effects
+            or arms.bit_count() > _FEW
+            or (arms and not _have_zeros(equation.outvars))
+        ):
+            arms = everyone
+        found[equation] = arms
+        sets.update(dict.fromkeys(equation.outvars, arms))
+    return found
+
+
+def _partition(jaxpr, demands, upstream, everyone):
+    """Sorts the equations of a jaxpr by the arms that need them, and those upstream.
+
+    Two equations with the same two sets have none with others between them, since
+    along the data flow the first only shrinks and the second only grows. So they are
+    one function, and in order of these sizes each comes after what it reads.
 
     Args:
         jaxpr: `Jaxpr`.
         demands: List of int, the set of arms that needs each of its results.
+        upstream: Dict from equations to int, the set of arms that each hangs on.
         everyone: int, the set of all arms.
 
     Returns:
-        Dict from sets to `Jaxpr`, in the order of computation. The jaxpr takes
+        Dict from pairs of sets to `Jaxpr`, in the order of computation. The jaxpr takes
         what its equations read and returns what is read elsewhere.
     """
     readers = collections.defaultdict(set)
     for v, demand in zip(jaxpr.outvars, demands):
         if not isinstance(v, core.Literal):
-            readers[v] |= {demand, "output"}
+            readers[v] |= {(demand, None)}
+    fills = _fills(jaxpr.eqns)
     members = collections.defaultdict(list)
     for equation in reversed(jaxpr.eqns):
-        needs = set().union(*(readers[v] for v in equation.outvars)) - {"output"}
-        demand = functools.reduce(operator.or_, needs, 0)
-        if equation.effects or (demand and not _have_zeros(equation.outvars)):
-            demand = everyone
-        if demand:
-            members[demand].append(equation)
+        needs = set().union(*(readers[v] for v in equation.outvars))
+        if equation in fills and not any(arms is None for _, arms in needs):
+            parts = needs
+            for v in equation.outvars:
+                readers[v] = set()
+        else:
+            demand = functools.reduce(operator.or_, (demand for demand, _ in needs), 0)
+            if equation.effects or (demand and not _have_zeros(equation.outvars)):
+                demand = everyone
+            parts = {(demand, upstream[equation])} if demand else ()
+        for part in parts:
+            members[part].append(equation)
             for v in _variables(equation.invars):
-                readers[v].add(demand)
+                readers[v].add(part)
 
     parts = {}
-    for demand in sorted(members, key=int.bit_count, reverse=True):
-        body = members[demand][::-1]
+    for part in sorted(members, key=lambda p: (-p[0].bit_count(), p[1].bit_count())):
+        body = members[part][::-1]
         made = dict.fromkeys(v for equation in body for v in equation.outvars)
         read = dict.fromkeys(v for e in body for v in _variables(e.invars))
-        parts[demand] = jaxpr.replace(
+        parts[part] = jaxpr.replace(
             constvars=(),
             invars=[v for v in read if v not in made],
-            outvars=[v for v in made if readers[v] - {demand}],
+            outvars=[v for v in made if readers[v] - {part}],
             eqns=body,
-            effects=frozenset() if demand != everyone else jaxpr.effects,
+            effects=frozenset() if part[0] != everyone else jaxpr.effects,
         )
     return parts
 
 
-def _run(parts, values, active):
-    """Evaluates each part whose set has an active arm.
+def _fills(equations):
+    """The equations that make arrays of constants: done anew wherever they are read.
+
+    Kept from one condition for another they would be copied there.
+    """
+    fills, made = set(), set()
+    for equation in equations:
+        inputs = _variables(equation.invars)
+        if equation.primitive in _CHEAP and made.issuperset(inputs):
+            fills.add(equation)
+            made.update(equation.outvars)
+    return fills
+
+
+def _run(parts, values, active, before=None):
+    """Evaluates each part that has an active arm in both of its sets.
 
     Args:
-        parts: Dict from sets of arms to `Jaxpr`, in the order of computation.
+        parts: Dict from pairs of sets of arms to `Jaxpr`, see `_partition`.
         values: Dict from variables to arrays, the inputs and constants.
         active: List of scalar boolean arrays, one an arm.
+        before: Dict of the values of an earlier run, at weights of which the inactive
+            ones were the same. Without it the sets upstream do not count.
 
     Returns:
         `(values, sets)`: dicts from variables to arrays, zero where skipped, and
         from variables to the set of arms under whose condition they were made.
     """
-    membership = [[part >> arm & 1 for arm in range(len(active))] for part in parts]
-    wanted = jnp.any(jnp.array(active) & np.array(membership, bool), axis=1)
     everyone = (1 << len(active)) - 1
+    chosen = list({arms for part in parts for arms in part} - {0, everyone})
+    membership = [[arms >> arm & 1 for arm in range(len(active))] for arms in chosen]
+    membership = np.array(membership, bool).reshape(-1, len(active))
+    wanted = dict(zip(chosen, jnp.any(jnp.array(active) & membership, axis=1)))
     values, sets = dict(values), {}
-    for (part, jaxpr), on in zip(parts.items(), wanted):
+    for (demand, upstream), jaxpr in parts.items():
         work = functools.partial(jax.core.eval_jaxpr, jaxpr, ())
         arguments = [values[v] for v in jaxpr.invars]
-        if part == everyone or all(e.primitive in _CHEAP for e in jaxpr.eqns):
-            part, results = everyone, work(*arguments)
+        if before is None or upstream == everyone:
+            conditions, otherwise = {demand} - {everyone}, _zeros_like(jaxpr.outvars)
         else:
-            results = jax.lax.cond(on, work, _zeros_like(jaxpr.outvars), *arguments)
+            kept = [before[v] for v in jaxpr.outvars]
+            conditions, otherwise = {demand, upstream} - {everyone}, _always(kept)
+        if all(e.primitive in _CHEAP for e in jaxpr.eqns):
+            demand, results = everyone, work(*arguments)
+        elif 0 in conditions:
+            results = kept
+        elif conditions:
+            on = functools.reduce(operator.and_, map(wanted.get, conditions))
+            results = jax.lax.cond(on, work, otherwise, *arguments)
+        else:
+            results = work(*arguments)
         values.update(zip(jaxpr.outvars, results))
-        sets.update(dict.fromkeys(jaxpr.outvars, part))
+        sets.update(dict.fromkeys(jaxpr.outvars, demand))
     return values, sets
 
 
@@ -282,6 +389,10 @@ def _have_zeros(variables):
 
 def _zeros_like(variables):
     return lambda *_: [jnp.zeros(v.aval.shape, v.aval.dtype) for v in variables]
+
+
+def _always(values):
+    return lambda *_: values
 
 
 def when(active, update, variables):
@@ -344,11 +455,6 @@ def add(weight, gradient, scale):
 def own_parameters(model, variables):
     """Nothing: all layers read their weights as Keras variables."""
     return lambda weights: contextlib.nullcontext(), lambda: None
-
-
-def replayed(loss_fn):
-    """`loss_fn` itself: here Keras' random numbers are functions of its seeds."""
-    return loss_fn
 
 
 def read(variable):

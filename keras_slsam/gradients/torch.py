@@ -22,42 +22,75 @@ def concrete(mask):
     return mask.tolist()
 
 
-def value_and_grad(loss_fn, weights, arms, active, jit_compile=False):
-    """Value of `loss_fn` and the gradients of the active weights.
+class Passes:
+    """The two passes of a step: one loss and its gradients, at two sets of weights.
 
     Args:
-        loss_fn: Pure function from a list of tensors, like `weights`, and a function
-            to call with the loss in the middle of it, to `(loss, aux)` with a scalar
-            `loss` and any structure `aux`.
-        weights: List of tensors to differentiate at.
+        loss_fn: Pure function from a list of tensors and a function to call with the
+            loss in the middle of it, to `(loss, aux)` with a scalar `loss` and any
+            structure `aux`.
         arms: List of int, the arm of each weight.
         active: List of bool, one an arm.
+        twice: bool, whether there may be a second pass.
         jit_compile: Ignored, PyTorch runs eagerly.
-
-    Returns:
-        `((loss, aux), gradients)`; the gradient of an inactive weight is `None`,
-        that of an active weight that the loss does not reach is zero.
     """
-    leaves = [w.detach().requires_grad_(active[a]) for w, a in zip(weights, arms)]
-    wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    found = []
 
-    def differentiate(loss):
-        if not loss.requires_grad:
-            found.extend(map(torch.zeros_like, wanted))
-            return
-        # In this thread: what is rematerialised must find the weights that are given.
-        with torch.autograd.set_multithreading_enabled(False):
-            found.extend(torch.autograd.grad(loss, wanted, materialize_grads=True))
+    def __init__(self, loss_fn, arms, active, twice=True, jit_compile=False):
+        self._loss_fn = loss_fn
+        self._wanted = [active[arm] for arm in arms]
+        self._generators = []
 
-    with torch.enable_grad():
-        loss, aux = loss_fn(leaves, differentiate)
-    found = iter(found)
-    gradients = [next(found) if leaf.requires_grad else None for leaf in leaves]
-    aux = keras.tree.map_structure(
-        lambda t: t.detach() if torch.is_tensor(t) else t, aux
-    )
-    return (loss.detach(), aux), gradients
+    def first(self, weights):
+        """Value of the loss and the gradients of the active weights.
+
+        Args:
+            weights: List of tensors to differentiate at.
+
+        Returns:
+            `((loss, aux), gradients)`; the gradient of an inactive weight is `None`,
+            that of an active weight that the loss does not reach is zero.
+        """
+        # Layers without a seed of their own, like Keras' Dropout on PyTorch, draw from
+        # the global generators.
+        kinds = {weight.device.type for weight in weights} - {"cpu"}
+        modules = [torch, *map(torch.get_device_module, kinds)]
+        self._generators = [(module, module.get_rng_state()) for module in modules]
+        return self._differentiate(weights)
+
+    def second(self, weights):
+        """The gradients at other values of the active weights.
+
+        Args:
+            weights: List of tensors, the inactive ones those of the first pass.
+
+        Returns:
+            List like the gradients of `first`.
+        """
+        for module, state in self._generators:
+            module.set_rng_state(state)
+        return self._differentiate(weights)[1]
+
+    def _differentiate(self, weights):
+        leaves = [w.detach().requires_grad_(on) for w, on in zip(weights, self._wanted)]
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        found = []
+
+        def differentiate(loss):
+            if not loss.requires_grad:
+                found.extend(map(torch.zeros_like, wanted))
+                return
+            # In this thread: what is rematerialised must find the weights given.
+            with torch.autograd.set_multithreading_enabled(False):
+                found.extend(torch.autograd.grad(loss, wanted, materialize_grads=True))
+
+        with torch.enable_grad():
+            loss, aux = self._loss_fn(leaves, differentiate)
+        found = iter(found)
+        gradients = [next(found) if leaf.requires_grad else None for leaf in leaves]
+        aux = keras.tree.map_structure(
+            lambda t: t.detach() if torch.is_tensor(t) else t, aux
+        )
+        return (loss.detach(), aux), gradients
 
 
 def own_parameters(model, variables):
@@ -143,33 +176,6 @@ class _Holder(torch.nn.Module):
 
     def forward(self, *args, **kwargs):
         return self.run(*args, **kwargs)
-
-
-def replayed(loss_fn):
-    """`loss_fn` with the same random numbers in every call.
-
-    Layers without a seed of their own, like Keras' Dropout on PyTorch, draw from
-    PyTorch's global generators, which are rewound before each call.
-
-    Args:
-        loss_fn: Function of a list of tensors, and more.
-
-    Returns:
-        Function like `loss_fn`.
-    """
-    generators = []
-
-    def run(weights, *args):
-        if generators:
-            for module, state in generators:
-                module.set_rng_state(state)
-        else:
-            kinds = {weight.device.type for weight in weights} - {"cpu"}
-            modules = [torch, *map(torch.get_device_module, kinds)]
-            generators.extend((module, module.get_rng_state()) for module in modules)
-        return loss_fn(weights, *args)
-
-    return run
 
 
 def when(active, update, variables):
