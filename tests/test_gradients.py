@@ -27,7 +27,7 @@ def make_function(name, arms_of, compile_step):
         keras.utils.set_random_seed(0)  # PyTorch's unseeded dropout
         inputs = keras.tree.map_structure(ops.convert_to_tensor, (x, y))
         loss_fn = Loss(model, variables, *inputs, None)
-        weights = [ops.convert_to_tensor(v) for v in variables]
+        weights = [backend.read(v) for v in variables]
         active = backend.concrete(mask) if mask is not None else [True] * len(arms)
         (loss, _), gradients = backend.Passes(loss_fn, arms, active).first(weights)
         return loss, [

@@ -54,6 +54,9 @@ _CHEAP = {
     primitives.squeeze_p,
 }
 
+# These cost no more than the copy of a value that is kept.
+_COPIES = {primitives.convert_element_type_p, primitives.transpose_p}
+
 
 def concrete(mask):
     """The entries of `mask`: Python bools, or scalar arrays while tracing."""
@@ -360,15 +363,16 @@ def _run(parts, values, active, before=None):
         else:
             kept = [before[v] for v in jaxpr.outvars]
             conditions, otherwise = {demand, upstream} - {everyone}, _always(kept)
-        if all(e.primitive in _CHEAP for e in jaxpr.eqns):
+        used = {equation.primitive for equation in jaxpr.eqns}
+        if used <= _CHEAP:
             demand, results = everyone, work(*arguments)
         elif 0 in conditions:
             results = kept
-        elif conditions:
+        elif not conditions or (demand == everyone and used <= _CHEAP | _COPIES):
+            results = work(*arguments)
+        else:
             on = functools.reduce(operator.and_, map(wanted.get, conditions))
             results = jax.lax.cond(on, work, otherwise, *arguments)
-        else:
-            results = work(*arguments)
         values.update(zip(jaxpr.outvars, results))
         sets.update(dict.fromkeys(jaxpr.outvars, demand))
     return values, sets

@@ -28,60 +28,104 @@ def concrete(mask):
     return mask.numpy().tolist() if tf.executing_eagerly() else tf.unstack(mask)
 
 
-def value_and_grad(loss_fn, weights, arms, active, jit_compile=False):
-    """Value of `loss_fn` and the gradients of the active weights.
+class Passes:
+    """The two passes of a step: one loss and its gradients, at two sets of weights.
 
     Args:
-        loss_fn: Pure function from a list of tensors, like `weights`, to
-            `(loss, aux)` with a scalar `loss` and any structure `aux`.
-        weights: List of tensors to differentiate at.
+        loss_fn: Pure function from a list of tensors to `(loss, aux)` with a scalar
+            `loss` and any structure `aux`.
         arms: List of int, the arm of each weight.
         active: List with one entry an arm: bools, or scalar boolean tensors of
             the surrounding graph, of which at least one is true.
+        twice: bool, whether there may be a second pass.
         jit_compile: bool, whether XLA compiles the surrounding graph.
-
-    Returns:
-        `((loss, aux), gradients)`. The gradient of an active weight that the loss
-        does not reach is zero, that of an inactive weight `None` if `active` holds
-        bools and zero otherwise. Those of embeddings are `tf.IndexedSlices`.
 
     Raises:
         ValueError: with several replicas, whose gradients would have to be exchanged.
     """
-    replicas = tf.distribute.get_strategy().num_replicas_in_sync
-    if replicas > 1:
-        raise ValueError(
-            "Sharpness-aware steps under a `tf.distribute` strategy are not supported "
-            f"yet. Received: {replicas} replicas. Train on one device."
+
+    def __init__(self, loss_fn, arms, active, twice=True, jit_compile=False):
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        if replicas > 1:
+            raise ValueError(
+                "Sharpness-aware steps under a `tf.distribute` strategy are not "
+                f"supported yet. Received: {replicas} replicas. Train on one device."
+            )
+        self._loss_fn = loss_fn
+        self._arms = arms
+        self._active = active
+        self._twice = twice
+        self._jit_compile = jit_compile
+        self._known = all(isinstance(on, bool) for on in active)
+
+    def first(self, weights):
+        """Value of the loss and the gradients of the active weights.
+
+        Args:
+            weights: List of tensors to differentiate at.
+
+        Returns:
+            `((loss, aux), gradients)`. The gradient of an active weight that the loss
+            does not reach is zero, that of an inactive weight `None` if `active` holds
+            bools and zero otherwise. Those of embeddings are `tf.IndexedSlices`.
+        """
+        if self._known:
+            wanted = [self._active[arm] for arm in self._arms]
+            return _record(self._loss_fn, weights, wanted)
+        self._trace(weights)
+        return self._results(self._program.run(weights), weights)
+
+    def second(self, weights):
+        """The gradients at other values of the active weights.
+
+        Keras' random numbers are functions of seeds, its state, and the same again.
+        Those of TensorFlow's own stateful operations cannot be repeated.
+
+        Args:
+            weights: List of tensors, the inactive ones those of the first pass.
+
+        Returns:
+            List like the gradients of `first`.
+        """
+        if self._known:
+            return self.first(weights)[1]
+        return self._results(self._program.run_again(weights), weights)[1]
+
+    def _trace(self, weights):
+        wanted = [True] * len(weights)
+        traced = tf.function(
+            lambda weights: _record(self._loss_fn, weights, wanted), autograph=False
+        ).get_concrete_function(weights)
+        self._outputs = value, gradients = traced.structured_outputs
+
+        everyone = (1 << len(self._active)) - 1
+        needs = [(t, everyone) for t in tf.nest.flatten(value, True) if tf.is_tensor(t)]
+        own = [1 << arm for arm in self._arms]
+        for weight, arms, gradient in zip(weights, own, gradients):
+            if isinstance(gradient, tf.IndexedSlices):
+                gradient.values.set_shape([None, *weight.shape[1:]])
+                needs += [(gradient.values, arms), (gradient.indices, arms)]
+            else:
+                gradient.set_shape(weight.shape)
+                needs.append((gradient, arms))
+        self._program = tensorflow_graph.Program(
+            traced, own, needs, self._active, self._twice, self._jit_compile
         )
-    if all(isinstance(on, bool) for on in active):
-        return _record(loss_fn, weights, [active[arm] for arm in arms])
-    wanted = [True] * len(weights)
-    traced = tf.function(
-        lambda: _record(loss_fn, weights, wanted), autograph=False
-    ).get_concrete_function()
-    value, gradients = traced.structured_outputs
 
-    everyone = (1 << len(active)) - 1
-    needs = [(t, everyone) for t in tf.nest.flatten(value, True) if tf.is_tensor(t)]
-    for weight, arm, gradient in zip(weights, arms, gradients):
-        if isinstance(gradient, tf.IndexedSlices):
-            gradient.values.set_shape([None, *weight.shape[1:]])
-            needs += [(gradient.values, 1 << arm), (gradient.indices, 1 << arm)]
-        else:
-            gradient.set_shape(weight.shape)
-            needs.append((gradient, 1 << arm))
-
-    results = iter(tensorflow_graph.run(traced, needs, active, jit_compile))
-    value = tf.nest.map_structure(
-        lambda t: next(results) if tf.is_tensor(t) else t, value, expand_composites=True
-    )
-    return value, [
-        tf.IndexedSlices(next(results), next(results), tf.shape(weight))
-        if isinstance(gradient, tf.IndexedSlices)
-        else next(results)
-        for weight, gradient in zip(weights, gradients)
-    ]
+    def _results(self, tensors, weights):
+        results = iter(tensors)
+        value, gradients = self._outputs
+        value = tf.nest.map_structure(
+            lambda t: next(results) if tf.is_tensor(t) else t,
+            value,
+            expand_composites=True,
+        )
+        return value, [
+            tf.IndexedSlices(next(results), next(results), tf.shape(weight))
+            if isinstance(gradient, tf.IndexedSlices)
+            else next(results)
+            for weight, gradient in zip(weights, gradients)
+        ]
 
 
 def read(variable):
@@ -92,14 +136,6 @@ def read(variable):
 def own_parameters(model, variables):
     """Nothing: all layers read their weights as Keras variables."""
     return lambda weights: contextlib.nullcontext(), lambda: None
-
-
-def replayed(loss_fn):
-    """`loss_fn` itself: Keras' random numbers are functions of seeds, its state.
-
-    Those of TensorFlow's own stateful operations cannot be repeated.
-    """
-    return loss_fn
 
 
 def when(active, update, variables):

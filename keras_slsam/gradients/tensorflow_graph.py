@@ -4,17 +4,29 @@ A walk back from the gradients finds the arms that need each operation. Operatio
 the same arms need become one `tf.cond` on "any of these arms is active"; what all arms
 need stays outside. This skips the weight gradients of inactive layers and the backward
 chain below the lowest active one.
+
+A second run differs in the active weights only. So a walk forwards finds the arms that
+each operation hangs on, and where none of them is active it gives what the first gave.
 """
 
 import collections
 import functools
 import graphlib
+import operator
+import typing
 
 import tensorflow as tf
 
 # Operations that read only shapes, and those that do not touch the data.
 _SHAPES = {"BroadcastGradientArgs", "Rank", "Shape", "ShapeN", "Size"}
 _VIEWS = {"ExpandDims", "Identity", "Reshape", "Squeeze"}
+
+# Operations that cost no more than the copy of a value that is kept.
+_COPIES = {"Cast", "Transpose"}
+
+# What is done again may be taken from the first run only where so few arms are upstream
+# that often none of them is active.
+_FEW = 12
 
 # Types that have no zeros.
 _HANDLES = {tf.resource, tf.string, tf.variant}
@@ -23,50 +35,97 @@ _HANDLES = {tf.resource, tf.string, tf.variant}
 _LARGE = 4096
 
 
-def run(traced, needs, active, jit_compile):
-    """Puts the work of a traced function into the surrounding graph.
+class Program:
+    """A traced function of weights, to be put into the surrounding graph.
 
     Args:
-        traced: The function; it has no arguments, what it reads was captured.
+        traced: The function, of a list of tensors; what else it reads was captured.
+        own: List of int, the set of arms of each weight, which holds one. A set of
+            arms is an int with one bit an arm.
         needs: List of `(tensor, arms)`: tensors of the function, and the set of
-            arms that needs each. A set of arms is an int with one bit an arm.
+            arms that needs each.
         active: List of scalar boolean tensors, one an arm.
+        twice: bool, whether there may be a second run.
         jit_compile: bool, whether XLA compiles the surrounding graph.
-
-    Returns:
-        List of the tensors' values, zero where none of their arms is active.
     """
-    surrounding = tf.compat.v1.get_default_graph()
-    # Keeps alive what it calls, like the bodies of loops.
-    traced.add_to_graph(surrounding)
-    source = _Source(traced.graph)
-    everyone = (1 << len(active)) - 1
-    sets, copied = _plan(source, needs, everyone)
-    values = {
-        inner.name: surrounding.capture(outer)
-        for inner, outer in zip(traced.graph.inputs, traced.captured_inputs)
-    }
-    mask = tf.stack(active)
-    for arms, part in _partition(source, needs, sets, copied).items():
-        work = functools.partial(source.place, part, values)
-        if arms == everyone:
-            made = work()
-        else:
-            members = [arm for arm in range(len(active)) if arms >> arm & 1]
-            skip = functools.partial(_zeros, part.outputs, work, jit_compile)
-            made = tf.cond(tf.reduce_any(tf.gather(mask, members)), work, skip)
-        for tensor in part.outputs:
-            made[tensor.name].set_shape(tensor.shape)
-        values.update(made)
 
-    def result(tensor, arms):
-        value = values[tensor.name]
-        if sets[tensor.op] == arms:
-            return value
-        # Made for others too: by a loop, or for a sum of several weights.
-        return tf.where(active[arms.bit_length() - 1], value, tf.zeros_like(value))
+    def __init__(self, traced, own, needs, active, twice, jit_compile):
+        self._traced = traced
+        self._needs = needs
+        self._active = active
+        self._jit_compile = jit_compile
+        self._source = _Source(traced.graph)
+        self._everyone = (1 << len(active)) - 1
+        self._sets, copied = _plan(self._source, needs, self._everyone)
+        upstream = dict.fromkeys(self._source.operations, self._everyone)
+        if twice:
+            weights = [tensor.op for tensor in traced.graph.inputs[: len(own)]]
+            weights = dict(zip(weights, own))
+            upstream = _upstream(self._source, weights, self._everyone)
+        self._parts = _partition(self._source, needs, self._sets, upstream, copied)
 
-    return [result(tensor, arms) for tensor, arms in needs]
+    def run(self, weights):
+        """The values of the tensors in `needs` at the given weights.
+
+        Args:
+            weights: List of tensors.
+
+        Returns:
+            List of tensors, zero where none of their arms is active.
+        """
+        self._values = self._evaluate(weights)
+        return self._results(self._values)
+
+    def run_again(self, weights):
+        """The same at weights of which the inactive ones are those of `run`."""
+        return self._results(self._evaluate(weights, self._values))
+
+    def _evaluate(self, weights, before=None):
+        surrounding = tf.compat.v1.get_default_graph()
+        # Keeps alive what it calls, like the bodies of loops.
+        self._traced.add_to_graph(surrounding)
+        outer = [*weights, *self._traced.captured_inputs]
+        values = {
+            inner.name: surrounding.capture(tensor)
+            for inner, tensor in zip(self._traced.graph.inputs, outer)
+        }
+        for (arms, upstream), part in self._parts.items():
+            work = functools.partial(self._source.place, part, values)
+            conditions = {arms}
+            skip = functools.partial(_zeros, part.outputs, work, self._jit_compile)
+            cheap = False
+            if before is not None and upstream != self._everyone:
+                conditions.add(upstream)
+                kept = {tensor.name: before[tensor.name] for tensor in part.outputs}
+                skip = functools.partial(dict, kept)
+                cheap = arms == self._everyone and part.is_cheap()
+            conditions.discard(self._everyone)
+            if not conditions or cheap:
+                made = work()
+            elif 0 in conditions:
+                made = kept
+            else:
+                on = tf.reduce_all([self._any_active(arms) for arms in conditions])
+                made = tf.cond(on, work, skip)
+            for tensor in part.outputs:
+                made[tensor.name].set_shape(tensor.shape)
+            values.update(made)
+        return values
+
+    def _any_active(self, arms):
+        members = [arm for arm in range(len(self._active)) if arms >> arm & 1]
+        return tf.reduce_any([self._active[arm] for arm in members])
+
+    def _results(self, values):
+        def result(tensor, arms):
+            value = values[tensor.name]
+            if self._sets[tensor.op] == arms:
+                return value
+            # Made for others too: by a loop, or for a sum of several weights.
+            active = self._active[arms.bit_length() - 1]
+            return tf.where(active, value, tf.zeros_like(value))
+
+        return [result(tensor, arms) for tensor, arms in self._needs]
 
 
 class _Source:
@@ -179,29 +238,62 @@ def _plan(source, needs, everyone):
     return sets, copied
 
 
-# Operations that run together, the tensors that they read and those that are read
-# of them by others.
-_Part = collections.namedtuple("_Part", ["operations", "inputs", "outputs"])
+def _upstream(source, own, everyone):
+    """Finds for each operation the arms whose weights it hangs on.
 
-
-def _partition(source, needs, sets, copied):
-    """Sorts operations by the set of arms that need them.
-
-    Sets only shrink along the data flow. So nothing of another set lies between two
-    operations of one, and in order of decreasing size all come after what they read.
+    Args:
+        source: `_Source`.
+        own: Dict from operations, the inputs that are weights, to sets of arms.
+        everyone: The set of all arms, and what stands for more than a few.
 
     Returns:
-        Dict from sets to `_Part`, in the order of computation.
+        Dict from operations to sets of arms.
     """
+    sets = {}
+    for op in source.operations:
+        if op in source.inputs:
+            sets[op] = own.get(op, 0)
+            continue
+        read = (sets[tensor.op] for tensor in op.inputs)
+        sets[op] = functools.reduce(operator.or_, read, 0)
+        handles = any(t.dtype in _HANDLES for t in [*op.inputs, *op.outputs])
+        # The data may also flow through a state, like that of a variable.
+        if op.op_def.is_stateful or handles or sets[op].bit_count() > _FEW:
+            sets[op] = everyone
+    return sets
+
+
+class _Part(typing.NamedTuple):
+    """Operations that run together, what they read, and what is read of them."""
+
+    operations: list
+    inputs: list
+    outputs: list
+
+    def is_cheap(self):
+        return all(op.type in _VIEWS | _COPIES for op in self.operations)
+
+
+def _partition(source, needs, sets, upstream, copied):
+    """Sorts operations by the arms that need them, and by those upstream.
+
+    Along the data flow the first sets only shrink and the others only grow. So nothing
+    else lies between two operations with the same two sets, and in order of these
+    sizes all come after what they read.
+
+    Returns:
+        Dict from pairs of sets to `_Part`, in the order of computation.
+    """
+    keys = {op: (sets[op], upstream[op]) for op in source.operations}
     members = collections.defaultdict(dict)
     for op in source.operations:
         if sets[op] and op not in copied and op not in source.inputs:
-            members[sets[op]][op] = None
+            members[keys[op]][op] = None
     inputs = collections.defaultdict(dict)
     outputs = collections.defaultdict(dict)
     for tensor, _ in needs:
-        outputs[sets[tensor.op]][tensor.name] = tensor
-    for arms, present in members.items():
+        outputs[keys[tensor.op]][tensor.name] = tensor
+    for key, present in members.items():
         waiting = list(present)
         while waiting:
             for tensor in waiting.pop().inputs:
@@ -211,15 +303,15 @@ def _partition(source, needs, sets, copied):
                     present[tensor.op] = None
                     waiting.append(tensor.op)
                 else:
-                    inputs[arms][tensor.name] = tensor
-                    outputs[sets[tensor.op]][tensor.name] = tensor
+                    inputs[key][tensor.name] = tensor
+                    outputs[keys[tensor.op]][tensor.name] = tensor
     return {
-        arms: _Part(
-            list(members[arms]),
-            list(inputs[arms].values()),
-            [t for t in outputs[arms].values() if t.op not in source.inputs],
+        key: _Part(
+            list(members[key]),
+            list(inputs[key].values()),
+            [t for t in outputs[key].values() if t.op not in source.inputs],
         )
-        for arms in sorted(members, key=int.bit_count, reverse=True)
+        for key in sorted(members, key=lambda k: (-k[0].bit_count(), k[1].bit_count()))
     }
 
 
