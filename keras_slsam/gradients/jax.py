@@ -46,6 +46,12 @@ _CALLS = {
 # upstream of it that often none of them is active.
 _FEW = 12
 
+# A light equation is one of a chain of so many at most that are done anew.
+_LIGHT_CHAIN = 16
+
+# What is smaller than a result by this factor does not count beside it.
+_SMALL = 8
+
 # A condition would cost more than these do.
 _CHEAP = {
     primitives.broadcast_in_dim_p,
@@ -54,8 +60,34 @@ _CHEAP = {
     primitives.squeeze_p,
 }
 
-# These cost no more than the copy of a value that is kept.
-_COPIES = {primitives.convert_element_type_p, primitives.transpose_p}
+# These cost no more than to write their result down and read it again.
+_LIGHT = _CHEAP | {
+    primitives.abs_p,
+    primitives.add_jaxvals_p,
+    primitives.add_p,
+    primitives.and_p,
+    primitives.convert_element_type_p,
+    primitives.copy_p,
+    primitives.div_p,
+    primitives.eq_p,
+    primitives.ge_p,
+    primitives.gt_p,
+    primitives.integer_pow_p,
+    primitives.le_p,
+    primitives.lt_p,
+    primitives.max_p,
+    primitives.min_p,
+    primitives.mul_p,
+    primitives.ne_p,
+    primitives.neg_p,
+    primitives.not_p,
+    primitives.or_p,
+    primitives.select_n_p,
+    primitives.sign_p,
+    primitives.square_p,
+    primitives.sub_p,
+    primitives.transpose_p,
+}
 
 
 def concrete(mask):
@@ -130,10 +162,12 @@ class Passes:
         everyone = (1 << len(self._active)) - 1
         own = [1 << arm for arm in self._arms]
         demands = [everyone] * (len(self._outputs) - len(own)) + own
+        demand = _demand(jaxpr, demands, everyone)
         upstream = dict.fromkeys(equations, everyone)
         if self._twice:
             upstream = _upstream(equations, dict(zip(self._inputs, own)), everyone)
-        self._parts = _partition(jaxpr, demands, upstream, everyone)
+        keys = {e: (demand[e], upstream[e]) for e in equations}
+        self._parts = _partition(jaxpr, keys, _light(jaxpr, demand, everyone), everyone)
 
     def _evaluate(self, weights, before=None):
         given = {**self._constants, **dict(zip(self._inputs, weights))}
@@ -241,6 +275,32 @@ def _convolve(equation, left, right):
     return jnp.moveaxis(result, order.out_spec, given.out_spec)
 
 
+def _demand(jaxpr, outputs, everyone):
+    """Finds the arms that need each equation.
+
+    Args:
+        jaxpr: `Jaxpr`.
+        outputs: List of int, the set of arms that needs each of its results.
+        everyone: int, the set of all arms.
+
+    Returns:
+        Dict from equations to sets of arms.
+    """
+    needs = collections.defaultdict(int)
+    for v, arms in zip(jaxpr.outvars, outputs):
+        if not isinstance(v, core.Literal):
+            needs[v] |= arms
+    found = {}
+    for equation in reversed(jaxpr.eqns):
+        arms = functools.reduce(operator.or_, (needs[v] for v in equation.outvars), 0)
+        if equation.effects or (arms and not _have_zeros(equation.outvars)):
+            arms = everyone
+        found[equation] = arms
+        for v in _variables(equation.invars):
+            needs[v] |= arms
+    return found
+
+
 def _upstream(equations, own, everyone):
     """Finds the arms whose weights each equation hangs on.
 
@@ -267,7 +327,50 @@ def _upstream(equations, own, everyone):
     return found
 
 
-def _partition(jaxpr, demands, upstream, everyone):
+def _light(jaxpr, demand, everyone):
+    """The equations that are done anew wherever their results are read.
+
+    What one condition keeps for another takes memory, and time to write and to copy.
+    A light equation is not worth that if what it reads is there anyway: weights, data,
+    what the forward pass keeps for the backward pass, and small things.
+
+    Args:
+        jaxpr: `Jaxpr`.
+        demand: Dict from equations to int, the set of arms that needs each.
+        everyone: int, the set of all arms.
+
+    Returns:
+        Set of equations.
+    """
+    forward = {v for e, arms in demand.items() if arms == everyone for v in e.outvars}
+    kept = {
+        v
+        for equation, arms in demand.items()
+        if arms not in (0, everyone)
+        for v in _variables(equation.invars)
+        if v in forward
+    }
+    light = set()
+    # For each variable that is there, the number of equations to make it.
+    effort = dict.fromkeys([*jaxpr.invars, *jaxpr.constvars], 0)
+    outputs = set(_variables(jaxpr.outvars))
+    for equation in jaxpr.eqns:
+        result = equation.outvars[:1]
+        read = [
+            v
+            for v in _variables(equation.invars)
+            if v in effort or result and v.aval.size * _SMALL > result[0].aval.size
+        ]
+        if equation.primitive in _LIGHT and all(v in effort for v in read):
+            count = 1 + sum(effort[v] for v in read)
+            if count <= _LIGHT_CHAIN and result[0] not in outputs:
+                light.add(equation)
+                effort[result[0]] = count
+        effort.update((v, 0) for v in equation.outvars if v in kept and v not in effort)
+    return light
+
+
+def _partition(jaxpr, keys, light, everyone):
     """Sorts the equations of a jaxpr by the arms that need them, and those upstream.
 
     Two equations with the same two sets have none with others between them, since
@@ -276,8 +379,9 @@ def _partition(jaxpr, demands, upstream, everyone):
 
     Args:
         jaxpr: `Jaxpr`.
-        demands: List of int, the set of arms that needs each of its results.
-        upstream: Dict from equations to int, the set of arms that each hangs on.
+        keys: Dict from equations to `(demand, upstream)`: the set of arms that needs
+            it, 0 if nobody does, and the set of arms that it hangs on.
+        light: Set of equations that are part of whatever reads them.
         everyone: int, the set of all arms.
 
     Returns:
@@ -285,29 +389,21 @@ def _partition(jaxpr, demands, upstream, everyone):
         what its equations read and returns what is read elsewhere.
     """
     readers = collections.defaultdict(set)
-    for v, demand in zip(jaxpr.outvars, demands):
-        if not isinstance(v, core.Literal):
-            readers[v] |= {(demand, None)}
-    fills = _fills(jaxpr.eqns)
+    for v in _variables(jaxpr.outvars):
+        readers[v].add(None)
     members = collections.defaultdict(list)
     for equation in reversed(jaxpr.eqns):
-        needs = set().union(*(readers[v] for v in equation.outvars))
-        if equation in fills and not any(arms is None for _, arms in needs):
-            parts = needs
-            for v in equation.outvars:
-                readers[v] = set()
-        else:
-            demand = functools.reduce(operator.or_, (demand for demand, _ in needs), 0)
-            if equation.effects or (demand and not _have_zeros(equation.outvars)):
-                demand = everyone
-            parts = {(demand, upstream[equation])} if demand else ()
+        parts = {keys[equation]} if keys[equation][0] else set()
+        if equation in light:
+            (v,) = equation.outvars
+            parts = readers.pop(v, set())
         for part in parts:
             members[part].append(equation)
             for v in _variables(equation.invars):
                 readers[v].add(part)
 
     parts = {}
-    for part in sorted(members, key=lambda p: (-p[0].bit_count(), p[1].bit_count())):
+    for part in sorted(members, key=lambda k: (-k[0].bit_count(), k[1].bit_count())):
         body = members[part][::-1]
         made = dict.fromkeys(v for equation in body for v in equation.outvars)
         read = dict.fromkeys(v for e in body for v in _variables(e.invars))
@@ -319,20 +415,6 @@ def _partition(jaxpr, demands, upstream, everyone):
             effects=frozenset() if part[0] != everyone else jaxpr.effects,
         )
     return parts
-
-
-def _fills(equations):
-    """The equations that make arrays of constants: done anew wherever they are read.
-
-    Kept from one condition for another they would be copied there.
-    """
-    fills, made = set(), set()
-    for equation in equations:
-        inputs = _variables(equation.invars)
-        if equation.primitive in _CHEAP and made.issuperset(inputs):
-            fills.add(equation)
-            made.update(equation.outvars)
-    return fills
 
 
 def _run(parts, values, active, before=None):
@@ -368,7 +450,7 @@ def _run(parts, values, active, before=None):
             demand, results = everyone, work(*arguments)
         elif 0 in conditions:
             results = kept
-        elif not conditions or (demand == everyone and used <= _CHEAP | _COPIES):
+        elif not conditions or (demand == everyone and used <= _LIGHT):
             results = work(*arguments)
         else:
             on = functools.reduce(operator.and_, map(wanted.get, conditions))
