@@ -440,9 +440,9 @@ def _run(parts, values, active, before=None):
     for (demand, upstream), jaxpr in parts.items():
         work = functools.partial(jax.core.eval_jaxpr, jaxpr, ())
         arguments = [values[v] for v in jaxpr.invars]
-        if before is None or upstream == everyone:
-            conditions, otherwise = {demand} - {everyone}, _zeros_like(jaxpr.outvars)
-        else:
+        conditions, otherwise = {demand} - {everyone}, _zeros_like(jaxpr.outvars)
+        # The zero gradient of a single arm is there already: XLA copies nothing.
+        if before is not None and (upstream != everyone or demand.bit_count() == 1):
             kept = [before[v] for v in jaxpr.outvars]
             conditions, otherwise = {demand, upstream} - {everyone}, _always(kept)
         used = {equation.primitive for equation in jaxpr.eqns}
