@@ -42,6 +42,9 @@ _CALLS = {
     "remat2": "jaxpr",
 }
 
+# One of so many arms is active in nearly every step: a condition would cost more.
+_MANY = 64
+
 # A part is given its first pass's value by a condition only where so few arms are
 # upstream of it that often none of them is active.
 _FEW = 12
@@ -281,7 +284,7 @@ def _demand(jaxpr, outputs, everyone):
     Args:
         jaxpr: `Jaxpr`.
         outputs: List of int, the set of arms that needs each of its results.
-        everyone: int, the set of all arms.
+        everyone: int, the set of all arms, and what stands for many.
 
     Returns:
         Dict from equations to sets of arms.
@@ -293,7 +296,11 @@ def _demand(jaxpr, outputs, everyone):
     found = {}
     for equation in reversed(jaxpr.eqns):
         arms = functools.reduce(operator.or_, (needs[v] for v in equation.outvars), 0)
-        if equation.effects or (arms and not _have_zeros(equation.outvars)):
+        if (
+            equation.effects
+            or arms.bit_count() > _MANY
+            or (arms and not _have_zeros(equation.outvars))
+        ):
             arms = everyone
         found[equation] = arms
         for v in _variables(equation.invars):

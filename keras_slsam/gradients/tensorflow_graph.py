@@ -24,6 +24,9 @@ _VIEWS = {"ExpandDims", "Identity", "Reshape", "Squeeze"}
 # Operations that cost no more than the copy of a value that is kept.
 _COPIES = {"Cast", "Transpose"}
 
+# One of so many arms is active in nearly every step: a condition would cost more.
+_MANY = 64
+
 # What is done again may be taken from the first run only where so few arms are upstream
 # that often none of them is active.
 _FEW = 12
@@ -192,7 +195,8 @@ def _plan(source, needs, everyone):
     Args:
         source: `_Source`.
         needs: List of `(tensor, arms)`.
-        everyone: The set of all arms; no step leaves all of them out.
+        everyone: The set of all arms, and what stands for many; no step leaves all of
+            them out.
 
     Returns:
         `(sets, copied)`: a dict from operations to sets of arms, and the set of
@@ -208,6 +212,7 @@ def _plan(source, needs, everyone):
         if (
             op in source.inputs
             or op.op_def.is_stateful
+            or sets[op].bit_count() > _MANY
             or others - {0, sets[op]}  # would cross the border of a `tf.cond`
         ):
             sets[op] = everyone
