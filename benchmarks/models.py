@@ -89,8 +89,10 @@ def _vocabulary(width):
 
 
 def _efficientnet(args):
-    """EfficientNet-lite0 with random weights: the package of the real ones needs
-    PyTorch, which would be in the memory of the other backends' processes.
+    """EfficientNet-lite0 with random weights.
+
+    The package of the real ones needs PyTorch, which would be in the memory of the
+    other backends' processes.
     """
     examples = pathlib.Path(__file__).parents[1] / "examples"
     if str(examples) not in sys.path:

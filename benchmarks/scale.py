@@ -57,7 +57,7 @@ def _row(depth, args):
 
 
 def exponents(rows: list[dict]) -> dict:
-    """The powers of the depth with which the seconds of a sparse step's first call grow.
+    """The powers of the depth with which a sparse step's first call grows.
 
     1 is linear; `None` where there is nothing to tell.
     """

@@ -156,7 +156,8 @@ def ratio(above: list, below: list) -> dict:
     """The ratio of two methods' mean seconds, with its spread over the rounds.
 
     Args:
-        above, below: Lists of lists, the seconds of the steps of each round.
+        above: List of lists, the seconds of the steps of each round.
+        below: The same of the other method.
     """
     of_rounds = [
         statistics.fmean(a) / statistics.fmean(b) for a, b in zip(above, below)
