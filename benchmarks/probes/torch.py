@@ -24,7 +24,7 @@ class StepFlops:
     def __call__(self, x, y):
         """FLOPs of the next step, which is taken."""
         return executed_flops(
-            lambda: self._model.fit(x, y, batch_size=len(y), verbose=0)
+            lambda: self._model.fit(x, y, batch_size=len(y), shuffle=False, verbose=0)
         )
 
 
@@ -114,8 +114,8 @@ def runner(function, arguments, wanted=(), cotangent=None, jit_compile=False):
     def run():
         with torch.set_grad_enabled(bool(wanted)):
             result = function(arguments)
-        if wanted:
-            torch.autograd.grad(result, chosen, cotangent)
+        if bool(wanted) and result.requires_grad:
+            torch.autograd.grad(result, chosen, cotangent, allow_unused=True)
         _wait()
 
     return run
