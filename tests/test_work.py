@@ -107,7 +107,7 @@ def executed(model, optimizer, x):
     model.evaluate(x, y, verbose=0)
     optimizer.build(model.trainable_variables)
     data = ops.convert_to_tensor(x), ops.convert_to_tensor(y)
-    count = importlib.import_module(f"work.{BACKEND}").executed_flops
+    count = importlib.import_module(f"benchmarks.work.{BACKEND}").executed_flops
     if BACKEND == "jax":
         variables = (
             model.trainable_variables,

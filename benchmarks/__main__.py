@@ -1,0 +1,110 @@
+"""The runner. On each backend: `KERAS_BACKEND=jax python -m benchmarks COMMAND`.
+
+time      seconds a step of each method, executed FLOPs, seconds of the first call
+memory    what each method holds, each in a process of its own
+cost      what forward, backward passes and update cost by kind of layer, and what
+          a step of each method should cost by that
+scale     6 to 48 layers: time, conditions, compilation, memory
+report    writes docs/benchmarks.md's tables and picture from the files of --json
+"""
+
+import argparse
+import importlib
+import json
+import os
+import pathlib
+import shlex
+import sys
+
+# glibc gives large blocks back to the system at each step and pages them in again,
+# which costs more than some of the differences measured here. Read at process start.
+MALLOC = dict.fromkeys(
+    ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_"),
+    "4294967296",
+)
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
+COMMANDS = {
+    "time": "step_time",
+    "memory": "memory",
+    "cost": "cost",
+    "scale": "scale",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags: the same for all commands that measure."""
+    flags = argparse.ArgumentParser(add_help=False)
+    add = flags.add_argument
+    models = ("minilm", "bert", "efficientnet", "dense")
+    add("--model", choices=models, default="minilm")
+    add("--batch", type=int, default=32)
+    add("--length", type=int, help="tokens of a text, pixels of an image's side")
+    add("--layers", type=int, help="of bert and dense")
+    add("--width", type=int, help="of bert and dense")
+    add("--active-fraction", type=float, default=0.2)
+    add("--rounds", type=int, default=5, help="timed rounds")
+    add("--steps", type=int, default=5, help="timed steps a round")
+    add("--flop-steps", type=int, default=3, help="steps whose FLOPs `time` counts")
+    add("--methods", nargs="+", help="of the methods in benchmarks/methods.py")
+    add("--jit-compile", choices=("auto", "yes", "no"), default="auto")
+    add("--seed", type=int, default=0)
+    add("--depths", type=int, nargs="+", default=[6, 12, 24, 48], help="of `scale`")
+    add("--json", type=pathlib.Path, metavar="FILE", help="write the result there too")
+
+    runner = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = runner.add_subparsers(dest="command", required=True)
+    for name in COMMANDS:
+        commands.add_parser(name, parents=[flags])
+    report = commands.add_parser("report")
+    report.add_argument("files", nargs="+", type=pathlib.Path, metavar="FILE")
+    report.add_argument("--page", type=pathlib.Path, default=DOCS / "benchmarks.md")
+    report.add_argument("--picture", type=pathlib.Path, default=DOCS / "benchmarks.svg")
+    return runner
+
+
+def main(argv: list[str]) -> None:
+    """Runs a command.
+
+    Args:
+        argv: The command and its flags.
+    """
+    args = parser().parse_args(argv)
+    if args.command == "report":
+        from benchmarks import report
+
+        report.write(args.files, args.page, args.picture)
+        return
+
+    from benchmarks import methods
+    from benchmarks import models
+    from benchmarks import settings
+
+    unknown = set(args.methods or ()) - set(methods.METHODS)
+    if unknown:
+        raise SystemExit(f"--methods: choose from {', '.join(methods.METHODS)}")
+    args.methods = args.methods or list(methods.METHODS)
+    args = models.with_sizes(args)
+    command = importlib.import_module(f"benchmarks.{COMMANDS[args.command]}")
+    line = f"python -m benchmarks {shlex.join(argv)}"
+    result = {
+        "command": args.command,
+        "line": line,
+        **settings.of_run(args),
+        "result": command.measure(args),
+    }
+    print("\n".join(command.lines(result["result"])))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    settled = any(os.environ.get(name) != value for name, value in MALLOC.items())
+    if sys.platform == "linux" and settled:
+        again = [sys.executable, "-m", "benchmarks", *sys.argv[1:]]
+        os.execve(sys.executable, again, {**os.environ, **MALLOC})
+    main(sys.argv[1:])

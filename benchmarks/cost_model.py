@@ -1,0 +1,131 @@
+"""What a step of each method costs, from what its parts cost.
+
+A step consists of forward passes `F`, backward passes to the inputs `I` and to the
+weights `W`, the ascent `A` (the norm, and the perturbed weights) and the update `U`.
+With a share `i` of the backward chain run, a share `w` of the weight gradients computed
+and a share `u` of the weights moved, a step of `n` passes costs
+
+    n (F + i I + w W) + u (A + U)
+
+where AdamW has no ascent. That a pass costs 1:1:1 without ascent and update is the rule
+of docs/methods.md.
+"""
+
+import typing
+
+import numpy as np
+
+from benchmarks import methods
+
+
+class Costs(typing.NamedTuple):
+    """What the parts of a step cost, in any unit."""
+
+    forward: float
+    to_inputs: float
+    to_weights: float
+    ascent: float
+    update: float
+
+
+class Shares(typing.NamedTuple):
+    """What of a step is done, each a share of the whole in [0, 1]."""
+
+    to_inputs: float
+    to_weights: float
+    update: float
+
+
+class Call(typing.NamedTuple):
+    """A layer's call in the forward pass, with what it costs.
+
+    Attributes:
+        forward: Cost of the call.
+        to_inputs: Cost of the gradients of its inputs.
+        to_weights: Dict from indices of trainable weights to the cost of the gradient.
+        update: Dict from indices of trainable weights to the cost of ascent and update;
+            each weight is in one call's.
+    """
+
+    forward: float
+    to_inputs: float
+    to_weights: dict[int, float]
+    update: dict[int, float]
+
+
+UNIT = Costs(1.0, 1.0, 1.0, 0.0, 0.0)  # the rule
+EVERYTHING = Shares(1.0, 1.0, 1.0)
+
+
+def predict(method: str, costs: Costs, shares: Shares) -> float:
+    """The cost of a step.
+
+    Example:
+
+    >>> predict("AdamW", UNIT, EVERYTHING), predict("SAM", UNIT, EVERYTHING)
+    (3.0, 6.0)
+    >>> predict("SL-SAM", UNIT, Shares(1.0, 0.2, 0.2))
+    4.4
+    """
+    one_pass = (
+        costs.forward
+        + shares.to_inputs * costs.to_inputs
+        + shares.to_weights * costs.to_weights
+    )
+    ascent = 0.0 if method == "AdamW" else costs.ascent
+    passes = methods.METHODS[method].passes
+    return passes * one_pass + shares.update * (ascent + costs.update)
+
+
+def rule(method: str, active_share: float, lowest: float) -> float:
+    """The cost by the rule: 1:1:1, and a chain that ends only where blocks are drawn.
+
+    Args:
+        method: The method's name.
+        active_share: The share of active arms.
+        lowest: Where the lowest active block is, as a share of the depth.
+    """
+    arms = methods.METHODS[method].arms
+    if arms is None:
+        return predict(method, UNIT, EVERYTHING)
+    chain = 1.0 - lowest if arms == "block" else 1.0
+    return predict(method, UNIT, Shares(chain, active_share, active_share))
+
+
+def shares(calls: list[Call], arm_of: list[int], masks: np.ndarray) -> Shares:
+    """The mean shares over masks, of all that a model's calls could cost.
+
+    The gradient of a call's inputs is needed where a call before it has an active
+    weight. That is exact for a chain, and a little more than needed where layers stand
+    side by side, like the three projections before an attention.
+
+    Args:
+        calls: The calls, in the order of the forward pass.
+        arm_of: The arm of each trainable weight.
+        masks: Boolean array of shape `(steps, num_arms)`.
+    """
+    to_inputs = to_weights = update = 0.0
+    for mask in masks:
+        reached = False
+        for call in calls:
+            to_inputs += call.to_inputs * reached
+            for weight, cost in call.to_weights.items():
+                to_weights += cost * mask[arm_of[weight]]
+            for weight, cost in call.update.items():
+                update += cost * mask[arm_of[weight]]
+            reached = reached or any(mask[arm_of[w]] for w in call.to_weights)
+    steps = len(masks)
+    return Shares(
+        _share(to_inputs, steps * sum(call.to_inputs for call in calls)),
+        _share(to_weights, steps * sum(sum(c.to_weights.values()) for c in calls)),
+        _share(update, steps * sum(sum(c.update.values()) for c in calls)),
+    )
+
+
+def lowest_active(masks: np.ndarray) -> float:
+    """Where the lowest active arm is, as a mean share of all arms."""
+    return float(masks.argmax(axis=1).mean() / masks.shape[1])
+
+
+def _share(part, whole):
+    return part / whole if whole else 0.0

@@ -1,0 +1,35 @@
+"""The memory that a process holds, as Linux counts it."""
+
+import pathlib
+
+_STATUS = pathlib.Path("/proc/self/status")
+_CLEAR = pathlib.Path("/proc/self/clear_refs")
+
+
+def now() -> int | None:
+    """Bytes that are resident now; `None` where the system does not tell."""
+    return _read("VmRSS")
+
+
+def peak() -> int | None:
+    """The most bytes that were resident at a time, since `reset_peak`.
+
+    `ru_maxrss` would be the same but cannot be reset, and begins at what the parent
+    process held.
+    """
+    return _read("VmHWM")
+
+
+def reset_peak() -> None:
+    """Lets `peak` begin anew."""
+    if _STATUS.exists():
+        _CLEAR.write_text("5")
+
+
+def _read(name):
+    if not _STATUS.exists():
+        return None
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return 1024 * int(line.split()[1])
+    return None

@@ -1,0 +1,102 @@
+"""The command `scale`: what becomes of a sparse step as the model gets deeper.
+
+An encoder like BERT of a small width, at several depths: the ratio of the step times of
+SL-SAM and SAM, the conditions in the traced program, the seconds of tracing and
+compiling, the memory.
+"""
+
+import argparse
+
+import numpy as np
+
+from benchmarks import memory
+from benchmarks import methods
+from benchmarks import models
+from benchmarks import probes
+from benchmarks import step_time
+
+DENSE, SPARSE = "SAM", "SL-SAM"
+WIDTH, BATCH, LENGTH = 64, 8, 32
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """Measures each depth: a list of rows, and how the seconds grow."""
+    rows = [_row(depth, args) for depth in args.depths]
+    return {"rows": rows, "exponents": exponents(rows)}
+
+
+def _row(depth, args):
+    args = argparse.Namespace(
+        **{
+            **vars(args),
+            "model": "bert",
+            "layers": depth,
+            "width": WIDTH,
+            "length": LENGTH,
+            "batch": BATCH,
+            "methods": (DENSE, SPARSE),
+            "flop_steps": 0,
+        }
+    )
+    timed = step_time.measure(args)
+    model = methods.prepare(SPARSE, args)
+    batch = models.data(args, args.batch)
+    step_time.fit(model, *batch, args.batch)
+    sparse = timed["methods"][SPARSE]
+    return {
+        "layers": depth,
+        "arms": sparse["arms"],
+        "ratio": timed["ratios"][f"{SPARSE} / {DENSE}"],
+        "conditions": probes.conditions(model, *batch),
+        "times": {
+            name: {part: row[part] for part in ("first_call", "trace", "compile")}
+            for name, row in timed["methods"].items()
+        },
+        "memory": {name: memory.of_method(name, args) for name in (DENSE, SPARSE)},
+    }
+
+
+def exponents(rows: list[dict]) -> dict:
+    """The powers of the depth with which a sparse step's first call grows.
+
+    1 is linear; `None` where there is nothing to tell.
+    """
+    depths = [row["layers"] for row in rows]
+    found = {}
+    for part in ("first_call", "trace", "compile"):
+        seconds = [row["times"][SPARSE][part] for row in rows]
+        known = len(rows) > 1 and all(seconds)
+        found[part] = (
+            float(np.polyfit(np.log(depths), np.log(seconds), 1)[0]) if known else None
+        )
+    return found
+
+
+def lines(result: dict) -> list[str]:
+    """The result as text."""
+    text = [
+        "layers  arms  SL-SAM / SAM  conditions  trace, s  compile, s  resident, MB"
+    ]
+    for row in result["rows"]:
+        times = row["times"][SPARSE]
+        resident = row["memory"][SPARSE]["resident"]["later_steps"]
+        cells = [
+            "-" if value is None else f"{value:{form}}"
+            for value, form in [
+                (row["ratio"]["of_means"], ".3f"),
+                (row["conditions"], "d"),
+                (times["trace"], ".1f"),
+                (times["compile"], ".1f"),
+                (resident and resident / 1e6, ".0f"),
+            ]
+        ]
+        text.append(
+            f"{row['layers']:>6} {row['arms']:>5} {cells[0]:>13} {cells[1]:>11} "
+            f"{cells[2]:>9} {cells[3]:>11} {cells[4]:>13}"
+        )
+    growth = ", ".join(
+        f"{part.replace('_', ' ')} {power:.2f}"
+        for part, power in result["exponents"].items()
+        if power is not None
+    )
+    return text + ([f"grow with the depth to the power of: {growth}"] if growth else [])

@@ -1,0 +1,249 @@
+"""The tables of docs/benchmarks.md, in Markdown, from results."""
+
+from benchmarks import cost_model
+
+MODELS = {
+    "minilm": "MiniLM",
+    "bert": "BERT-like encoder",
+    "efficientnet": "EfficientNet-lite0",
+    "dense": "Dense layers",
+}
+BACKENDS = {"jax": "JAX", "tensorflow": "TensorFlow", "torch": "PyTorch"}
+
+
+def machines(results: list[dict]) -> str:
+    """What was measured, where and how: a row for each result."""
+    rows = []
+    for result in results:
+        machine = result["machine"]
+        cores = f"{machine['processor']}, {machine['cpus']} CPUs"
+        versions = (f"{name} {number}" for name, number in result["versions"].items())
+        rows.append(
+            [
+                f"`KERAS_BACKEND={result['backend']} {result['line']}`",
+                f"{cores}, on {machine['device']}",
+                ", ".join(versions),
+            ]
+        )
+    return _table(["command", "machine", "versions"], rows)
+
+
+def times(results: list[dict]) -> str:
+    """The step times: a table for each setting, a row for each backend and method."""
+    head = [
+        "backend",
+        "method",
+        "s a step",
+        "quartiles",
+        "× AdamW",
+        "× SAM",
+        "active",
+        "GFLOP",
+        "first call, s",
+        "trace, s",
+        "compile, s",
+        "traces",
+    ]
+
+    def rows(result):
+        measured = result["result"]
+        for name, row in measured["methods"].items():
+            yield [
+                BACKENDS[result["backend"]],
+                name,
+                _number(row["mean"], 4),
+                f"{row['lower_quartile']:.4f} to {row['upper_quartile']:.4f}",
+                _ratio(measured["ratios"].get(f"{name} / AdamW")),
+                _ratio(measured["ratios"].get(f"{name} / SAM")),
+                _number(row["active_share"], 2),
+                _flops(row["flops"]),
+                *(_number(row[part], 1) for part in ("first_call", "trace", "compile")),
+                _number(row["traces"], 0),
+            ]
+
+    return _by_setting(results, head, rows)
+
+
+def memory(results: list[dict]) -> str:
+    """The memory: a table for each setting, a row for each backend and method."""
+    head = [
+        "backend",
+        "method",
+        "resident at most",
+        "above the built model",
+        "first step above it",
+        "tensors",
+        "planned, temporary",
+        "planned, in all",
+    ]
+
+    def rows(result):
+        for name, row in result["result"]["methods"].items():
+            resident, plan = row["resident"], row["planned"]
+            built = resident["built"]
+            above = [None, None]
+            if built is not None:
+                above = [resident[k] - built for k in ("later_steps", "first_step")]
+            total = plan and (
+                plan["arguments"] + plan["outputs"] - plan["alias"] + plan["temporary"]
+            )
+            values = [
+                resident["later_steps"],
+                *above,
+                row["live"],
+                plan and plan["temporary"],
+                total,
+            ]
+            megabytes = [_number(v and v / 1e6, 1) for v in values]
+            yield [BACKENDS[result["backend"]], name, *megabytes]
+
+    return "Megabytes.\n\n" + _by_setting(results, head, rows)
+
+
+def costs(results: list[dict], timed: list[dict]) -> str:
+    """What layers cost, and the predictions beside what `timed` results measured."""
+    head = ["backend", "layer", "calls", *(f"{n}, ms" for n in _parts())]
+
+    def layers(result):
+        found = result["result"]
+        rows = [*found["layers"].items(), ("in all", found["total"])]
+        for kind, row in rows:
+            cells = [_number(1000 * row[name], 2) for name in cost_model.Costs._fields]
+            calls = _number(row.get("calls"), 0)
+            yield [BACKENDS[result["backend"]], kind, calls, *cells]
+
+    head_of_predictions = [
+        "backend",
+        "method",
+        "active",
+        "predicted × AdamW",
+        "by 1:1:1",
+        "measured",
+    ]
+
+    def predictions(result):
+        rows = result["result"]["predictions"]
+        measured = _measured(result, timed)
+        base = rows.get("AdamW")
+        for name, row in rows.items():
+            yield [
+                BACKENDS[result["backend"]],
+                name,
+                _number(row["active_share"], 2),
+                _number(base and row["seconds"] / base["seconds"], 2),
+                _number(row["rule"] / 3, 2),
+                _ratio(measured.get(f"{name} / AdamW")),
+            ]
+
+    return "\n\n".join(
+        [
+            _by_setting(results, head, layers),
+            _by_setting(results, head_of_predictions, predictions),
+        ]
+    )
+
+
+def scales(results: list[dict]) -> str:
+    """What becomes of a sparse step with depth: a row for each backend and depth."""
+    head = [
+        "backend",
+        "layers",
+        "arms",
+        "SL-SAM / SAM",
+        "conditions",
+        "trace, s",
+        "compile, s",
+        "first call of SAM, s",
+        "resident, MB",
+        "of SAM, MB",
+    ]
+    rows, notes = [], []
+    for result in results:
+        backend = BACKENDS[result["backend"]]
+        for row in result["result"]["rows"]:
+            sparse, dense = row["times"]["SL-SAM"], row["times"]["SAM"]
+            resident = [
+                row["memory"][name]["resident"]["later_steps"]
+                for name in ("SL-SAM", "SAM")
+            ]
+            rows.append(
+                [
+                    backend,
+                    str(row["layers"]),
+                    str(row["arms"]),
+                    _ratio(row["ratio"]),
+                    _number(row["conditions"], 0),
+                    _number(sparse["trace"], 1),
+                    _number(sparse["compile"], 1),
+                    _number(dense["first_call"], 1),
+                    *(_number(v and v / 1e6, 0) for v in resident),
+                ]
+            )
+        powers = ", ".join(
+            f"{part.replace('_', ' ')} {power:.2f}"
+            for part, power in result["result"]["exponents"].items()
+            if power is not None
+        )
+        if powers:
+            notes.append(f"{backend}: {powers}")
+    text = _table(head, rows)
+    if notes:
+        text += "\n\nPowers of the depth with which SL-SAM's seconds grow: "
+        text += "; ".join(notes) + "."
+    return text
+
+
+def setting(flags: dict) -> str:
+    """A model and its sizes, in words."""
+    layers = f", {flags['layers']} x {flags['width']}" if flags["layers"] else ""
+    length = f" x {flags['length']}" if flags["length"] else ""
+    return (
+        f"{MODELS[flags['model']]}{layers}, batch {flags['batch']}{length}, "
+        f"active fraction {flags['active_fraction']}"
+    )
+
+
+def _measured(result, timed):
+    """The ratios that were measured of the same model on the same backend."""
+    for other in timed:
+        same = setting(other["flags"]) == setting(result["flags"])
+        if same and other["backend"] == result["backend"]:
+            return other["result"]["ratios"]
+    return {}
+
+
+def _parts():
+    return (name.replace("_", " ") for name in cost_model.Costs._fields)
+
+
+def _by_setting(results, head, rows):
+    """A table for each model with its sizes; the backends stand below each other."""
+    tables = {}
+    for result in results:
+        tables.setdefault(setting(result["flags"]), []).extend(rows(result))
+    return "\n\n".join(
+        f"{name}:\n\n{_table(head, found)}" for name, found in tables.items()
+    )
+
+
+def _table(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _number(value, digits):
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _ratio(ratio):
+    if ratio is None:
+        return "-"
+    error = ratio["standard_error"]
+    spread = "" if error is None else f" ± {error:.3f}"
+    return f"{ratio['of_means']:.3f}{spread}"
+
+
+def _flops(counted):
+    if not counted:
+        return "-"
+    return f"{sum(step['flops'] for step in counted) / len(counted) / 1e9:.2f}"

@@ -1,0 +1,38 @@
+"""SAM on TensorFlow: two tapes, and variables that climb and come back."""
+
+import tensorflow as tf
+
+
+def train_step(model, rho, data):
+    """One step of SAM, with the variables perturbed by assignments."""
+    x, y = data
+    variables = model.trainable_variables
+
+    # First pass.
+    with tf.GradientTape() as tape:
+        y_pred = model(x, training=True)
+        loss = model.compute_loss(x=x, y=y, y_pred=y_pred)
+    gradients = tape.gradient(loss, variables)
+
+    # Climb to w + e(w).
+    scale = rho / (tf.linalg.global_norm(gradients) + 1e-12)
+    ascents = [tf.convert_to_tensor(gradient) * scale for gradient in gradients]
+    for variable, ascent in zip(variables, ascents):
+        variable.assign_add(ascent)
+
+    # Second pass.
+    with tf.GradientTape() as tape:
+        perturbed = model.compute_loss(x=x, y=y, y_pred=model(x, training=True))
+    gradients = tape.gradient(perturbed, variables)
+
+    # Back to w, and the step with the gradient found up there.
+    for variable, ascent in zip(variables, ascents):
+        variable.assign_sub(ascent)
+    model.optimizer.apply_gradients(zip(gradients, variables))
+
+    for metric in model.metrics:
+        if metric.name == "loss":
+            metric.update_state(loss)
+        else:
+            metric.update_state(y, y_pred)
+    return {metric.name: metric.result() for metric in model.metrics}

@@ -1,0 +1,174 @@
+"""The benchmarks measure what they say, on a chain of Dense layers."""
+
+import argparse
+import json
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+from benchmarks import cost_model
+from benchmarks import layer_calls
+from benchmarks import masks
+from benchmarks import methods
+from benchmarks import models
+from benchmarks import probes
+from benchmarks import report
+from benchmarks import scale
+from benchmarks import step_time
+from benchmarks.__main__ import main
+
+BACKEND = keras.config.backend()
+SMALL = "--model dense --layers 2 --width 8 --batch 4 --rounds 2 --steps 2".split()
+
+
+def flags(**changed):
+    given = {
+        "model": "dense",
+        "layers": 2,
+        "width": 8,
+        "length": None,
+        "batch": 4,
+        "active_fraction": 0.4,
+        "rounds": 2,
+        "steps": 2,
+        "jit_compile": "auto",
+        "seed": 0,
+    }
+    return argparse.Namespace(**{**given, **changed})
+
+
+def run(tmp_path, command, *methods):
+    file = tmp_path / f"{command}.json"
+    chosen = ["--methods", *methods]
+    main([command, *SMALL, "--flop-steps", "1", *chosen, "--json", str(file)])
+    return json.loads(file.read_text())
+
+
+def test_time_and_cost_and_the_report_of_them(tmp_path):
+    timed = run(tmp_path, "time", "AdamW", "SL-SAM block")
+    assert {"backend", "machine", "versions", "flags", "line"} < set(timed)
+    row = timed["result"]["methods"]["SL-SAM block"]
+    assert row["steps"] == 4 and row["arms"] == 3
+    assert 0 < row["lower_quartile"] <= row["median"] <= row["upper_quartile"]
+    dense = timed["result"]["methods"]["AdamW"]
+    # On TensorFlow the first call, which makes variables, is traced twice, as Keras'
+    # own step is.
+    assert row["traces"] == {"jax": 1, "tensorflow": 2, "torch": None}[BACKEND]
+    assert dense["traces"] == row["traces"]
+    # Forward, gradients of two inputs and three weights; kernels 8x8, 8x8 and 8x2.
+    assert dense["flops"][0]["flops"] == 2 * 4 * (3 * (64 + 64 + 16) - 64)
+    ratio = timed["result"]["ratios"]["SL-SAM block / AdamW"]
+    assert ratio["of_means"] > 0 and len(ratio["of_rounds"]) == 2
+
+    cost = run(tmp_path, "cost", "AdamW", "SL-SAM block")
+    assert cost["result"]["layers"]["Dense"]["calls"] == 3
+    assert set(cost["result"]["total"]) == set(cost_model.Costs._fields)
+    prediction = cost["result"]["predictions"]["SL-SAM block"]
+    assert prediction["active_share"] == pytest.approx(row["active_share"])
+
+    page, picture = tmp_path / "page.md", tmp_path / "page.svg"
+    names = ("machines", "time", "memory", "cost", "scale")
+    page.write_text("".join(f"<!-- {n} -->\nold\n<!-- /{n} -->\n" for n in names))
+    report.write([tmp_path / "time.json", tmp_path / "cost.json"], page, picture)
+    text = page.read_text()
+    assert text.count("old") == 2  # of memory and scale there is nothing new
+    assert f"| SL-SAM block | {row['mean']:.4f} |" in text
+    assert f"{ratio['of_means']:.3f} ±" in text.partition("<!-- cost -->")[2]
+    assert picture.stat().st_size > 1000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the resident set is Linux's")
+def test_memory(tmp_path):
+    row = run(tmp_path, "memory", "SL-SAM")["result"]["methods"]["SL-SAM"]
+    resident = row["resident"]
+    assert 0 < resident["built"] <= resident["first_step"]
+    assert (row["live"] is not None) == (BACKEND == "torch")
+    assert (row["planned"] is not None) == (BACKEND == "jax")
+
+
+def test_the_sam_of_tutorials_takes_the_same_steps():
+    x, y = models.data(flags(), 12)
+    found = {}
+    for name in ("tutorial SAM", "SAM"):
+        model = methods.prepare(name, flags())
+        model.optimizer.learning_rate = 0.01
+        history = model.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0)
+        found[name] = history.history["loss"], model.get_weights()
+    (losses, weights), (expected_losses, expected) = found.values()
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    for weight, other in zip(weights, expected):
+        np.testing.assert_allclose(weight, other, atol=1e-5)
+
+
+def test_masks_and_conditions_of_a_step():
+    args = flags()
+    model = methods.prepare("SL-SAM", args)
+    x, y = models.data(args, args.batch)
+    # The first turn, the next one's first step, and the first that counts.
+    for _ in range(args.steps + 1 + 1 + 1):
+        step_time.fit(model, x, y, args.batch)
+    active = keras.ops.convert_to_numpy(model.optimizer.active)
+    again = masks.of_timed_steps(len(model.optimizer.arms), args)
+    np.testing.assert_array_equal(active, again[0])
+    assert len(again) == args.rounds * args.steps
+
+    count = probes.conditions(model, x, y)
+    assert count is None if BACKEND == "torch" else count > len(model.optimizer.arms)
+
+
+def test_costs_by_the_rule():
+    def count(name):
+        return cost_model.rule(name, active_share=0.2, lowest=0.3)
+
+    assert count("AdamW") == count("S2-SAM") == 3
+    assert count("SAM") == count("tutorial SAM") == 6
+    assert count("SL-SAM") == pytest.approx(2 * (2 + 0.2))
+    assert count("SL+S2") == pytest.approx(2 + 0.2)
+    assert count("SL-SAM block") == pytest.approx(2 + 2 * (1 - 0.3) + 2 * 0.2)
+
+
+def test_the_chain_ends_at_the_lowest_active_arm():
+    calls = [cost_model.Call(1.0, 1.0, {i: 1.0}, {i: 1.0}) for i in range(4)]
+    mask = np.array([[False, True, False, True]])
+    found = cost_model.shares(calls, [0, 1, 2, 3], mask)
+    assert found == cost_model.Shares(2 / 4, 2 / 4, 2 / 4)
+    assert cost_model.lowest_active(mask) == 1 / 4
+
+
+def test_powers_of_the_depth():
+    rows = [
+        {
+            "layers": depth,
+            "times": {
+                "SL-SAM": {"first_call": 3 * depth, "trace": depth**2, "compile": None}
+            },
+        }
+        for depth in (6, 12, 24)
+    ]
+    assert scale.exponents(rows) == {
+        "first_call": pytest.approx(1),
+        "trace": pytest.approx(2),
+        "compile": None,
+    }
+
+
+def test_calls_are_recorded_and_can_be_repeated():
+    attention = keras.layers.MultiHeadAttention(2, 4, dropout=0.1)
+    inputs = keras.Input((3, 8))
+    x = keras.layers.LayerNormalization()(inputs)
+    model = keras.Model(inputs, attention(x, x))
+    x = keras.ops.ones((2, 3, 8))
+    calls = layer_calls.record(model, x)
+    kinds = ["LayerNormalization", *["EinsumDense"] * 3]
+    assert [call.kind for call in calls] == [
+        *kinds,
+        layer_calls.ATTENTION,
+        "EinsumDense",
+    ]
+    assert [call.num_inputs for call in calls] == [1, 1, 1, 1, 3, 1]
+    assert calls[1].signature == calls[2].signature != calls[5].signature
+    shapes = [tuple(call.run(call.arguments()).shape) for call in calls]
+    assert shapes == [(2, 3, 8), *[(2, 3, 2, 4)] * 4, (2, 3, 8)]
+    assert sum(len(call.weights) for call in calls) == len(model.trainable_variables)
