@@ -2,10 +2,11 @@
 
 A step consists of forward passes `F`, backward passes to the inputs `I` and to the
 weights `W`, the ascent `A` (the norm, and the perturbed weights) and the update `U`.
-With a share `i` of the backward chain run, a share `w` of the weight gradients computed
-and a share `u` of the weights moved, a step of `n` passes costs
+With a share `i` of the backward chain run, a share `w` of the weight gradients
+computed, a share `u` of the weights moved, and a share `r` of the forward pass run
+again by the second pass, a step of `n` passes costs
 
-    n (F + i I + w W) + u (A + U)
+    (1 + (n - 1) r) F + n (i I + w W) + u (A + U)
 
 where AdamW has no ascent. That a pass costs 1:1:1 without ascent and update is the rule
 of docs/methods.md.
@@ -31,6 +32,7 @@ class Costs(typing.NamedTuple):
 class Shares(typing.NamedTuple):
     """What of a step is done, each a share of the whole in [0, 1]."""
 
+    forward_again: float
     to_inputs: float
     to_weights: float
     update: float
@@ -54,7 +56,7 @@ class Call(typing.NamedTuple):
 
 
 UNIT = Costs(1.0, 1.0, 1.0, 0.0, 0.0)  # the rule
-EVERYTHING = Shares(1.0, 1.0, 1.0)
+EVERYTHING = Shares(1.0, 1.0, 1.0, 1.0)
 
 
 def predict(method: str, costs: Costs, shares: Shares) -> float:
@@ -64,21 +66,20 @@ def predict(method: str, costs: Costs, shares: Shares) -> float:
 
     >>> predict("AdamW", UNIT, EVERYTHING), predict("SAM", UNIT, EVERYTHING)
     (3.0, 6.0)
-    >>> predict("SL-SAM", UNIT, Shares(1.0, 0.2, 0.2))
+    >>> predict("SL-SAM", UNIT, Shares(1.0, 1.0, 0.2, 0.2))
     4.4
     """
-    one_pass = (
-        costs.forward
-        + shares.to_inputs * costs.to_inputs
-        + shares.to_weights * costs.to_weights
-    )
-    ascent = 0.0 if method == "AdamW" else costs.ascent
     passes = methods.METHODS[method].passes
-    return passes * one_pass + shares.update * (ascent + costs.update)
+    forward = (1 + (passes - 1) * shares.forward_again) * costs.forward
+    backward = shares.to_inputs * costs.to_inputs + shares.to_weights * costs.to_weights
+    ascent = 0.0 if method == "AdamW" else costs.ascent
+    return forward + passes * backward + shares.update * (ascent + costs.update)
 
 
 def rule(method: str, active_share: float, lowest: float) -> float:
-    """The cost by the rule: 1:1:1, and a chain that ends only where blocks are drawn.
+    """The cost by the rule: 1:1:1, and all is done above the lowest active arm.
+
+    With an arm a variable that is taken to be at the input.
 
     Args:
         method: The method's name.
@@ -89,14 +90,15 @@ def rule(method: str, active_share: float, lowest: float) -> float:
     if arms is None:
         return predict(method, UNIT, EVERYTHING)
     chain = 1.0 - lowest if arms == "block" else 1.0
-    return predict(method, UNIT, Shares(chain, active_share, active_share))
+    return predict(method, UNIT, Shares(chain, chain, active_share, active_share))
 
 
 def shares(calls: list[Call], arm_of: list[int], masks: np.ndarray) -> Shares:
     """The mean shares over masks, of all that a model's calls could cost.
 
     The gradient of a call's inputs is needed where a call before it has an active
-    weight. That is exact for a chain, and a little more than needed where layers stand
+    weight, and the second pass calls again what has one, or has one before it. That is
+    exact for a chain, and a little more than needed where layers stand
     side by side, like the three projections before an attention.
 
     Args:
@@ -104,7 +106,7 @@ def shares(calls: list[Call], arm_of: list[int], masks: np.ndarray) -> Shares:
         arm_of: The arm of each trainable weight.
         masks: Boolean array of shape `(steps, num_arms)`.
     """
-    to_inputs = to_weights = update = 0.0
+    again = to_inputs = to_weights = update = 0.0
     for mask in masks:
         reached = False
         for call in calls:
@@ -114,8 +116,10 @@ def shares(calls: list[Call], arm_of: list[int], masks: np.ndarray) -> Shares:
             for weight, cost in call.update.items():
                 update += cost * mask[arm_of[weight]]
             reached = reached or any(mask[arm_of[w]] for w in call.to_weights)
+            again += call.forward * reached
     steps = len(masks)
     return Shares(
+        _share(again, steps * sum(call.forward for call in calls)),
         _share(to_inputs, steps * sum(call.to_inputs for call in calls)),
         _share(to_weights, steps * sum(sum(c.to_weights.values()) for c in calls)),
         _share(update, steps * sum(sum(c.update.values()) for c in calls)),

@@ -126,14 +126,14 @@ def test_costs_by_the_rule():
     assert count("SAM") == count("tutorial SAM") == 6
     assert count("SL-SAM") == pytest.approx(2 * (2 + 0.2))
     assert count("SL+S2") == pytest.approx(2 + 0.2)
-    assert count("SL-SAM block") == pytest.approx(2 + 2 * (1 - 0.3) + 2 * 0.2)
+    assert count("SL-SAM block") == pytest.approx(1 + 3 * (1 - 0.3) + 2 * 0.2)
 
 
 def test_the_chain_ends_at_the_lowest_active_arm():
     calls = [cost_model.Call(1.0, 1.0, {i: 1.0}, {i: 1.0}) for i in range(4)]
     mask = np.array([[False, True, False, True]])
     found = cost_model.shares(calls, [0, 1, 2, 3], mask)
-    assert found == cost_model.Shares(2 / 4, 2 / 4, 2 / 4)
+    assert found == cost_model.Shares(3 / 4, 2 / 4, 2 / 4, 2 / 4)
     assert cost_model.lowest_active(mask) == 1 / 4
 
 
