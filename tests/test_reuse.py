@@ -247,6 +247,23 @@ def test_second_pass_computes_what_a_pass_alone_does(name, compile_step):
         assert_equal(second(given), alone(given), mask)
 
 
+@on_torch
+@pytest.mark.parametrize("name", ["unseeded dropout", "attention", "rematerialised"])
+def test_first_pass_computes_what_keras_does(name):
+    model, x, y = make(name)
+    variables = model.trainable_variables
+    weights = [backend.read(v) for v in variables]
+    arms = list(range(len(variables)))
+    found = []
+    with backend.no_grad():
+        for twice in (True, False):
+            keras.utils.set_random_seed(0)
+            loss = Loss(model, variables, x, y, None)
+            passes = backend.Passes(loss, arms, [True] * len(arms), twice)
+            found.append(passes.first(weights)[1])
+    assert_equal(*found, [True] * len(arms))
+
+
 def eager(model, x, y, compile_step):
     return map(compile_step, functions(model, x, y))
 

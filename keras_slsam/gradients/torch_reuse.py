@@ -8,6 +8,8 @@ reads, and of the random numbers that it draws. Where the second pass calls it w
 same of these, bit for bit, the kept outputs are what it would compute. Layers of users,
 or with functions of users in them, may hang on more, and are computed; the layers
 inside them are looked at one by one.
+
+Where Keras' Dropout hangs on an active weight, its random numbers are taken over.
 """
 
 import collections
@@ -50,6 +52,7 @@ class Reuse:
         self._generators = generators
         self._records = []
         self._called_again = set()
+        self._noises = collections.defaultdict(list)
 
     @contextlib.contextmanager
     def recording(self):
@@ -87,6 +90,8 @@ class Reuse:
                 if self._matches(record, args, kwargs):
                     taken.add(id(operation))
                     return self._replay(records.pop(i))
+            if _is_unseeded_dropout(operation, args, kwargs):
+                return self._drop_again(operation, function, *args, **kwargs)
             return function(*args, **kwargs)
 
         def check(operation, function, args, kwargs):
@@ -96,12 +101,15 @@ class Reuse:
 
         with _called_by(replay, check, self._operations) as begin_backward:
             yield begin_backward
+        self._noises.clear()
 
     def _record(self, operation, function, args, kwargs):
         scope = get_stateless_scope()
         log = getattr(scope, "log", None)
         inputs = _Tensors((args, kwargs))
         if log is None or not inputs.constant:
+            if _is_unseeded_dropout(operation, args, kwargs):
+                return self._drop(operation, *args)
             return function(*args, **kwargs)
         arguments = args, kwargs, list(inputs.masks), _context(operation)
         first_record, first_entry = len(self._records), len(log)
@@ -148,14 +156,52 @@ class Reuse:
 
     def _replay(self, record):
         if record.random_before is not None:
-            for generator, state in zip(self._generators, record.random_after):
-                generator.set_rng_state(state)
+            self._set_random_states(record.random_after)
         for update in record.writes:
             get_stateless_scope().add_update(update)
         return record.outputs
 
+    def _drop(self, dropout, x):
+        # What PyTorch's own dropout does on a CPU, where to draw takes much longer than
+        # to multiply.
+        before = self._random_states()
+        noise = torch.empty_like(x).bernoulli_(1 - dropout.rate).div_(1 - dropout.rate)
+        layout = x.shape, x.stride(), x.dtype
+        entry = layout, before, noise, self._random_states()
+        self._noises[id(dropout)].append(entry)
+        return x * noise
+
+    def _drop_again(self, dropout, function, x, **kwargs):
+        noises, states = self._noises[id(dropout)], self._random_states()
+        for i, (layout, before, noise, after) in enumerate(noises):
+            if layout == (x.shape, x.stride(), x.dtype) and _same(before, states):
+                noises.pop(i)
+                self._set_random_states(after)
+                return x * noise
+        return function(x, **kwargs)
+
+    def _set_random_states(self, states):
+        for generator, state in zip(self._generators, states):
+            generator.set_rng_state(state)
+
     def _random_states(self):
         return [generator.get_rng_state() for generator in self._generators]
+
+
+def _is_unseeded_dropout(operation, args, kwargs):
+    return (
+        type(operation) is keras.layers.Dropout
+        and 0 < operation.rate < 1
+        and operation.noise_shape is None
+        and not operation._remat_mode
+        # The condition by which Keras leaves it to PyTorch.
+        and operation.seed_generator._initial_seed is None
+        and len(args) == 1
+        and kwargs == {"training": True}
+        and type(args[0]) is torch.Tensor
+        and args[0].is_floating_point()
+        and args[0].device.type == "cpu"
+    )
 
 
 @dataclasses.dataclass
