@@ -24,10 +24,13 @@ class Loss:
         variables: List of its trainable `keras.Variable`s.
         x, y, sample_weight: The batch.
         scale: Float scalar by which the loss is multiplied, or `None`.
+
+    Attributes:
+        model: The model.
     """
 
     def __init__(self, model, variables, x, y, sample_weight, scale=None):
-        self._model = model
+        self.model = model
         self._variables = variables
         self._data = x, y, sample_weight
         self._scale = scale
@@ -48,7 +51,7 @@ class Loss:
             `(scaled loss, (loss, y_pred, masks, values))`; the last are those that
             were assigned to variables.
         """
-        model, (x, y, sample_weight) = self._model, self._data
+        model, (x, y, sample_weight) = self.model, self._data
         # Keras multiplies sample weights by masks in place on PyTorch.
         sample_weight = keras.tree.map_structure(_copy, sample_weight)
         mapping = list(zip(self._variables, weights)) + self._state
@@ -93,7 +96,7 @@ class Loss:
             `(loss, y_pred)`, with the masks that Keras attached to the outputs.
         """
         loss, y_pred, masks, values = outputs
-        self._assign(values, self._model.metrics_variables)
+        self._assign(values, self.model.metrics_variables)
         for tensor, mask in zip(keras.tree.flatten(y_pred), keras.tree.flatten(masks)):
             if mask is not None:
                 set_keras_mask(tensor, mask)
@@ -118,7 +121,7 @@ class Loss:
     @property
     def state(self):
         """List of the variables that `record_state` assigns to."""
-        metrics = {id(v) for v in self._model.metrics_variables}
+        metrics = {id(v) for v in self.model.metrics_variables}
         return [v for v in self._assigned if id(v) not in metrics]
 
 
@@ -126,17 +129,26 @@ class _Scope(keras.StatelessScope):
     """A scope that lists the variables that were assigned to.
 
     Not all are the model's: a generator of random numbers may be anyone's. What was
-    assigned is a constant to the gradient, like the value of a variable.
+    assigned is a constant to the gradient, like the value of a variable. In `log` is
+    all that was read and assigned, in order: `(variable, value, is_assigned)`.
     """
 
     def __init__(self, state_mapping):
         super().__init__(state_mapping, collect_losses=True)
         self.assigned = {}
+        self.log = []
 
     def add_update(self, update):
         variable, value = update
+        value = ops.stop_gradient(value)
         self.assigned[id(variable)] = variable
-        super().add_update((variable, ops.stop_gradient(value)))
+        self.log.append((variable, value, True))
+        super().add_update((variable, value))
+
+    def get_current_value(self, variable):
+        value = super().get_current_value(variable)
+        self.log.append((variable, value, False))
+        return value
 
 
 def training_argument(function):

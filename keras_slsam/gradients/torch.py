@@ -10,6 +10,9 @@ import contextlib
 import keras
 import torch
 
+from keras_slsam.gradients.torch_reuse import CalledAgain
+from keras_slsam.gradients.torch_reuse import Reuse
+
 no_grad = torch.no_grad
 
 # `torch.compile` would specialise on each mask and compile again for the next.
@@ -26,9 +29,9 @@ class Passes:
     """The two passes of a step: one loss and its gradients, at two sets of weights.
 
     Args:
-        loss_fn: Pure function from a list of tensors and a function to call with the
-            loss in the middle of it, to `(loss, aux)` with a scalar `loss` and any
-            structure `aux`.
+        loss_fn: `Loss`, a pure function from a list of tensors and a function to call
+            with the loss in the middle of it, to `(loss, aux)` with a scalar `loss`
+            and any structure `aux`.
         arms: List of int, the arm of each weight.
         active: List of bool, one an arm.
         twice: bool, whether there may be a second pass.
@@ -38,7 +41,9 @@ class Passes:
     def __init__(self, loss_fn, arms, active, twice=True, jit_compile=False):
         self._loss_fn = loss_fn
         self._wanted = [active[arm] for arm in arms]
+        self._twice = twice
         self._generators = []
+        self._reuse = None
 
     def first(self, weights):
         """Value of the loss and the gradients of the active weights.
@@ -50,12 +55,16 @@ class Passes:
             `((loss, aux), gradients)`; the gradient of an inactive weight is `None`,
             that of an active weight that the loss does not reach is zero.
         """
+        if not self._twice:
+            return self._differentiate(weights)
         # Layers without a seed of their own, like Keras' Dropout on PyTorch, draw from
         # the global generators.
         kinds = {weight.device.type for weight in weights} - {"cpu"}
         modules = [torch, *map(torch.get_device_module, kinds)]
         self._generators = [(module, module.get_rng_state()) for module in modules]
-        return self._differentiate(weights)
+        self._reuse = Reuse(self._loss_fn.model, modules)
+        with self._reuse.recording() as begin_backward:
+            return self._differentiate(weights, begin_backward)
 
     def second(self, weights):
         """The gradients at other values of the active weights.
@@ -66,16 +75,29 @@ class Passes:
         Returns:
             List like the gradients of `first`.
         """
+        try:
+            self._reset_generators()
+            with self._reuse.replaying() as begin_backward:
+                return self._differentiate(weights, begin_backward)[1]
+        except CalledAgain:
+            self._reset_generators()
+            return self._differentiate(weights)[1]
+
+    def _reset_generators(self):
         for module, state in self._generators:
             module.set_rng_state(state)
-        return self._differentiate(weights)[1]
 
-    def _differentiate(self, weights):
-        leaves = [w.detach().requires_grad_(on) for w, on in zip(weights, self._wanted)]
+    def _differentiate(self, weights, begin_backward=lambda: None):
+        # An inactive weight is itself the leaf: the same tensor in both passes.
+        leaves = [
+            w.detach().requires_grad_(on) if on or w.requires_grad else w
+            for w, on in zip(weights, self._wanted)
+        ]
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         found = []
 
         def differentiate(loss):
+            begin_backward()
             if not loss.requires_grad:
                 found.extend(map(torch.zeros_like, wanted))
                 return
