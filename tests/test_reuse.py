@@ -17,6 +17,9 @@ from keras_slsam import perturbation
 from keras_slsam.loss import Loss
 
 BACKEND = keras.config.backend()
+pytestmark = pytest.mark.skipif(
+    keras.config.backend() != "torch", reason="layers are taken over on PyTorch"
+)
 WIDTH = zoo.WIDTH
 
 on_torch = pytest.mark.skipif(BACKEND != "torch", reason="Python runs once elsewhere")
