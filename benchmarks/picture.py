@@ -61,10 +61,8 @@ def draw(timed: list[dict], costs: list[dict], file: pathlib.Path) -> None:
 
 def _predicted(result, costs):
     """Predicted ratios to AdamW, by method, of the same setting and backend."""
-    for other in costs:
-        same = tables.setting(other["flags"]) == tables.setting(result["flags"])
-        rows = other["result"]["predictions"]
-        if same and other["backend"] == result["backend"] and "AdamW" in rows:
-            base = rows["AdamW"]["seconds"]
-            return {name: row["seconds"] / base for name, row in rows.items()}
-    return {}
+    rows = (tables.counterpart(result, costs) or {}).get("predictions", {})
+    if "AdamW" not in rows:
+        return {}
+    base = rows["AdamW"]["seconds"]
+    return {name: row["seconds"] / base for name, row in rows.items()}

@@ -123,7 +123,7 @@ def costs(results: list[dict], timed: list[dict]) -> str:
 
     def predictions(result):
         rows = result["result"]["predictions"]
-        measured = _measured(result, timed)
+        measured = (counterpart(result, timed) or {}).get("ratios", {})
         base = rows.get("AdamW")
         for name, row in rows.items():
             yield [
@@ -203,13 +203,13 @@ def setting(flags: dict) -> str:
     )
 
 
-def _measured(result, timed):
-    """The ratios that were measured of the same model on the same backend."""
-    for other in timed:
+def counterpart(result: dict, others: list[dict]) -> dict | None:
+    """The first of others that is of the same model, sizes and backend."""
+    for other in others:
         same = setting(other["flags"]) == setting(result["flags"])
         if same and other["backend"] == result["backend"]:
-            return other["result"]["ratios"]
-    return {}
+            return other["result"]
+    return None
 
 
 def _parts():

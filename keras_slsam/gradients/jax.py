@@ -135,7 +135,8 @@ class Passes:
             wanted = [self._active[arm] for arm in self._arms]
             return _of_known(self._loss_fn, weights, wanted)
         self._trace(weights)
-        return self._evaluate(weights)
+        self._values, sets = self._run(weights)
+        return self._results(self._values, sets)
 
     def second(self, weights):
         """The gradients at other values of the active weights.
@@ -148,7 +149,7 @@ class Passes:
         """
         if self._known:
             return self.first(weights)[1]
-        return self._evaluate(weights, self._values)[1]
+        return self._results(*self._run(weights, self._values))[1]
 
     def _trace(self, weights):
         """Traces the dense computation and sorts its parts."""
@@ -172,10 +173,11 @@ class Passes:
         keys = {e: (demand[e], upstream[e]) for e in equations}
         self._parts = _partition(jaxpr, keys, _light(jaxpr, demand, everyone), everyone)
 
-    def _evaluate(self, weights, before=None):
+    def _run(self, weights, before=None):
         given = {**self._constants, **dict(zip(self._inputs, weights))}
-        values, sets = _run(self._parts, given, self._active, before)
-        self._values = values
+        return _run(self._parts, given, self._active, before)
+
+    def _results(self, values, sets):
         leaves = [
             jnp.asarray(v.val, v.aval.dtype)
             if isinstance(v, core.Literal)
@@ -296,12 +298,7 @@ def _demand(jaxpr, outputs, everyone):
     found = {}
     for equation in reversed(jaxpr.eqns):
         arms = functools.reduce(operator.or_, (needs[v] for v in equation.outvars), 0)
-        if (
-            equation.effects
-            or arms.bit_count() > _MANY
-            or (arms and not _have_zeros(equation.outvars))
-        ):
-            arms = everyone
+        arms = _or_everyone(arms, equation, _MANY, everyone)
         found[equation] = arms
         for v in _variables(equation.invars):
             needs[v] |= arms
@@ -323,15 +320,25 @@ def _upstream(equations, own, everyone):
     for equation in equations:
         read = (sets.get(v, 0) for v in _variables(equation.invars))
         arms = functools.reduce(operator.or_, read, 0)
-        if (
-            equation.effects
-            or arms.bit_count() > _FEW
-            or (arms and not _have_zeros(equation.outvars))
-        ):
-            arms = everyone
+        arms = _or_everyone(arms, equation, _FEW, everyone)
         found[equation] = arms
         sets.update(dict.fromkeys(equation.outvars, arms))
     return found
+
+
+def _or_everyone(arms, equation, most, everyone):
+    """A set of arms, or that of all where a condition cannot be or would not pay.
+
+    Args:
+        arms: int, a set of arms.
+        equation: The equation that it is of.
+        most: int, the most arms that pay.
+        everyone: int, the set of all arms.
+    """
+    without_zeros = arms and not _have_zeros(equation.outvars)
+    if equation.effects or without_zeros or arms.bit_count() > most:
+        return everyone
+    return arms
 
 
 def _light(jaxpr, demand, everyone):

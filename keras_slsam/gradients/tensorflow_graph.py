@@ -92,6 +92,7 @@ class Program:
             inner.name: surrounding.capture(tensor)
             for inner, tensor in zip(self._traced.graph.inputs, outer)
         }
+        mask = tf.stack(self._active)
         for (arms, upstream), part in self._parts.items():
             work = functools.partial(self._source.place, part, values)
             conditions = {arms}
@@ -108,16 +109,16 @@ class Program:
             elif 0 in conditions:
                 made = kept
             else:
-                on = tf.reduce_all([self._any_active(arms) for arms in conditions])
-                made = tf.cond(on, work, skip)
+                on = [self._any_active(mask, arms) for arms in conditions]
+                made = tf.cond(functools.reduce(tf.logical_and, on), work, skip)
             for tensor in part.outputs:
                 made[tensor.name].set_shape(tensor.shape)
             values.update(made)
         return values
 
-    def _any_active(self, arms):
+    def _any_active(self, mask, arms):
         members = [arm for arm in range(len(self._active)) if arms >> arm & 1]
-        return tf.reduce_any([self._active[arm] for arm in members])
+        return tf.reduce_any(tf.gather(mask, members))
 
     def _results(self, values):
         def result(tensor, arms):
