@@ -22,6 +22,9 @@ MALLOC = dict.fromkeys(
     ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_"),
     "4294967296",
 )
+if os.environ.get("KERAS_BACKEND") == "jax":
+    # It never keeps blocks as large as XLA's in the arenas of other threads.
+    MALLOC["MALLOC_ARENA_MAX"] = "1"
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 COMMANDS = {
     "time": "step_time",
@@ -89,16 +92,25 @@ def main(argv: list[str]) -> None:
     args.methods = args.methods or list(methods.METHODS)
     args = models.with_sizes(args)
     command = importlib.import_module(f"benchmarks.{COMMANDS[args.command]}")
-    line = f"python -m benchmarks {shlex.join(argv)}"
     result = {
         "command": args.command,
-        "line": line,
+        "line": f"python -m benchmarks {shlex.join(_without_json(argv))}",
         **settings.of_run(args),
         "result": command.measure(args),
     }
     print("\n".join(command.lines(result["result"])))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _without_json(argv):
+    """The flags without where the result goes, which does not change it."""
+    flags = iter(argv)
+    for flag in flags:
+        if flag == "--json":
+            next(flags)
+        elif not flag.startswith("--json="):
+            yield flag
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 
@@ -38,13 +39,18 @@ def of_method(name: str, args: argparse.Namespace) -> dict:
 
 def lines(result: dict) -> list[str]:
     """The result as text."""
-    text = ["megabytes         built  first step  later steps   minus built   tensors"]
+    text = [
+        "megabytes         built  first step  later steps   minus built"
+        "     tensors  mean step"
+    ]
     for name, row in result["methods"].items():
         resident = row["resident"]
         above = None
         if resident["built"] is not None:
             above = resident["later_steps"] - resident["built"]
-        values = [*resident.values(), above, row["live"]]
+        live = row["live"]
+        tensors = (max(live), statistics.fmean(live)) if live else (None, None)
+        values = [*resident.values(), above, *tensors]
         cells = ["-" if v is None else f"{v / 1e6:.1f}" for v in values]
         text.append(f"{name:<14}" + "".join(f"{cell:>12}" for cell in cells))
         if row["planned"]:

@@ -6,11 +6,14 @@ FLAGS are those of the runner as JSON. The last line printed is the result as JS
 """
 
 import argparse
+import functools
 import json
 import os
 import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
 
 from benchmarks import methods
 from benchmarks import models
@@ -24,8 +27,8 @@ def measure(method: str, args: argparse.Namespace) -> dict:
 
     Resident are `built` before the first step, with the model, and at most
     `first_step` in the first one (with tracing and compilation, and the optimizer's
-    state) and `later_steps` in those that follow. `live` are the tensors of PyTorch,
-    `planned` the compiled step of JAX.
+    state) and `later_steps` in those that follow. `live` is a list, the tensors of
+    PyTorch in each step; `planned` is the compiled step of JAX.
     """
     x, y = models.data(args, args.batch * (args.steps + 1))
     batch = models.data(args, args.batch)
@@ -38,7 +41,7 @@ def measure(method: str, args: argparse.Namespace) -> dict:
     step_time.fit(model, x, y, args.batch)
     in_later_steps = resident_set.peak()
     variables = model.variables + model.optimizer.variables
-    live = probes.live_bytes(variables, lambda: step_time.fit(model, x, y, args.batch))
+    live = probes.live_bytes(variables, _steps(model, x, y, args.batch))
     return {
         "resident": {
             "built": built,
@@ -48,6 +51,17 @@ def measure(method: str, args: argparse.Namespace) -> dict:
         "live": live,
         "planned": probes.planned_memory(model, *batch),
     }
+
+
+def _steps(model, x, y, batch_size):
+    """Functions that take one step each, with the batches in turn."""
+
+    def step(start):
+        rows = slice(start, start + batch_size)
+        of_batch = keras.tree.map_structure(lambda array: array[rows], (x, y))
+        step_time.fit(model, *of_batch, batch_size)
+
+    return [functools.partial(step, i) for i in range(0, len(y), batch_size)]
 
 
 if __name__ == "__main__":

@@ -34,20 +34,18 @@ def _row(depth, args):
             "width": WIDTH,
             "length": LENGTH,
             "batch": BATCH,
-            "methods": (DENSE, SPARSE),
             "flop_steps": 0,
         }
     )
-    timed = step_time.measure(args)
-    model = methods.prepare(SPARSE, args)
+    prepared = {name: methods.prepare(name, args) for name in (DENSE, SPARSE)}
+    timed = step_time.of_models(prepared, args)
     batch = models.data(args, args.batch)
-    step_time.fit(model, *batch, args.batch)
     sparse = timed["methods"][SPARSE]
     return {
         "layers": depth,
         "arms": sparse["arms"],
         "ratio": timed["ratios"][f"{SPARSE} / {DENSE}"],
-        "conditions": probes.conditions(model, *batch),
+        "conditions": probes.conditions(prepared[SPARSE], *batch),
         "times": {
             name: {part: row[part] for part in ("first_call", "trace", "compile")}
             for name, row in timed["methods"].items()

@@ -70,19 +70,28 @@ class TraceLog:
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """Times the methods in turns.
+    """Times the methods in turns, see `of_models`."""
+    return of_models({name: methods.prepare(name, args) for name in args.methods}, args)
+
+
+def of_models(prepared: dict, args: argparse.Namespace) -> dict:
+    """Times models in turns.
+
+    Args:
+        prepared: Dict from the names of methods to models that no step has trained.
+        args: The flags.
 
     Returns:
         Dict with a dict for each method, and the ratios of the mean step times.
     """
     x, y = models.data(args, args.batch * (args.steps + 1))
-    prepared = {name: methods.prepare(name, args) for name in args.methods}
+    names = list(prepared)
     traces = {name: TraceLog(model) for name, model in prepared.items()}
     rounds = {name: [] for name in prepared}
     first_calls = {}
     for number in range(args.rounds + 1):
-        turn = number % len(args.methods)
-        for name in [*args.methods[turn:], *args.methods[:turn]]:
+        turn = number % len(names)
+        for name in [*names[turn:], *names[:turn]]:
             log = StepLog()
             fit(prepared[name], x, y, args.batch, log)
             if number == 0:
@@ -97,12 +106,12 @@ def measure(args: argparse.Namespace) -> dict:
             **active_arms(prepared[name].optimizer, args),
             "traces": len(traces[name].seconds) if probes.TRACES else None,
         }
-        for name in args.methods
+        for name in names
     }
     for name, model in prepared.items():
         rows[name]["flops"] = count_flops(model, args)
     return {
-        "jit_compile": bool(prepared[args.methods[0]].jit_compile),
+        "jit_compile": bool(prepared[names[0]].jit_compile),
         "methods": rows,
         "ratios": {
             f"{above} / {below}": ratio(rounds[above], rounds[below])

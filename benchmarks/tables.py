@@ -1,5 +1,7 @@
 """The tables of docs/benchmarks.md, in Markdown, from results."""
 
+import statistics
+
 from benchmarks import cost_model
 
 MODELS = {
@@ -72,14 +74,15 @@ def memory(results: list[dict]) -> str:
         "resident at most",
         "above the built model",
         "first step above it",
-        "tensors",
+        "tensors at most",
+        "mean step",
         "planned, temporary",
         "planned, in all",
     ]
 
     def rows(result):
         for name, row in result["result"]["methods"].items():
-            resident, plan = row["resident"], row["planned"]
+            resident, live, plan = row["resident"], row["live"], row["planned"]
             built = resident["built"]
             above = [None, None]
             if built is not None:
@@ -90,7 +93,8 @@ def memory(results: list[dict]) -> str:
             values = [
                 resident["later_steps"],
                 *above,
-                row["live"],
+                live and max(live),
+                live and statistics.fmean(live),
                 plan and plan["temporary"],
                 total,
             ]

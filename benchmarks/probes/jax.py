@@ -76,7 +76,7 @@ def _arguments(model, x, y):
     return state, jax.tree.map(jnp.asarray, (x, y))
 
 
-def live_bytes(variables, work):
+def live_bytes(variables, steps):
     """Nothing: in a compiled step there are no tensors to be seen."""
     return None
 

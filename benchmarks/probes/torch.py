@@ -38,21 +38,25 @@ def planned_memory(model, x, y):
     return None
 
 
-def live_bytes(variables, work):
-    """The most bytes of tensors that are alive at a time during `work()`.
+def live_bytes(variables, steps):
+    """The most bytes of tensors that are alive at a time during each of several steps.
 
     Args:
         variables: List of `keras.Variable`s that are alive all the time.
-        work: Function without arguments.
+        steps: List of functions without arguments.
 
     Returns:
-        int.
+        List of int.
     """
+    peaks = []
     with _LiveBytes() as live:
         for variable in variables:
             live.see(variable.value)
-        work()
-    return live.peak
+        for step in steps:
+            live.reset_peak()
+            step()
+            peaks.append(live.peak)
+    return peaks
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -62,7 +66,7 @@ class _LiveBytes(TorchDispatchMode):
     What an operation allocates for itself is not seen.
 
     Attributes:
-        peak: int, the most bytes that were alive at a time.
+        peak: int, the most bytes that were alive at a time since `reset_peak`.
     """
 
     def __init__(self):
@@ -70,6 +74,9 @@ class _LiveBytes(TorchDispatchMode):
         self.peak = 0
         self._live = 0
         self._known = weakref.WeakSet()
+
+    def reset_peak(self):
+        self.peak = self._live
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
