@@ -2,8 +2,9 @@
 
 Every distinct layer call of the model is timed alone: the call, the call with the
 gradients of its inputs, and the call with the gradient of each of its weights; the
-differences are the backward passes. Ascent and update are timed for all weights of a
-kind of layer together, and shared out by size. `cost_model` predicts from that.
+differences are the backward passes. The model is timed in one piece as well. Ascent and
+update are timed for all weights of a kind of layer together, and shared out by size.
+`cost_model` predicts from that.
 """
 
 import argparse
@@ -44,11 +45,12 @@ def measure(args: argparse.Namespace) -> dict:
         name: sum(row[name] for row in layers.values())
         for name in cost_model.Costs._fields
     }
+    whole = _time_model(layer_calls.of_model(model, x), args)
     return {
         "layers": layers,
         "total": total,
-        "model": _time_model(layer_calls.of_model(model, x), args),
-        "predictions": _predict(model, calls, cost_model.Costs(**total), args),
+        "model": whole,
+        "predictions": _predict(model, calls, cost_model.of_step(total, whole), args),
     }
 
 

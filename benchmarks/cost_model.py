@@ -59,6 +59,21 @@ UNIT = Costs(1.0, 1.0, 1.0, 0.0, 0.0)  # the rule
 EVERYTHING = Shares(1.0, 1.0, 1.0, 1.0)
 
 
+def of_step(total: dict, whole: dict) -> Costs:
+    """What the parts of a step cost.
+
+    What the gradients of a layer's weights share is in each of them. So all gradients
+    of weights together are what the model in one piece takes besides the other parts.
+
+    Args:
+        total: Dict of `Costs`' fields, the sums over all calls.
+        whole: Dict, `forward` and `forward_and_gradients` of the model in one piece.
+    """
+    others = total["forward"] + total["to_inputs"]
+    to_weights = max(whole["forward_and_gradients"] - others, 0.0)
+    return Costs(**{**total, "to_weights": to_weights})
+
+
 def predict(method: str, costs: Costs, shares: Shares) -> float:
     """The cost of a step.
 

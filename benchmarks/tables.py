@@ -115,6 +115,10 @@ def costs(results: list[dict], timed: list[dict]) -> str:
             cells = [_number(1000 * row[name], 2) for name in cost_model.Costs._fields]
             calls = _number(row.get("calls"), 0)
             yield [BACKENDS[result["backend"]], kind, calls, *cells]
+        to_weights = cost_model.of_step(found["total"], found["model"]).to_weights
+        seconds = (found["model"]["forward"], None, to_weights, None, None)
+        cells = [_number(value and 1000 * value, 2) for value in seconds]
+        yield [BACKENDS[result["backend"]], "model in one piece", "-", *cells]
 
     head_of_predictions = [
         "backend",

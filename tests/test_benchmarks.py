@@ -129,6 +129,13 @@ def test_costs_by_the_rule():
     assert count("SL-SAM block") == pytest.approx(1 + 3 * (1 - 0.3) + 2 * 0.2)
 
 
+def test_what_gradients_share_counts_once():
+    total = dict(forward=1.0, to_inputs=2.0, to_weights=9.0, ascent=0.1, update=0.2)
+    whole = {"forward": 0.9, "forward_and_gradients": 7.0}
+    expected = cost_model.Costs(1.0, 2.0, 4.0, 0.1, 0.2)
+    assert cost_model.of_step(total, whole) == expected
+
+
 def test_the_chain_ends_at_the_lowest_active_arm():
     calls = [cost_model.Call(1.0, 1.0, {i: 1.0}, {i: 1.0}) for i in range(4)]
     mask = np.array([[False, True, False, True]])
