@@ -243,13 +243,18 @@ def both(model, x, y, compile_step):
     return map(compile_step, functions(model, x, y))
 
 
-@pytest.mark.parametrize("name", [*zoo.MODELS, *MODELS])
-def test_second_pass_computes_what_a_pass_alone_does(name, compile_step):
-    model, x, y = make(name)
+def check_second_pass(model, x, y, compile_step):
+    """Compares a second pass with one alone at the same weights, for several masks."""
     second, alone = both(model, x, y, compile_step)
     for mask in masks(len(model.trainable_variables)):
         given = ops.convert_to_tensor(mask)
         assert_equal(second(given), alone(given), mask)
+
+
+@pytest.mark.parametrize("name", [*zoo.MODELS, *MODELS])
+def test_second_pass_computes_what_a_pass_alone_does(name, compile_step):
+    model, x, y = make(name)
+    check_second_pass(model, x, y, compile_step)
 
 
 @on_torch
@@ -487,14 +492,11 @@ def test_a_layer_with_an_effect_and_no_result(compile_step):
     model = chain(Watched())
     model.compile(loss=zoo.loss())
     x, y = map(ops.convert_to_tensor, (zoo._features(), zoo.labels()))
-    second, alone = both(model, x, y, compile_step)
-    chosen = masks(len(model.trainable_variables))
     seen.clear()
-    for mask in chosen:
-        given = ops.convert_to_tensor(mask)
-        assert_equal(second(given), alone(given), mask)
+    check_second_pass(model, x, y, compile_step)
     jax.effects_barrier()
-    assert len(seen) == 3 * len(chosen)  # in every pass
+    # In every pass.
+    assert len(seen) == 3 * len(masks(len(model.trainable_variables)))
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's variables")
@@ -513,7 +515,4 @@ def test_data_that_go_through_a_variable_of_tensorflow(compile_step):
     model = chain(Stored())
     model.compile(loss=zoo.loss())
     x, y = map(ops.convert_to_tensor, (zoo._features(), zoo.labels()))
-    second, alone = both(model, x, y, compile_step)
-    for mask in masks(len(model.trainable_variables)):
-        given = ops.convert_to_tensor(mask)
-        assert_equal(second(given), alone(given), mask)
+    check_second_pass(model, x, y, compile_step)
