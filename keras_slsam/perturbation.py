@@ -83,8 +83,10 @@ def perturb(weights, directions, squared_norm, members, active, rho, adaptive=Fa
     Returns:
         List of tensors like `weights`.
     """
-    # Without a direction there is no ascent; 1 / eps would overflow in float16.
-    scale = ops.where(squared_norm > 0, rho / (ops.sqrt(squared_norm) + _EPSILON), 0.0)
+    norm = ops.sqrt(squared_norm)
+    # Without a direction there is no ascent; 1 / eps would overflow in float16. Not
+    # `squared_norm > 0`, which XLA does anew, with the sum over the arms, in each use.
+    scale = ops.where(norm > 0, rho / (norm + _EPSILON), 0.0)
 
     def ascended(i, weight):
         step = ops.cast(scale, weight.dtype)

@@ -66,6 +66,8 @@ class Program:
             weights = dict(zip(weights, own))
             upstream = _upstream(self._source, weights, self._everyone)
         self._parts = _partition(self._source, needs, self._sets, upstream, copied)
+        sets = set().union(*self._parts) - {0, self._everyone}
+        self._any_active = _any_active(active, sets)
 
     def run(self, weights):
         """The values of the tensors in `needs` at the given weights.
@@ -92,7 +94,6 @@ class Program:
             inner.name: surrounding.capture(tensor)
             for inner, tensor in zip(self._traced.graph.inputs, outer)
         }
-        mask = tf.stack(self._active)
         for (arms, upstream), part in self._parts.items():
             work = functools.partial(self._source.place, part, values)
             conditions = {arms}
@@ -109,16 +110,12 @@ class Program:
             elif 0 in conditions:
                 made = kept
             else:
-                on = [self._any_active(mask, arms) for arms in conditions]
+                on = [self._any_active[arms] for arms in conditions]
                 made = tf.cond(functools.reduce(tf.logical_and, on), work, skip)
             for tensor in part.outputs:
                 made[tensor.name].set_shape(tensor.shape)
             values.update(made)
         return values
-
-    def _any_active(self, mask, arms):
-        members = [arm for arm in range(len(self._active)) if arms >> arm & 1]
-        return tf.reduce_any(tf.gather(mask, members))
 
     def _results(self, values):
         def result(tensor, arms):
@@ -319,6 +316,15 @@ def _partition(source, needs, sets, upstream, copied):
         )
         for key in sorted(members, key=lambda k: (-k[0].bit_count(), k[1].bit_count()))
     }
+
+
+def _any_active(active, sets):
+    """For each set of arms, whether one of them is active: scalar boolean tensors."""
+    mask = tf.stack(active)
+    members = {
+        arms: [arm for arm in range(len(active)) if arms >> arm & 1] for arms in sets
+    }
+    return {arms: tf.reduce_any(tf.gather(mask, m)) for arms, m in members.items()}
 
 
 def _zeros(tensors, work, jit_compile):
