@@ -35,24 +35,25 @@ COMMANDS = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags: the same for all commands that measure."""
-    flags = argparse.ArgumentParser(add_help=False)
-    add = flags.add_argument
-    models = ("minilm", "bert", "efficientnet", "dense")
-    add("--model", choices=models, default="minilm")
-    add("--batch", type=int, default=32)
-    add("--length", type=int, help="tokens of a text, pixels of an image's side")
-    add("--layers", type=int, help="of bert and dense")
-    add("--width", type=int, help="of bert and dense")
+    """The flags: what all commands share, and each command's own."""
+    shared = argparse.ArgumentParser(add_help=False)
+    add = shared.add_argument
     add("--active-fraction", type=float, default=0.2)
-    add("--rounds", type=int, default=5, help="timed rounds")
-    add("--steps", type=int, default=5, help="timed steps a round")
-    add("--flop-steps", type=int, default=3, help="steps whose FLOPs `time` counts")
-    add("--methods", nargs="+", help="of the methods in benchmarks/methods.py")
+    add("--rounds", type=_count, default=5, help="timed rounds")
+    add("--steps", type=_count, default=5, help="timed steps a round")
     add("--jit-compile", choices=("auto", "yes", "no"), default="auto")
     add("--seed", type=int, default=0)
-    add("--depths", type=int, nargs="+", default=[6, 12, 24, 48], help="of `scale`")
     add("--json", type=pathlib.Path, metavar="FILE", help="write the result there too")
+
+    model = argparse.ArgumentParser(add_help=False)
+    add = model.add_argument
+    models = ("minilm", "bert", "efficientnet", "dense")
+    add("--model", choices=models, default="minilm")
+    add("--batch", type=_count, default=32)
+    add("--length", type=_count, help="tokens of a text, pixels of an image's side")
+    add("--layers", type=_count, help="of bert and dense")
+    add("--width", type=_count, help="of bert and dense")
+    add("--methods", nargs="+", help="of the methods in benchmarks/methods.py")
 
     runner = argparse.ArgumentParser(
         prog="python -m benchmarks",
@@ -60,13 +61,34 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = runner.add_subparsers(dest="command", required=True)
-    for name in COMMANDS:
-        commands.add_parser(name, parents=[flags])
-    report = commands.add_parser("report")
-    report.add_argument("files", nargs="+", type=pathlib.Path, metavar="FILE")
-    report.add_argument("--page", type=pathlib.Path, default=DOCS / "benchmarks.md")
-    report.add_argument("--picture", type=pathlib.Path, default=DOCS / "benchmarks.svg")
+    of = {
+        name: commands.add_parser(name, parents=parents, allow_abbrev=False)
+        for name, parents in {
+            "time": [model, shared],
+            "memory": [model, shared],
+            "cost": [model, shared],
+            "scale": [shared],
+            "report": [],
+        }.items()
+    }
+    of["time"].add_argument(
+        "--flop-steps", type=int, default=3, help="steps whose FLOPs are counted"
+    )
+    of["scale"].add_argument(
+        "--depths", type=_count, nargs="+", default=[6, 12, 24, 48], help="layers"
+    )
+    add = of["report"].add_argument
+    add("files", nargs="+", type=pathlib.Path, metavar="FILE")
+    add("--page", type=pathlib.Path, default=DOCS / "benchmarks.md")
+    add("--picture", type=pathlib.Path, default=DOCS / "benchmarks.svg")
     return runner
+
+
+def _count(text):
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
+    return number
 
 
 def main(argv: list[str]) -> None:
@@ -86,17 +108,16 @@ def main(argv: list[str]) -> None:
     from benchmarks import models
     from benchmarks import settings
 
-    unknown = set(args.methods or ()) - set(methods.METHODS)
-    if unknown:
-        raise SystemExit(f"--methods: choose from {', '.join(methods.METHODS)}")
-    args.methods = args.methods or list(methods.METHODS)
-    args = models.with_sizes(args)
+    if "model" in args:
+        args.methods = methods.chosen(args.methods)
+        args = models.with_sizes(args)
     command = importlib.import_module(f"benchmarks.{COMMANDS[args.command]}")
+    measured = command.measure(args)
     result = {
         "command": args.command,
         "line": f"python -m benchmarks {shlex.join(_without_json(argv))}",
         **settings.of_run(args),
-        "result": command.measure(args),
+        "result": measured,
     }
     print("\n".join(command.lines(result["result"])))
     if args.json:
@@ -115,8 +136,8 @@ def _without_json(argv):
 
 if __name__ == "__main__":
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    settled = any(os.environ.get(name) != value for name, value in MALLOC.items())
-    if sys.platform == "linux" and settled:
+    settled = all(os.environ.get(name) == value for name, value in MALLOC.items())
+    if sys.platform == "linux" and not settled:
         again = [sys.executable, "-m", "benchmarks", *sys.argv[1:]]
         os.execve(sys.executable, again, {**os.environ, **MALLOC})
     main(sys.argv[1:])

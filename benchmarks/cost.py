@@ -24,6 +24,8 @@ from benchmarks import models
 from benchmarks import probes
 from keras_slsam import arms
 
+NOISE = keras.layers.Dropout.__name__
+
 
 def measure(args: argparse.Namespace) -> dict:
     """Times the parts of a step, and predicts what each method's step costs.
@@ -84,13 +86,11 @@ def _time(call, wanted, args):
     result = call.run(arguments)
     ones = keras.ops.ones(result.shape, result.dtype)
     jit_compile = args.jit_compile == "yes"
-    return _medians(
-        [
-            probes.runner(call.run, arguments, indices, ones, jit_compile)
-            for indices in wanted
-        ],
-        args,
-    )
+    runners = [
+        probes.runner(call.run, arguments, indices, ones, jit_compile)
+        for indices in wanted
+    ]
+    return _medians(runners, jit_compile, args)
 
 
 def _time_weights(recorded, args):
@@ -117,7 +117,7 @@ def _time_weights(recorded, args):
             probes.runner(_ascend, [*values, *gradients], jit_compile=jit_compile),
             probes.update_runner(optimizer, members, gradients, jit_compile),
         ]
-        found[kind] = tuple(_medians(runners, args))
+        found[kind] = tuple(_medians(runners, jit_compile, args))
     return found
 
 
@@ -130,14 +130,16 @@ def _ascend(arguments):
     return [weight + scale * gradient for weight, gradient in zip(weights, gradients)]
 
 
-def _medians(runners, args):
+def _medians(runners, jit_compile, args):
     """The median seconds of each of several functions, which take turns.
 
     Those of a function that does nothing are taken off: a model calls its layers
     without the way in and out of a compiled program.
     """
     one = keras.ops.ones(())
-    nothing = probes.runner(lambda arguments: arguments[0], [one])
+    nothing = probes.runner(
+        lambda arguments: arguments[0], [one], jit_compile=jit_compile
+    )
     runners = [nothing, *runners]
     for run in runners:
         run()  # traces and compiles
@@ -171,6 +173,7 @@ def _assemble(recorded, of_calls, of_weights, weights):
         calls.append(
             cost_model.Call(
                 forward,
+                0.0 if call.kind == NOISE else forward,
                 to_inputs,
                 {
                     weights.index(id(v)): seconds

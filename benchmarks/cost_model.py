@@ -43,6 +43,8 @@ class Call(typing.NamedTuple):
 
     Attributes:
         forward: Cost of the call.
+        forward_again: Cost of the call in the second pass, if it is made there: nothing
+            for dropout, whose noise is known by then.
         to_inputs: Cost of the gradients of its inputs.
         to_weights: Dict from indices of trainable weights to the cost of the gradient.
         update: Dict from indices of trainable weights to the cost of ascent and update;
@@ -50,6 +52,7 @@ class Call(typing.NamedTuple):
     """
 
     forward: float
+    forward_again: float
     to_inputs: float
     to_weights: dict[int, float]
     update: dict[int, float]
@@ -62,16 +65,17 @@ EVERYTHING = Shares(1.0, 1.0, 1.0, 1.0)
 def of_step(total: dict, whole: dict) -> Costs:
     """What the parts of a step cost.
 
-    What the gradients of a layer's weights share is in each of them. So all gradients
-    of weights together are what the model in one piece takes besides the other parts.
+    The forward pass is that of the model in one piece. What the gradients of a layer's
+    weights share is in each of them, so all gradients of weights together are what the
+    model in one piece takes besides the forward pass and the gradients of inputs.
 
     Args:
         total: Dict of `Costs`' fields, the sums over all calls.
         whole: Dict, `forward` and `forward_and_gradients` of the model in one piece.
     """
-    others = total["forward"] + total["to_inputs"]
-    to_weights = max(whole["forward_and_gradients"] - others, 0.0)
-    return Costs(**{**total, "to_weights": to_weights})
+    forward = whole["forward"]
+    to_weights = whole["forward_and_gradients"] - forward - total["to_inputs"]
+    return Costs(**{**total, "forward": forward, "to_weights": max(to_weights, 0.0)})
 
 
 def predict(method: str, costs: Costs, shares: Shares) -> float:
@@ -131,7 +135,7 @@ def shares(calls: list[Call], arm_of: list[int], masks: np.ndarray) -> Shares:
             for weight, cost in call.update.items():
                 update += cost * mask[arm_of[weight]]
             reached = reached or any(mask[arm_of[w]] for w in call.to_weights)
-            again += call.forward * reached
+            again += call.forward_again * reached
     steps = len(masks)
     return Shares(
         _share(again, steps * sum(call.forward for call in calls)),

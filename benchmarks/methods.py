@@ -34,6 +34,18 @@ METHODS = {
 }
 
 
+def chosen(names: list[str] | None) -> list[str]:
+    """The methods that a user named, all by default.
+
+    Raises:
+        SystemExit: if there is none of a name.
+    """
+    for name in names or ():
+        if name not in METHODS:
+            raise SystemExit(f"--methods: {name!r} is none of {', '.join(METHODS)}")
+    return names or list(METHODS)
+
+
 def prepare(name: str, args: argparse.Namespace) -> keras.Model:
     """A model of its own, compiled to be trained with the method `name`."""
     model = models.make(args)

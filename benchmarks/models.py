@@ -30,7 +30,7 @@ def with_sizes(args: argparse.Namespace) -> argparse.Namespace:
         if given[name] is None:
             given[name] = default
         elif default is None:
-            raise SystemExit(f"--{name} is not for --model {args.model}")
+            raise SystemExit(f"--{name} {given[name]}: not for --model {args.model}")
     return argparse.Namespace(**given)
 
 

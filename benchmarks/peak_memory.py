@@ -28,7 +28,7 @@ def measure(method: str, args: argparse.Namespace) -> dict:
     Resident are `built` before the first step, with the model, and at most
     `first_step` in the first one (with tracing and compilation, and the optimizer's
     state) and `later_steps` in those that follow. `live` is a list, the tensors of
-    PyTorch in each step; `planned` is the compiled step of JAX.
+    PyTorch or the blocks of TensorFlow in each step; `planned` is JAX's compiled step.
     """
     x, y = models.data(args, args.batch * (args.steps + 1))
     batch = models.data(args, args.batch)

@@ -3,6 +3,7 @@
 import pathlib
 
 from benchmarks import tables
+from benchmarks.methods import METHODS
 
 
 def draw(timed: list[dict], costs: list[dict], file: pathlib.Path) -> None:
@@ -26,11 +27,8 @@ def draw(timed: list[dict], costs: list[dict], file: pathlib.Path) -> None:
     )
     for name, (axis,) in zip(settings, axes):
         shown = [r for r in timed if tables.setting(r["flags"]) == name]
-        methods = [
-            pair.partition(" / ")[0]
-            for pair in shown[0]["result"]["ratios"]
-            if pair.endswith(" / AdamW")
-        ]
+        found = {name for result in shown for name in result["result"]["methods"]}
+        methods = [name for name in METHODS if name in found - {"AdamW"}]
         width = 0.8 / len(shown)
         for i, result in enumerate(shown):
             ratios = [result["result"]["ratios"].get(f"{m} / AdamW") for m in methods]
@@ -47,7 +45,8 @@ def draw(timed: list[dict], costs: list[dict], file: pathlib.Path) -> None:
             marks = [(p, expected.get(methods[k])) for p, (k, _) in zip(places, known)]
             marks = [(place, value) for place, value in marks if value is not None]
             if marks:
-                axis.plot(*zip(*marks), "k_", markersize=12)
+                label = None if i else "predicted"
+                axis.plot(*zip(*marks), "k_", markersize=12, label=label)
         axis.axhline(1.0, color="gray", linewidth=0.8)
         axis.set_xticks(range(len(methods)), methods, fontsize=8)
         axis.set_ylabel("step time / AdamW's")

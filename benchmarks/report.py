@@ -14,8 +14,9 @@ def write(
     """Writes the results into a page, between its markers, and draws them.
 
     A marker is a comment `<!-- NAME -->`, and what stands before `<!-- /NAME -->` is
-    replaced; NAME is a command or `machines`. Of commands without a result the page
-    keeps what it has.
+    replaced; NAME is a command. Of commands without a result the page keeps what it
+    has. What `time` measured stands beside the predictions of `cost`, and these in the
+    picture of `time`, so the two belong together.
 
     Args:
         files: What the commands wrote with `--json`, of any backend.
@@ -30,23 +31,23 @@ def write(
         command: [result for result in results if result["command"] == command]
         for command in ("time", "memory", "cost", "scale")
     }
+    if of["time"]:
+        picture.draw(of["time"], of["cost"], picture_file)
     shown = (
         f"![Step times against AdamW's; a mark is a prediction]({picture_file.name})"
     )
     sections = {
-        "machines": results and tables.machines(results),
-        "time": of["time"] and f"{shown}\n\n{tables.times(of['time'])}",
-        "memory": of["memory"] and tables.memory(of["memory"]),
-        "cost": of["cost"] and tables.costs(of["cost"], of["time"]),
-        "scale": of["scale"] and tables.scales(of["scale"]),
+        "time": lambda rows: f"{shown}\n\n{tables.times(rows)}",
+        "memory": tables.memory,
+        "cost": lambda rows: tables.costs(rows, of["time"]),
+        "scale": tables.scales,
     }
     text = page.read_text("utf-8")
     for name, table in sections.items():
-        if table:
-            text = fill(text, name, table)
+        if of[name]:
+            found = f"{table(of[name])}\n\n{tables.machines(of[name])}"
+            text = fill(text, name, found)
     page.write_text(text, "utf-8")
-    if of["time"]:
-        picture.draw(of["time"], of["cost"], picture_file)
 
 
 def fill(text: str, name: str, table: str) -> str:

@@ -21,7 +21,11 @@ def peak() -> int | None:
 
 
 def reset_peak() -> None:
-    """Lets `peak` begin anew."""
+    """Lets `peak` begin anew.
+
+    Raises:
+        OSError: if the system tells what is resident, but not since when.
+    """
     if _STATUS.exists():
         _CLEAR.write_text("5")
 

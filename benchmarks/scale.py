@@ -20,9 +20,10 @@ WIDTH, BATCH, LENGTH = 64, 8, 32
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """Measures each depth: a list of rows, and how the seconds grow."""
+    """Measures each depth: a list of rows, and how each method's seconds grow."""
     rows = [_row(depth, args) for depth in args.depths]
-    return {"rows": rows, "exponents": exponents(rows)}
+    growth = {name: exponents(rows, name) for name in (DENSE, SPARSE)}
+    return {"rows": rows, "exponents": growth}
 
 
 def _row(depth, args):
@@ -54,15 +55,15 @@ def _row(depth, args):
     }
 
 
-def exponents(rows: list[dict]) -> dict:
-    """The powers of the depth with which a sparse step's first call grows.
+def exponents(rows: list[dict], method: str) -> dict:
+    """The powers of the depth with which a method's first call grows.
 
     1 is linear; `None` where there is nothing to tell.
     """
     depths = [row["layers"] for row in rows]
     found = {}
     for part in ("first_call", "trace", "compile"):
-        seconds = [row["times"][SPARSE][part] for row in rows]
+        seconds = [row["times"][method][part] for row in rows]
         known = len(rows) > 1 and all(seconds)
         found[part] = (
             float(np.polyfit(np.log(depths), np.log(seconds), 1)[0]) if known else None
@@ -92,9 +93,16 @@ def lines(result: dict) -> list[str]:
             f"{row['layers']:>6} {row['arms']:>5} {cells[0]:>13} {cells[1]:>11} "
             f"{cells[2]:>9} {cells[3]:>11} {cells[4]:>13}"
         )
-    growth = ", ".join(
-        f"{part.replace('_', ' ')} {power:.2f}"
-        for part, power in result["exponents"].items()
-        if power is not None
-    )
-    return text + ([f"grow with the depth to the power of: {growth}"] if growth else [])
+    return text + growth(result)
+
+
+def growth(result: dict) -> list[str]:
+    """How the seconds of the first call grow with the depth, a line a method."""
+    text = []
+    for name, powers in result["exponents"].items():
+        known = [f"{p.replace('_', ' ')} {n:.2f}" for p, n in powers.items() if n]
+        if known:
+            text.append(
+                f"{name} grows with the depth to the power of {', '.join(known)}"
+            )
+    return text

@@ -1,12 +1,13 @@
 """What a result was measured with: machine, versions, command."""
 
 import argparse
-import importlib.metadata
 import os
 import pathlib
 import platform
+import sys
 
 import keras
+import numpy as np
 
 import keras_slsam
 from benchmarks import probes
@@ -16,7 +17,7 @@ def of_run(args: argparse.Namespace) -> dict:
     """The part of a result that says how it came about."""
     backend = keras.config.backend()
     flags = {name: value for name, value in vars(args).items() if name != "json"}
-    names = ("keras", "keras-hub", "numpy", backend)
+    frameworks = {name: sys.modules.get(name) for name in ("keras_hub", backend)}
     return {
         "backend": backend,
         "machine": {
@@ -28,7 +29,9 @@ def of_run(args: argparse.Namespace) -> dict:
         "versions": {
             "python": platform.python_version(),
             "keras-slsam": keras_slsam.__version__,
-            **{name: importlib.metadata.version(name) for name in names},
+            "keras": keras.__version__,
+            "numpy": np.__version__,
+            **{name: m.__version__ for name, m in frameworks.items() if m},
         },
         "flags": flags,
     }

@@ -19,18 +19,8 @@ from benchmarks import methods
 from benchmarks import models
 from benchmarks import probes
 
-RATIOS = (
-    ("tutorial SAM", "AdamW"),
-    ("SAM", "AdamW"),
-    ("SAM", "tutorial SAM"),
-    ("S2-SAM", "AdamW"),
-    ("SL-SAM", "AdamW"),
-    ("SL-SAM", "SAM"),
-    ("SL-SAM block", "AdamW"),
-    ("SL-SAM block", "SAM"),
-    ("SL+S2", "AdamW"),
-    ("SL+S2 block", "AdamW"),
-)
+# What the others are compared with.
+BASES = ("AdamW", "tutorial SAM", "SAM")
 
 
 class StepLog(keras.callbacks.Callback):
@@ -82,7 +72,7 @@ def of_models(prepared: dict, args: argparse.Namespace) -> dict:
         args: The flags.
 
     Returns:
-        Dict with a dict for each method, and the ratios of the mean step times.
+        Dict with a dict for each method, and the ratios of the step times.
     """
     x, y = models.data(args, args.batch * (args.steps + 1))
     names = list(prepared)
@@ -115,8 +105,9 @@ def of_models(prepared: dict, args: argparse.Namespace) -> dict:
         "methods": rows,
         "ratios": {
             f"{above} / {below}": ratio(rounds[above], rounds[below])
-            for above, below in RATIOS
-            if above in rounds and below in rounds
+            for below in BASES
+            for above in names
+            if below in rounds and above != below
         },
     }
 
@@ -135,7 +126,7 @@ def fit(model, x, y, batch_size, *callbacks):
 
 def summary(seconds: list[float]) -> dict:
     """Mean, quartiles and number of the steps' seconds."""
-    low, median, high = statistics.quantiles(seconds, n=4)
+    low, median, high = np.quantile(seconds, [0.25, 0.5, 0.75]).tolist()
     return {
         "mean": statistics.fmean(seconds),
         "median": median,
@@ -162,7 +153,7 @@ def first_call(seconds, traced, rounds):
 
 
 def ratio(above: list, below: list) -> dict:
-    """The ratio of two methods' mean seconds, with its spread over the rounds.
+    """The ratio of two methods' seconds: of means, with its spread, and of medians.
 
     Args:
         above: List of lists, the seconds of the steps of each round.
@@ -174,6 +165,7 @@ def ratio(above: list, below: list) -> dict:
     several = len(of_rounds) > 1
     return {
         "of_means": float(np.mean(above) / np.mean(below)),
+        "of_medians": float(np.median(above) / np.median(below)),
         "of_rounds": of_rounds,
         "standard_error": statistics.stdev(of_rounds) / len(of_rounds) ** 0.5
         if several
@@ -220,9 +212,11 @@ def lines(result: dict) -> list[str]:
             f"{row['lower_quartile']:.4f} to {row['upper_quartile']:.4f}"
             f" {row['steps']:>5} {parts}"
         )
-    text += ["", "ratios of the means, with the standard error over the rounds"]
+    text += ["", "ratios of means, with the standard error over rounds; of medians"]
     for name, row in result["ratios"].items():
         error = row["standard_error"]
         spread = "" if error is None else f" ± {error:.3f}"
-        text.append(f"{name:<24} {row['of_means']:.3f}{spread}")
+        text.append(
+            f"{name:<27} {row['of_means']:.3f}{spread}; {row['of_medians']:.3f}"
+        )
     return text

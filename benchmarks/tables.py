@@ -3,6 +3,8 @@
 import statistics
 
 from benchmarks import cost_model
+from benchmarks import scale
+from benchmarks.step_time import BASES
 
 MODELS = {
     "minilm": "MiniLM",
@@ -38,7 +40,9 @@ def times(results: list[dict]) -> str:
         "s a step",
         "quartiles",
         "× AdamW",
+        "× tutorial SAM",
         "× SAM",
+        "of medians",
         "active",
         "GFLOP",
         "first call, s",
@@ -55,8 +59,13 @@ def times(results: list[dict]) -> str:
                 name,
                 _number(row["mean"], 4),
                 f"{row['lower_quartile']:.4f} to {row['upper_quartile']:.4f}",
-                _ratio(measured["ratios"].get(f"{name} / AdamW")),
-                _ratio(measured["ratios"].get(f"{name} / SAM")),
+                *(_ratio(measured["ratios"].get(f"{name} / {b}")) for b in BASES),
+                " ".join(
+                    _number(ratio and ratio["of_medians"], 2)
+                    for ratio in (
+                        measured["ratios"].get(f"{name} / {b}") for b in BASES
+                    )
+                ),
                 _number(row["active_share"], 2),
                 _flops(row["flops"]),
                 *(_number(row[part], 1) for part in ("first_call", "trace", "compile")),
@@ -116,7 +125,13 @@ def costs(results: list[dict], timed: list[dict]) -> str:
             calls = _number(row.get("calls"), 0)
             yield [BACKENDS[result["backend"]], kind, calls, *cells]
         to_weights = cost_model.of_step(found["total"], found["model"]).to_weights
-        seconds = (found["model"]["forward"], None, to_weights, None, None)
+        seconds = (
+            found["model"]["forward"],
+            found["total"]["to_inputs"],
+            to_weights,
+            None,
+            None,
+        )
         cells = [_number(value and 1000 * value, 2) for value in seconds]
         yield [BACKENDS[result["backend"]], "model in one piece", "-", *cells]
 
@@ -124,23 +139,27 @@ def costs(results: list[dict], timed: list[dict]) -> str:
         "backend",
         "method",
         "active",
+        "predicted, s",
+        "measured, s",
         "predicted × AdamW",
+        "measured × AdamW",
         "by 1:1:1",
-        "measured",
     ]
 
     def predictions(result):
         rows = result["result"]["predictions"]
-        measured = (counterpart(result, timed) or {}).get("ratios", {})
+        measured = counterpart(result, timed) or {"ratios": {}, "methods": {}}
         base = rows.get("AdamW")
         for name, row in rows.items():
             yield [
                 BACKENDS[result["backend"]],
                 name,
                 _number(row["active_share"], 2),
+                _number(row["seconds"], 2),
+                _number(measured["methods"].get(name, {}).get("mean"), 2),
                 _number(base and row["seconds"] / base["seconds"], 2),
+                _ratio(measured["ratios"].get(f"{name} / AdamW")),
                 _number(row["rule"] / 3, 2),
-                _ratio(measured.get(f"{name} / AdamW")),
             ]
 
     return "\n\n".join(
@@ -187,35 +206,33 @@ def scales(results: list[dict]) -> str:
                     *(_number(v and v / 1e6, 0) for v in resident),
                 ]
             )
-        powers = ", ".join(
-            f"{part.replace('_', ' ')} {power:.2f}"
-            for part, power in result["result"]["exponents"].items()
-            if power is not None
-        )
-        if powers:
-            notes.append(f"{backend}: {powers}")
-    text = _table(head, rows)
-    if notes:
-        text += "\n\nPowers of the depth with which SL-SAM's seconds grow: "
-        text += "; ".join(notes) + "."
-    return text
+        notes += [f"- {backend}: {line}" for line in scale.growth(result["result"])]
+    return "\n\n".join([_table(head, rows), *(["\n".join(notes)] if notes else [])])
 
 
 def setting(flags: dict) -> str:
     """A model and its sizes, in words."""
     layers = f", {flags['layers']} x {flags['width']}" if flags["layers"] else ""
     length = f" x {flags['length']}" if flags["length"] else ""
+    compiled = {"auto": "", "yes": ", XLA", "no": ", not compiled"}[
+        flags["jit_compile"]
+    ]
     return (
         f"{MODELS[flags['model']]}{layers}, batch {flags['batch']}{length}, "
-        f"active fraction {flags['active_fraction']}"
+        f"active fraction {flags['active_fraction']}{compiled}"
     )
 
 
 def counterpart(result: dict, others: list[dict]) -> dict | None:
-    """The first of others that is of the same model, sizes and backend."""
+    """The first of others with the same backend, model, sizes and masks."""
+
+    def key(one):
+        flags = one["flags"]
+        masks = (flags[name] for name in ("rounds", "steps", "seed", "jit_compile"))
+        return one["backend"], setting(flags), *masks
+
     for other in others:
-        same = setting(other["flags"]) == setting(result["flags"])
-        if same and other["backend"] == result["backend"]:
+        if key(other) == key(result):
             return other["result"]
     return None
 

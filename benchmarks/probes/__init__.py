@@ -4,7 +4,7 @@
 - `StepFlops(model)(x, y)`: FLOPs of the model's next step, which is taken.
 - `conditions(model, x, y)`: the number of conditions in the traced step.
 - `planned_memory(model, x, y)`: bytes that the compiled step plans for.
-- `live_bytes(variables, work)`: the most bytes of tensors during `work()`.
+- `live_bytes(variables, steps)`: the most bytes of tensors during each step.
 - `runner(function, arguments, wanted, cotangent, jit_compile)`: a pure function and
   some of its gradients, ready to be timed.
 - `update_runner(optimizer, variables, gradients, jit_compile)`: an update, ready to be

@@ -77,7 +77,7 @@ def _arguments(model, x, y):
 
 
 def live_bytes(variables, steps):
-    """Nothing: in a compiled step there are no tensors to be seen."""
+    """Nothing: a compiled step plans its buffers ahead."""
     return None
 
 

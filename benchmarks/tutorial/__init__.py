@@ -1,8 +1,8 @@
 """Dense SAM as tutorials write it: a `train_step` of the user's, one file a backend.
 
-It lacks what `keras_slsam` takes care of: the two passes have different dropout masks,
-on TensorFlow and PyTorch BatchNorm's statistics move twice a step, the weights are left
-perturbed where something raises, sample weights and loss scaling are not heard of.
+It lacks what `keras_slsam` takes care of: sample weights and loss scaling are not heard
+of; on TensorFlow and PyTorch the two passes have different dropout masks, statistics of
+BatchNorm move twice a step, and the weights are left perturbed where something raises.
 """
 
 import functools
