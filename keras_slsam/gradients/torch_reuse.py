@@ -3,11 +3,11 @@
 The second pass differs from the first in the active weights only. A layer that hangs
 on none of them computes the same again, so its outputs are kept and given back.
 
-A layer of Keras or KerasHub is a function of its arguments, of the variables that it
-reads, and of the random numbers that it draws. Where the second pass calls it with the
-same of these, bit for bit, the kept outputs are what it would compute. Layers of users,
-or with functions of users in them, may hang on more, and are computed; the layers
-inside them are looked at one by one.
+A layer of Keras or KerasHub is a function of its arguments and their masks, of its
+attributes, of the variables that it reads, and of the random numbers that it draws.
+Where the second pass calls it with the same of these, bit for bit, the kept outputs are
+what it would compute. Layers of users, or with functions of users in them, may hang on
+more, and are computed; the layers inside them are looked at one by one.
 
 Where Keras' Dropout hangs on an active weight, its random numbers are taken over.
 """
@@ -16,6 +16,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import operator
 import threading
 import types
 
@@ -24,9 +25,12 @@ import torch
 
 # Keras has no public names for the scope that is open, nor for a tensor's mask.
 from keras.src.backend.common.masking import get_keras_mask
+from keras.src.backend.common.masking import set_keras_mask
 from keras.src.backend.common.stateless_scope import get_stateless_scope
+from torch.autograd import forward_ad
 
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype)
+_CALLED = ("forward", "call")
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -48,7 +52,9 @@ class Reuse:
     """
 
     def __init__(self, model, generators):
-        self._operations = _pure_operations(model)
+        pure = _pure_operations(model)
+        self._operations = [operation for operation, _ in pure]
+        self._inside = {id(operation): inside for operation, inside in pure}
         self._generators = generators
         self._records = []
         self._called_again = set()
@@ -89,7 +95,7 @@ class Reuse:
             for i, record in enumerate(records):
                 if self._matches(record, args, kwargs):
                     taken.add(id(operation))
-                    return self._replay(records.pop(i))
+                    return self._replay(records.pop(i), args, kwargs)
             if _is_unseeded_dropout(operation, args, kwargs):
                 return self._drop_again(operation, function, *args, **kwargs)
             return function(*args, **kwargs)
@@ -99,9 +105,11 @@ class Reuse:
                 raise CalledAgain
             return function(*args, **kwargs)
 
-        with _called_by(replay, check, self._operations) as begin_backward:
-            yield begin_backward
-        self._noises.clear()
+        try:
+            with _called_by(replay, check, self._operations) as begin_backward:
+                yield begin_backward
+        finally:
+            self._noises.clear()
 
     def _record(self, operation, function, args, kwargs):
         scope = get_stateless_scope()
@@ -111,25 +119,34 @@ class Reuse:
             if _is_unseeded_dropout(operation, args, kwargs):
                 return self._drop(operation, *args)
             return function(*args, **kwargs)
-        arguments = args, kwargs, list(inputs.masks), _context(operation)
+        arguments = _copy((args, kwargs)), inputs.masks(), _context(operation)
+        attributes = self._attributes(operation)
         first_record, first_entry = len(self._records), len(log)
         num_losses = len(scope.losses)
         before = self._random_states()
         outputs = function(*args, **kwargs)
         if not _Tensors(outputs).constant or len(scope.losses) > num_losses:
             return outputs
+        if not _are_identical(attributes, self._attributes(operation)):
+            return outputs
         reads, writes = _split(log[first_entry:])
+        masks = inputs.masks()
         inputs.add([value for _, value in reads])
         if inputs.constant and inputs.unchanged():
+            results = _Tensors(outputs)
+            output_masks = results.masks()
+            results.add([value for _, value in writes])
             after = self._random_states()
             record = _Record(
                 operation=operation,
                 inputs=inputs,
                 arguments=arguments,
+                attributes=attributes,
                 reads=reads,
                 random_before=None if _same(before, after) else before,
-                results=_Tensors((outputs, [value for _, value in writes])),
-                outputs=outputs,
+                results=results,
+                outputs=_copy(outputs),
+                masks=(masks, output_masks),
                 writes=writes,
                 random_after=after,
             )
@@ -139,11 +156,16 @@ class Reuse:
 
     def _matches(self, record, args, kwargs):
         operation, scope = record.operation, get_stateless_scope()
-        masks = _Tensors((args, kwargs)).masks
+        arguments = (
+            (args, kwargs),
+            _Tensors((args, kwargs)).masks(),
+            _context(operation),
+        )
         return (
             record.inputs.unchanged()
             and record.results.unchanged()
-            and _same(record.arguments, (args, kwargs, masks, _context(operation)))
+            and _same(record.arguments, arguments)
+            and _are_identical(record.attributes, self._attributes(operation))
             and all(
                 _same(value, scope.get_current_value(variable))
                 for variable, value in record.reads
@@ -154,19 +176,32 @@ class Reuse:
             )
         )
 
-    def _replay(self, record):
+    def _replay(self, record, args, kwargs):
         if record.random_before is not None:
             self._set_random_states(record.random_after)
         for update in record.writes:
             get_stateless_scope().add_update(update)
-        return record.outputs
+        outputs = _copy(record.outputs)
+        # Layers take masks off their arguments, and others off what this one gave.
+        for structure, masks in zip([(args, kwargs), outputs], record.masks):
+            _Tensors(structure).set_masks(masks)
+        return outputs
+
+    def _attributes(self, operation):
+        """The values of the attributes of an operation, and of those in it."""
+        return [
+            value
+            for part in self._inside[id(operation)]
+            for name, value in vars(part).items()
+            if name not in _CALLED
+        ]
 
     def _drop(self, dropout, x):
         # What PyTorch's own dropout does on a CPU, where to draw takes much longer than
         # to multiply.
         before = self._random_states()
         noise = torch.empty_like(x).bernoulli_(1 - dropout.rate).div_(1 - dropout.rate)
-        layout = x.shape, x.stride(), x.dtype
+        layout = x.shape, x.stride(), x.dtype, dropout.rate
         entry = layout, before, noise, self._random_states()
         self._noises[id(dropout)].append(entry)
         return x * noise
@@ -174,7 +209,8 @@ class Reuse:
     def _drop_again(self, dropout, function, x, **kwargs):
         noises, states = self._noises[id(dropout)], self._random_states()
         for i, (layout, before, noise, after) in enumerate(noises):
-            if layout == (x.shape, x.stride(), x.dtype) and _same(before, states):
+            now = x.shape, x.stride(), x.dtype, dropout.rate
+            if layout == now and _same(before, states):
                 noises.pop(i)
                 self._set_random_states(after)
                 return x * noise
@@ -211,10 +247,12 @@ class _Record:
     operation: keras.Operation
     inputs: "_Tensors"  # all those that it hangs on
     arguments: tuple
+    attributes: list
     reads: list
     random_before: list | None  # if it draws
     results: "_Tensors"
     outputs: object
+    masks: tuple  # of the arguments and of the outputs, after the call
     writes: list
     random_after: list
 
@@ -225,12 +263,11 @@ class _Tensors:
     Attributes:
         constant: bool, whether all are plain tensors without a gradient, and the rest
             of the structure is too simple to change.
-        masks: List of the masks that Keras attached to the tensors, or `None`.
     """
 
     def __init__(self, structure):
         self.constant = True
-        self.masks = []
+        self._tensors = []
         self._versions = []
         self.add(structure)
 
@@ -243,7 +280,7 @@ class _Tensors:
             self.add(list(structure.values()))
         elif _is_plain(structure):
             mask = get_keras_mask(structure)
-            self.masks.append(mask)
+            self._tensors.append(structure)
             self._versions.append((structure, structure._version))
             if _is_plain(mask):
                 self._versions.append((mask, mask._version))
@@ -252,15 +289,51 @@ class _Tensors:
 
     def unchanged(self):
         """Whether no tensor was changed in place since it was taken in."""
-        return all(tensor._version == version for tensor, version in self._versions)
+        return all(
+            tensor._version == version and not tensor.requires_grad
+            for tensor, version in self._versions
+        )
+
+    def masks(self):
+        """List of the masks that Keras attached to the tensors, or `None`."""
+        return [get_keras_mask(tensor) for tensor in self._tensors]
+
+    def set_masks(self, masks):
+        """Attaches masks, a list like that of `masks`."""
+        for tensor, mask in zip(self._tensors, masks):
+            set_keras_mask(tensor, mask)
 
 
 def _is_plain(x):
     return (
         type(x) is torch.Tensor
         and x.layout is torch.strided
-        and not (x.requires_grad or x.is_complex() or x.is_inference())
+        and not (x.requires_grad or x.is_complex() or x.is_inference() or x.is_neg())
+        and forward_ad.unpack_dual(x).tangent is None
+        and not _is_transformed(x)
     )
+
+
+def _is_transformed(x):
+    """Whether a tensor belongs to a transform of `torch.func`, and has no memory."""
+    try:
+        x.data_ptr()
+    except RuntimeError:
+        return True
+    return False
+
+
+def _copy(structure):
+    """A structure of new lists, tuples and dicts, with the same tensors in it."""
+    if type(structure) in (list, tuple):
+        return type(structure)(map(_copy, structure))
+    if type(structure) is dict:
+        return {key: _copy(value) for key, value in structure.items()}
+    return structure
+
+
+def _are_identical(values, others):
+    return len(values) == len(others) and all(map(operator.is_, values, others))
 
 
 def _same(one, other):
@@ -305,12 +378,16 @@ def _split(log):
 
 
 def _context(operation):
-    """What layers inherit from the call that they are in, like `training`."""
+    """What a call inherits from those that it is in, like `training` or autocast."""
+    autocast = [
+        (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        for device in ("cpu", "cuda")
+    ]
     if not isinstance(operation, keras.Layer):
-        return {}
+        return autocast, {}
     # Keras has no public name for it.
     context = vars(operation._get_call_context())
-    return {name: x for name, x in context.items() if name != "entry_layer"}
+    return autocast, {name: x for name, x in context.items() if name != "entry_layer"}
 
 
 @contextlib.contextmanager
@@ -337,31 +414,41 @@ def _called_by(forward, backward, operations):
         yield lambda: call.append(backward)
     finally:
         for operation in operations:
-            vars(operation).pop("forward", None)
-            vars(operation).pop("call", None)
+            for name in _CALLED:
+                vars(operation).pop(name, None)
 
 
 def _pure_operations(model):
-    """The layers and operations of a model, at any depth, that hold no user's code."""
-    pure = {}
+    """The layers and operations of a model, at any depth, that hold no user's code.
+
+    Returns:
+        List of pairs: an operation, and a list of it and of all those in it.
+    """
+    found = {}
 
     def look(operation):
-        if id(operation) not in pure:
-            pure[id(operation)] = operation, False  # as long as it is not known
+        if id(operation) not in found:
+            found[id(operation)] = operation, False, {}  # as long as it is not known
             parts = []
             if isinstance(operation, keras.Layer):
                 # Keras has no public name for the layers in a layer.
                 parts += operation._flatten_layers(include_self=False, recursive=False)
             if isinstance(operation, keras.Function):
                 parts += operation.operations
-            is_pure = _is_pure(operation)
+            is_pure, inside = _is_pure(operation), {id(operation): operation}
             for part in parts:
-                is_pure = look(part) and is_pure
-            pure[id(operation)] = operation, is_pure
-        return pure[id(operation)][1]
+                _, part_is_pure, more = look(part)
+                is_pure = is_pure and part_is_pure
+                inside.update(more)
+            found[id(operation)] = operation, is_pure, inside
+        return found[id(operation)]
 
     look(model)
-    return [operation for operation, is_pure in pure.values() if is_pure]
+    return [
+        (operation, list(inside.values()))
+        for operation, is_pure, inside in found.values()
+        if is_pure
+    ]
 
 
 def _is_pure(operation):
@@ -375,13 +462,16 @@ def _is_pure(operation):
     return (
         all(map(_is_of_keras, functions))
         and not isinstance(operation, keras.layers.TorchModuleWrapper)
-        and not {"forward", "call"} & set(vars(operation))
+        and not set(_CALLED) & set(vars(operation))
         and not any(x for name, x in vars(operation).items() if name.endswith("_hooks"))
     )
 
 
 def _is_of_keras(x):
-    package = (getattr(x, "__module__", None) or "").split(".")[0]
-    # A function made in a function may hold others.
-    made = isinstance(x, types.FunctionType) and "<locals>" in x.__qualname__
-    return package in ("keras", "keras_hub") and not made
+    module = getattr(x, "__module__", None) or ""
+    made = False
+    if isinstance(x, types.FunctionType):
+        module = x.__globals__["__name__"]  # `functools.wraps` cannot change it
+        # A function made in a function may hold others.
+        made = "<locals>" in x.__qualname__
+    return module.split(".")[0] in ("keras", "keras_hub") and not made
