@@ -6,6 +6,7 @@ import pickle
 import weakref
 
 import keras
+import keras_hub
 import numpy as np
 import pytest
 import zoo
@@ -58,6 +59,19 @@ class Counter(layers.Layer):
     def call(self, x):
         self.calls += 1
         return x * self.calls
+
+
+class Sloped(Counter):
+    """The same, in an attribute of a layer of Keras."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = layers.LeakyReLU()
+
+    def call(self, x):
+        self.calls += 1
+        self.inner.negative_slope = 0.1 * self.calls
+        return self.inner(x)
 
 
 class Writer(layers.Layer):
@@ -128,6 +142,76 @@ def penalised():
     return chain(inner)
 
 
+def attended():
+    """Attention takes the mask off what it is given, which others are given too."""
+    inputs = keras.Input((zoo.LENGTH,), dtype="int32")
+    keys = layers.Embedding(zoo.VOCABULARY, WIDTH, mask_zero=True)(inputs)
+    x = layers.Embedding(zoo.VOCABULARY, WIDTH)(inputs)
+    for _ in range(2):
+        x = layers.Add()([x, layers.MultiHeadAttention(2, 4)(x, keys)])
+    return keras.Model(inputs, layers.Dense(3)(layers.Flatten()(x)))
+
+
+def attended_in_place():
+    """A mask that a layer of KerasHub attaches, and attention takes off."""
+    inputs = keras.Input((zoo.LENGTH,), dtype="int32")
+    x = keras_hub.layers.TokenAndPositionEmbedding(
+        zoo.VOCABULARY, zoo.LENGTH, WIDTH, mask_zero=True
+    )(inputs)
+    x = keras_hub.layers.TransformerEncoder(16, 2)(x)
+    return keras.Model(inputs, layers.Dense(3)(layers.GlobalAveragePooling1D()(x)))
+
+
+class Reversed(layers.Layer):
+    """Changes the list that a model gave, and the one that it is given."""
+
+    def __init__(self):
+        super().__init__()
+        inputs = [keras.Input((WIDTH,)), keras.Input((WIDTH,))]
+        hidden = dense()(layers.Subtract()(inputs))
+        self.inner = keras.Model(inputs, [dense()(hidden), dense()(hidden)])
+
+    def call(self, x):
+        given = [x, x * 0.5]
+        first = self.inner(given)
+        first.reverse()
+        given.reverse()
+        second = self.inner(given)
+        return first[0] - 2 * first[1] + 3 * second[0]
+
+
+class Recurrent(layers.Layer):
+    """Calls a cell, which keeps the noise of its dropout from call to call."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = layers.LSTMCell(WIDTH, dropout=0.5, seed=3)
+        self.between = dense()
+
+    def build(self, shape):
+        self.cell.build(shape)
+        self.between.build(shape)
+
+    def call(self, x, training=None):
+        self.cell.reset_dropout_mask()
+        x, states = self.cell(x, [ops.zeros_like(x)] * 2, training=training)
+        return self.cell(self.between(x), states, training=training)[0]
+
+
+class Mapped(layers.Layer):
+    """Calls a layer in a transform of the framework."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = dense()
+
+    def build(self, shape):
+        self.inner.build(shape)
+
+    def call(self, x):
+        return ops.vectorized_map(lambda row: self.inner(row[None])[0], x)
+
+
 def masked():
     inputs = keras.Input((zoo.LENGTH,), dtype="int32")
     x = layers.Embedding(zoo.VOCABULARY, WIDTH, mask_zero=True)(inputs)
@@ -158,6 +242,11 @@ MODELS = {
     "a variable written": lambda: chain(Writer(), dense(), Writer()),
     "losses inside": penalised,
     "masks": masked,
+    "masks taken off": attended,
+    "masks attached": attended_in_place,
+    "lists that change": lambda: chain(Reversed()),
+    "a cell": lambda: chain(Recurrent()),
+    "a transform": lambda: chain(Mapped()),
 }
 if BACKEND == "torch":  # elsewhere Keras cannot build it
     MODELS["rematerialised"] = rematerialised
@@ -169,9 +258,9 @@ def make(name):
         model, x, y = zoo.build(name)
     else:
         keras.utils.set_random_seed(0)
-        model, y = MODELS[name](), zoo.labels()
-        x = zoo._tokens() if name == "masks" else zoo._features()
-        if name == "masks":
+        model, y, x = MODELS[name](), zoo.labels(), zoo._features()
+        if name.startswith("masks"):
+            x = zoo._tokens()
             x[:, 3:] = 0
     model.compile(loss=zoo.loss())
     model.evaluate(x, y, verbose=0)
@@ -275,9 +364,55 @@ def test_first_pass_computes_what_keras_does(name):
 
 
 @on_torch
+def test_noise_is_drawn_once(monkeypatch):
+    import torch
+
+    draws = []
+    bernoulli = torch.Tensor.bernoulli_
+    dropout = torch.nn.functional.dropout
+
+    def drawing(function):
+        return lambda *args, **kwargs: draws.append(1) or function(*args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "bernoulli_", drawing(bernoulli))
+    monkeypatch.setattr(torch.nn.functional, "dropout", drawing(dropout))
+    with backend.no_grad():
+        model = chain(layers.Dropout(0.5), dense(), layers.Dropout(0.5))
+        passes, weights = passes_of(model, lambda arms: [True] * len(arms))
+        draws.clear()  # of the call that builds
+        passes.first(weights)
+        assert len(draws) == 2
+        passes.second(weights)
+    assert len(draws) == 2
+
+
+@on_torch
+def test_derivatives_forwards_are_not_missed(compile_step):
+    import torch
+
+    class Forwards(layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.inner = dense()
+            self.inner.build((None, WIDTH))
+
+        def call(self, x):
+            if isinstance(x, keras.KerasTensor) or x.device.type == "meta":
+                return self.inner(x)
+            value, tangent = torch.func.jvp(self.inner, (x,), (torch.ones_like(x),))
+            return value + tangent
+
+    model = chain(Forwards())
+    model.compile(loss=zoo.loss())
+    x, y = map(ops.convert_to_tensor, (zoo._features(), zoo.labels()))
+    check_second_pass(model, x, y, compile_step)
+
+
+@on_torch
 def test_hidden_state_is_not_missed(compile_step):
     counter = Counter()
-    model = chain(counter, keras.Sequential([dense(), Counter()]), dense())
+    inner = keras.Sequential([dense(), Counter()])
+    model = chain(Sloped(), counter, inner, dense())
     counters = [x for x in model._flatten_layers() if isinstance(x, Counter)]
     model.compile(loss=zoo.loss())
     x, y = map(ops.convert_to_tensor, (zoo._features(), zoo.labels()))
@@ -286,7 +421,7 @@ def test_hidden_state_is_not_missed(compile_step):
         for counter in counters:
             counter.calls = 0
         found = second(ops.convert_to_tensor(mask))
-        assert [counter.calls for counter in counters] == [2, 2]
+        assert [counter.calls for counter in counters] == [2, 2, 2]
         for counter in counters:
             counter.calls = 1
         assert_equal(found, alone(ops.convert_to_tensor(mask)), mask)
