@@ -41,7 +41,7 @@ def lines(result: dict) -> list[str]:
     """The result as text."""
     text = [
         "megabytes         built  first step  later steps   minus built"
-        "     tensors  mean step"
+        "      in use  mean step"
     ]
     for name, row in result["methods"].items():
         resident = row["resident"]

@@ -83,7 +83,7 @@ def memory(results: list[dict]) -> str:
         "resident at most",
         "above the built model",
         "first step above it",
-        "tensors at most",
+        "in use at most",
         "mean step",
         "planned, temporary",
         "planned, in all",

@@ -2,8 +2,8 @@
 
 Rules of the room:
 
-- One file a backend, the same names in each; only the active backend's file is
-  imported. Everything else in the package speaks `keras.ops`.
+- One file a backend, the same names in each, and files that these are made of; only
+  the active backend's are imported. Everything else in the package speaks `keras.ops`.
 - An arm's entry in `active` is a Python bool where its value is known while
   Python runs (PyTorch, `run_eagerly=True`) and a scalar boolean tensor inside a
   traced step (JAX under `jit`, TensorFlow in a graph). Work that only inactive
