@@ -89,7 +89,9 @@ def predict(method: str, costs: Costs, shares: Shares) -> float:
     4.4
     """
     passes = methods.METHODS[method].passes
-    forward = (1 + (passes - 1) * shares.forward_again) * costs.forward
+    # The SAM of tutorials draws noise again.
+    again = 1.0 if method == "tutorial SAM" else shares.forward_again
+    forward = (1 + (passes - 1) * again) * costs.forward
     backward = shares.to_inputs * costs.to_inputs + shares.to_weights * costs.to_weights
     ascent = 0.0 if method == "AdamW" else costs.ascent
     return forward + passes * backward + shares.update * (ascent + costs.update)

@@ -11,6 +11,7 @@ import pytest
 from benchmarks import cost_model
 from benchmarks import layer_calls
 from benchmarks import masks
+from benchmarks import memory
 from benchmarks import methods
 from benchmarks import models
 from benchmarks import probes
@@ -117,16 +118,17 @@ def test_masks_and_conditions_of_a_step():
     args = flags()
     model = methods.prepare("SL-SAM", args)
     x, y = models.data(args, args.batch)
-    # The first turn, the next one's first step, and the first that counts.
-    for _ in range(args.steps + 1 + 1 + 1):
+    # The first turn does not count, nor the first step of each turn.
+    num_arms = len(model.trainable_variables)
+    turns = np.empty((args.rounds + 1, args.steps + 1, num_arms))
+    for step in np.ndindex(turns.shape[:2]):
         step_time.fit(model, x, y, args.batch)
-    active = keras.ops.convert_to_numpy(model.optimizer.active)
-    again = masks.of_timed_steps(len(model.optimizer.arms), args)
-    np.testing.assert_array_equal(active, again[0])
-    assert len(again) == args.rounds * args.steps
+        turns[step] = keras.ops.convert_to_numpy(model.optimizer.active)
+    again = masks.of_timed_steps(num_arms, args)
+    np.testing.assert_array_equal(again, np.concatenate(turns[1:, 1:]))
 
     count = probes.conditions(model, x, y)
-    assert count is None if BACKEND == "torch" else count > len(model.optimizer.arms)
+    assert count is None if BACKEND == "torch" else count > num_arms
 
 
 def test_costs_by_the_rule():
@@ -138,6 +140,15 @@ def test_costs_by_the_rule():
     assert count("SL-SAM") == pytest.approx(2 * (2 + 0.2))
     assert count("SL+S2") == pytest.approx(2 + 0.2)
     assert count("SL-SAM block") == pytest.approx(1 + 3 * (1 - 0.3) + 2 * 0.2)
+
+
+def test_the_sam_of_tutorials_draws_noise_again():
+    known = cost_model.EVERYTHING._replace(forward_again=0.9)
+    costs = [
+        cost_model.predict(name, cost_model.UNIT, known)
+        for name in ("tutorial SAM", "SAM")
+    ]
+    assert costs == [6, pytest.approx(5.9)]
 
 
 def test_what_gradients_share_counts_once():
@@ -153,6 +164,32 @@ def test_the_chain_ends_at_the_lowest_active_arm():
     found = cost_model.shares(calls, [0, 1, 2, 3], mask)
     assert found == cost_model.Shares(3 / 4, 2 / 4, 2 / 4, 2 / 4)
     assert cost_model.lowest_active(mask) == 1 / 4
+
+
+def test_scale(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        memory, "of_method", lambda name, args: {"resident": {"later_steps": 1e6}}
+    )
+    file = tmp_path / "scale.json"
+    few = ["--rounds", "1", "--steps", "1", "--depths", "1", "2"]
+    main(["scale", *few, "--json", str(file)])
+    result = json.loads(file.read_text())["result"]
+    shallow, deep = result["rows"]
+    # A block has 16 weights; 9 are those of embeddings and of the head.
+    assert (shallow["arms"], deep["arms"]) == (9 + 16, 9 + 2 * 16)
+    if BACKEND == "torch":
+        assert shallow["conditions"] is None
+    else:
+        assert shallow["conditions"] < deep["conditions"] < 2 * shallow["conditions"]
+    for name in ("SAM", "SL-SAM"):
+        assert shallow["times"][name]["first_call"] > 0
+        assert (result["exponents"][name]["trace"] is None) == (BACKEND == "torch")
+
+    page, picture = tmp_path / "page.md", tmp_path / "page.svg"
+    names = ("time", "memory", "cost", "scale")
+    page.write_text("".join(f"<!-- {n} -->\nold\n<!-- /{n} -->\n" for n in names))
+    report.write([file], page, picture)
+    assert page.read_text().count("old") == 3
 
 
 def test_powers_of_the_depth():

@@ -134,6 +134,28 @@ def test_embedding_gradients_stay_sparse():
     np.testing.assert_allclose(float(squared), (dense**2).sum(), rtol=1e-5)
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's own random numbers")
+def test_stateful_operations_run_once(compile_step):
+    import tensorflow as tf
+
+    seen = []
+
+    def loss_fn(weights):
+        scale = tf.random.uniform([])
+        tf.numpy_function(lambda n: seen.append(int(n)), [tf.shape(weights[0])[0]], [])
+        return scale * tf.reduce_sum(weights[0] * weights[1]), ()
+
+    def run(mask):
+        passes = backend.Passes(loss_fn, [0, 1], backend.concrete(mask), twice=False)
+        return passes.first([tf.constant([1.0, 2.0]), tf.constant([3.0, 4.0])])
+
+    (loss, _), (first, second) = compile_step(run)(tf.constant([True, False]))
+    scale = float(loss) / 11
+    np.testing.assert_allclose(first, [3 * scale, 4 * scale], rtol=1e-6)
+    np.testing.assert_array_equal(second, [0, 0])
+    assert seen == [2]
+
+
 @pytest.mark.skipif(BACKEND != "jax", reason="the layout is XLA's")
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 @pytest.mark.parametrize("kind", ["Conv1D", "Conv2D", "Conv3D", "DepthwiseConv2D"])

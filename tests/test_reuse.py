@@ -275,6 +275,16 @@ def masks(num_arms):
     return [mask for mask in chosen if mask.any()]
 
 
+def of_unknown_size(batch):
+    """Data as `fit` gives them on TensorFlow, where the last batch may be smaller."""
+    if BACKEND != "tensorflow":
+        return batch
+    import tensorflow as tf
+
+    shape = [None, *batch.shape[1:]]
+    return tf.compat.v1.placeholder_with_default(batch, shape)
+
+
 def functions(model, x, y):
     """From a mask to the gradients at perturbed weights: as second pass, and alone."""
     variables = model.trainable_variables
@@ -293,7 +303,8 @@ def functions(model, x, y):
         perturbed = perturbation.of_active(
             lambda i, w: w + noise[i], weights, members, active
         )
-        loss = Loss(model, variables, x, y, None)
+        batch = keras.tree.map_structure(of_unknown_size, (x, y))
+        loss = Loss(model, variables, *batch, None)
         return backend.Passes(loss, arms, active), weights, perturbed
 
     def dense(gradients, weights):
@@ -361,6 +372,78 @@ def test_first_pass_computes_what_keras_does(name):
             passes = backend.Passes(loss, arms, [True] * len(arms), twice)
             found.append(passes.first(weights)[1])
     assert_equal(*found, [True] * len(arms))
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="one program is compiled by XLA")
+@pytest.mark.parametrize("sparse", [True, False])
+def test_noise_is_drawn_once_in_a_graph(sparse, compile_step):
+    from benchmarks.work import tensorflow as work
+
+    model = chain(layers.Dropout(0.5), dense(), layers.Dropout(0.5))
+    model.compile(loss=zoo.loss())
+    variables = model.trainable_variables
+    data = [ops.convert_to_tensor(part) for part in (zoo._features(), zoo.labels())]
+
+    @compile_step
+    def step(*data):
+        loss = Loss(model, variables, *map(of_unknown_size, data), None)
+        active = [True] * len(variables)
+        if sparse:
+            active = backend.concrete(ops.convert_to_tensor(active))
+        passes = backend.Passes(loss, list(range(len(variables))), active)
+        weights = [backend.read(v) for v in variables]
+        gradients = passes.first(weights)[1]
+        return gradients, passes.second([0.9 * w for w in weights])
+
+    nodes, executed = work._trace(step.get_concrete_function(*data), data)
+    kinds = [nodes[s.node_name].op for s in executed if s.node_name in nodes]
+    assert kinds.count("StatelessRandomUniformV2") == 2
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="shapes are known elsewhere")
+def test_noise_of_a_size_that_hangs_on_the_weights(compile_step):
+    import tensorflow as tf
+
+    sizes = []
+
+    class Chosen(layers.Layer):
+        """Noise for the rows whose first entry is positive."""
+
+        def call(self, x):
+            rows = tf.boolean_mask(x, x[:, 0] > 0.4)
+            tf.numpy_function(lambda n: sizes.append(int(n)), [tf.shape(rows)[0]], [])
+            noise = tf.random.stateless_uniform(tf.shape(rows), seed=(1, 2))
+            return x + tf.reduce_sum(rows * noise) / 10
+
+    model = chain(Chosen(), dense())
+    model.compile(loss=zoo.loss())
+    x, y = map(ops.convert_to_tensor, (zoo._features(), zoo.labels()))
+    check_second_pass(model, x, y, compile_step)
+    assert len(set(sizes)) > 1
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="shapes are known elsewhere")
+def test_a_shape_that_hangs_on_the_weights(compile_step):
+    import tensorflow as tf
+
+    table = np.arange(16, dtype="float32").reshape(4, 4)
+
+    def loss_fn(weights):
+        entries, column = weights
+        shape = tf.where(column > 0, [4, 1], [1, 4])
+        sums = tf.reshape(entries, shape) + tf.ones((4, 4))
+        return tf.reduce_sum(sums * table) + column, ()
+
+    @compile_step
+    def gradients():
+        entries = tf.ones(4)
+        passes = backend.Passes(loss_fn, [0, 1], [True, True])
+        row = passes.first([entries, tf.constant(0.0)])[1]
+        return row[0], passes.second([entries, tf.constant(1.0)])[0]
+
+    row, column = gradients()
+    np.testing.assert_array_equal(row, table.sum(axis=0))
+    np.testing.assert_array_equal(column, table.sum(axis=1))
 
 
 @on_torch
@@ -593,15 +676,16 @@ def test_another_thread_computes():
         def call(self, x):
             def run():
                 replaced = "forward" in vars(inner)
-                found.append((replaced, inner(ops.ones((1, WIDTH)))))
+                found.append((replaced, inner(x)))
 
+            # With what `inner` gets next, in the passes.
             thread = threading.Thread(target=run)
             thread.start()
             thread.join()
             return x
 
-    model = keras.Sequential([keras.Input((WIDTH,)), inner, Predict(), dense()])
-    expected = ops.convert_to_numpy(inner(ops.ones((1, WIDTH))))
+    model = keras.Sequential([keras.Input((WIDTH,)), Predict(), inner, dense()])
+    expected = ops.convert_to_numpy(inner(zoo._features()))
     found.clear()  # symbolic
     with backend.no_grad():
         passes, weights = passes_of(model, lambda arms: [a > 1 for a in arms])

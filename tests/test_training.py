@@ -451,6 +451,30 @@ def test_no_retrace_after_the_first_steps(single_step):
     assert counts.calls == before
 
 
+@pytest.mark.skipif(BACKEND != "jax", reason="the size of XLA's program")
+@pytest.mark.parametrize("method", ["sam", "slsam"])
+def test_the_compiled_step_grows_in_proportion_to_the_depth(method):
+    import jax
+
+    def size(depth):
+        model = keras.Sequential([keras.Input((4,))])
+        for _ in range(depth):
+            model.add(keras.layers.Dense(4, activation="tanh"))
+        model.compile(loss="mse")
+        data = np.ones((3, 4), "float32"), np.ones((3, 4), "float32")
+        model.evaluate(*data, verbose=0)
+        optimizer = methods(rho=0.05)[method]
+        optimizer.build(model.trainable_variables)
+        step = jax.jit(
+            lambda state: keras_slsam.stateless_step(model, optimizer, state, data)
+        )
+        program = step.lower(state_of(model, optimizer)[1]).compile()
+        return program.as_text().count("\n")
+
+    sizes = [size(depth) for depth in (8, 16, 32)]
+    assert sizes[2] - sizes[1] < 2.2 * (sizes[1] - sizes[0])
+
+
 @pytest.mark.skipif(BACKEND != "torch", reason="one program on JAX and TensorFlow")
 @pytest.mark.parametrize("accumulated", [None, 2])
 @pytest.mark.parametrize("sampler", ["bandit", "proportional", "uniform"])
@@ -514,6 +538,17 @@ def test_custom_loop_takes_the_same_step_as_fit(name):
         np.testing.assert_allclose(float(custom_logs[key]), value, rtol=1e-4)
 
 
+def state_of(model, optimizer):
+    """The variables of the state of a step, and their values."""
+    variables = (
+        model.trainable_variables,
+        model.non_trainable_variables,
+        optimizer.variables,
+        model.metrics_variables,
+    )
+    return variables, tuple([v.value for v in group] for group in variables)
+
+
 def run_custom_loop(model, optimizer, batch, steps):
     """The loops of the README; returns the last metrics."""
     batch = keras.tree.map_structure(ops.convert_to_tensor, batch)
@@ -523,13 +558,7 @@ def run_custom_loop(model, optimizer, batch, steps):
         model.evaluate(*batch, verbose=0)
         model.reset_metrics()
         optimizer.build(model.trainable_variables)
-        variables = (
-            model.trainable_variables,
-            model.non_trainable_variables,
-            optimizer.variables,
-            model.metrics_variables,
-        )
-        state = tuple([v.value for v in group] for group in variables)
+        variables, state = state_of(model, optimizer)
         step = jax.jit(
             lambda state, data: keras_slsam.stateless_step(
                 model, optimizer, state, data

@@ -51,6 +51,9 @@ class Passes:
                 "Sharpness-aware steps under a `tf.distribute` strategy are not "
                 f"supported yet. Received: {replicas} replicas. Train on one device."
             )
+        if twice and all(on is True for on in active) and not tf.executing_eagerly():
+            # Dense, but what hangs on no weight, like noise, is not done twice.
+            arms, active = [0] * len(arms), [tf.constant(True)]
         self._loss_fn = loss_fn
         self._arms = arms
         self._active = active

@@ -7,6 +7,7 @@ chain below the lowest active one.
 
 A second run differs in the active weights only. So a walk forwards finds the arms that
 each operation hangs on, and where none of them is active it gives what the first gave.
+What hangs on no weight, or like noise on the sizes of values only, is not run again.
 """
 
 import collections
@@ -17,9 +18,23 @@ import typing
 
 import tensorflow as tf
 
-# Operations that read only shapes, and those that do not touch the data.
-_SHAPES = {"BroadcastGradientArgs", "Rank", "Shape", "ShapeN", "Size"}
+# Operations that read only sizes, and those that do not touch the data.
+_SHAPES = {"Rank", "Shape", "ShapeN", "Size"}
 _VIEWS = {"ExpandDims", "Identity", "Reshape", "Squeeze"}
+
+# Operations whose results have sizes that follow from those of what they read, and from
+# the integers in it.
+_SIZED_BY_SIZES = _VIEWS | {
+    *("Abs", "AddN", "AddV2", "AvgPool", "BatchMatMulV2", "BiasAdd", "BroadcastTo"),
+    *("Cast", "ConcatV2", "Conv2D", "Cos", "DepthwiseConv2dNative", "Einsum", "Elu"),
+    *("Equal", "Erf", "Exp", "FusedBatchNormV3", "GatherV2", "Greater", "GreaterEqual"),
+    *("IdentityN", "LeakyRelu", "Less", "LessEqual", "Log", "LogSoftmax", "LogicalAnd"),
+    *("MatMul", "Max", "MaxPool", "Maximum", "Mean", "Min", "Minimum", "Mul", "Neg"),
+    *("Pack", "Pad", "Pow", "RealDiv", "Relu", "Relu6", "Rsqrt", "SelectV2", "Selu"),
+    *("Sigmoid", "Sin", "Slice", "Softmax", "Softplus", "Split", "Sqrt", "Square"),
+    *("SquaredDifference", "StatelessRandomNormalV2", "StatelessRandomUniformV2"),
+    *("StopGradient", "StridedSlice", "Sub", "Sum", "Tanh", "Tile", "Transpose"),
+}
 
 # Operations that cost no more than the copy of a value that is kept.
 _COPIES = {"Cast", "Transpose"}
@@ -61,11 +76,20 @@ class Program:
         self._everyone = (1 << len(active)) - 1
         self._sets, copied = _plan(self._source, needs, self._everyone)
         upstream = dict.fromkeys(self._source.operations, self._everyone)
+        results = [tensor for tensor, _ in needs]
+        split = functools.partial(
+            _partition, self._source, sets=self._sets, copied=copied
+        )
+        self._again, self._kept = {}, []
         if twice:
             weights = [tensor.op for tensor in traced.graph.inputs[: len(own)]]
             weights = dict(zip(weights, own))
             upstream = _upstream(self._source, weights, self._everyone)
-        self._parts = _partition(self._source, needs, self._sets, upstream, copied)
+            same = _same_again(self._source, weights)
+            self._again = split(results, upstream=upstream, given=same)
+            read = [t for part in self._again.values() for t in part.inputs]
+            self._kept = [t for t in [*results, *read] if t.op in same]
+        self._parts = split([*results, *self._kept], upstream=upstream, given=set())
         sets = set().union(*self._parts) - {0, self._everyone}
         self._any_active = _any_active(active, sets)
 
@@ -78,14 +102,14 @@ class Program:
         Returns:
             List of tensors, zero where none of their arms is active.
         """
-        self._values = self._evaluate(weights)
+        self._values = self._evaluate(self._parts, weights, {})
         return self._results(self._values)
 
     def run_again(self, weights):
         """The same at weights of which the inactive ones are those of `run`."""
-        return self._results(self._evaluate(weights, self._values))
+        return self._results(self._evaluate(self._again, weights, self._values))
 
-    def _evaluate(self, weights, before=None):
+    def _evaluate(self, parts, weights, before):
         surrounding = tf.compat.v1.get_default_graph()
         # Keeps alive what it calls, like the bodies of loops.
         self._traced.add_to_graph(surrounding)
@@ -94,12 +118,14 @@ class Program:
             inner.name: surrounding.capture(tensor)
             for inner, tensor in zip(self._traced.graph.inputs, outer)
         }
-        for (arms, upstream), part in self._parts.items():
+        if before:
+            values.update((tensor.name, before[tensor.name]) for tensor in self._kept)
+        for (arms, upstream), part in parts.items():
             work = functools.partial(self._source.place, part, values)
             conditions = {arms}
             skip = functools.partial(_zeros, part.outputs, work, self._jit_compile)
             cheap = False
-            if before is not None and upstream != self._everyone:
+            if before and upstream != self._everyone:
                 conditions.add(upstream)
                 kept = {tensor.name: before[tensor.name] for tensor in part.outputs}
                 skip = functools.partial(dict, kept)
@@ -107,8 +133,6 @@ class Program:
             conditions.discard(self._everyone)
             if not conditions or cheap:
                 made = work()
-            elif 0 in conditions:
-                made = kept
             else:
                 on = [self._any_active[arms] for arms in conditions]
                 made = tf.cond(functools.reduce(tf.logical_and, on), work, skip)
@@ -228,8 +252,8 @@ def _plan(source, needs, everyone):
         read = set().union(*(origins[producer] for producer in producers))
         if op not in given and (
             source.is_small_constant(op)
-            or op.type in _SHAPES
-            or (producers and producers <= copied and _are_small(op.outputs))
+            or op.type in _SHAPES | {"BroadcastGradientArgs"}
+            or (producers and producers <= copied and _is_small_and_pure(op))
         ):
             copied.add(op)
             origins[op] = read
@@ -259,11 +283,43 @@ def _upstream(source, own, everyone):
             continue
         read = (sets[tensor.op] for tensor in op.inputs)
         sets[op] = functools.reduce(operator.or_, read, 0)
-        handles = any(t.dtype in _HANDLES for t in [*op.inputs, *op.outputs])
         # The data may also flow through a state, like that of a variable.
-        if op.op_def.is_stateful or handles or sets[op].bit_count() > _FEW:
+        if op.op_def.is_stateful or _has_handles(op) or sets[op].bit_count() > _FEW:
             sets[op] = everyone
     return sets
+
+
+def _same_again(source, weights):
+    """Finds the operations that give the same at other values of the weights.
+
+    Args:
+        source: `_Source`.
+        weights: The operations, of the inputs, that are weights.
+
+    Returns:
+        Set of operations.
+    """
+    same, same_sizes = set(), set()
+    for op in source.operations:
+        if op in source.inputs:
+            same_sizes.add(op)
+            if op not in weights:
+                same.add(op)
+            continue
+        if all(t.shape.is_fully_defined() for t in op.outputs):
+            same_sizes.add(op)
+        # The data may also flow through a state, like that of a variable.
+        if op.op_def.is_stateful or _has_handles(op):
+            continue
+        producers = {t.op for t in op.inputs}
+        integers = {t.op for t in op.inputs if t.dtype.is_integer}
+        if producers <= (same_sizes if op.type in _SHAPES else same):
+            same.add(op)
+            same_sizes.add(op)
+        elif op.type in _SIZED_BY_SIZES and producers <= same_sizes:
+            if integers <= same:
+                same_sizes.add(op)
+    return same - source.inputs
 
 
 class _Part(typing.NamedTuple):
@@ -277,24 +333,33 @@ class _Part(typing.NamedTuple):
         return all(op.type in _VIEWS | _COPIES for op in self.operations)
 
 
-def _partition(source, needs, sets, upstream, copied):
+def _partition(source, results, sets, upstream, copied, given):
     """Sorts operations by the arms that need them, and by those upstream.
 
     Along the data flow the first sets only shrink and the others only grow. So nothing
     else lies between two operations with the same two sets, and in order of these
     sizes all come after what they read.
 
+    Args:
+        source: `_Source`.
+        results: List of tensors, to be among the outputs of their parts.
+        sets: Dict from operations to the sets of arms that need them.
+        upstream: Dict from operations to the sets of arms that they hang on.
+        copied: Set of the operations that are done anew wherever they are read.
+        given: Set of operations whose results are known, and in no part.
+
     Returns:
         Dict from pairs of sets to `_Part`, in the order of computation.
     """
+    given = given | source.inputs
     keys = {op: (sets[op], upstream[op]) for op in source.operations}
     members = collections.defaultdict(dict)
     for op in source.operations:
-        if sets[op] and op not in copied and op not in source.inputs:
+        if sets[op] and op not in copied and op not in given:
             members[keys[op]][op] = None
     inputs = collections.defaultdict(dict)
     outputs = collections.defaultdict(dict)
-    for tensor, _ in needs:
+    for tensor in results:
         outputs[keys[tensor.op]][tensor.name] = tensor
     for key, present in members.items():
         waiting = list(present)
@@ -312,10 +377,14 @@ def _partition(source, needs, sets, upstream, copied):
         key: _Part(
             list(members[key]),
             list(inputs[key].values()),
-            [t for t in outputs[key].values() if t.op not in source.inputs],
+            [t for t in outputs[key].values() if t.op not in given],
         )
         for key in sorted(members, key=lambda k: (-k[0].bit_count(), k[1].bit_count()))
     }
+
+
+def _has_handles(op):
+    return any(t.dtype in _HANDLES for t in [*op.inputs, *op.outputs])
 
 
 def _any_active(active, sets):
@@ -338,12 +407,12 @@ def _zeros(tensors, work, jit_compile):
     return {t.name: tf.zeros(shape, t.dtype) for t, shape in zip(tensors, shapes)}
 
 
-def _are_small(tensors):
-    """Whether tensors are scalars, or shapes and the like."""
-    return all(
+def _is_small_and_pure(op):
+    """Whether an operation gives scalars, or shapes and the like, and nothing else."""
+    return not op.op_def.is_stateful and all(
         t.dtype not in _HANDLES
         and (t.shape.rank == 0 or (t.shape.rank == 1 and t.dtype.is_integer))
-        for t in tensors
+        for t in op.outputs
     )
 
 
