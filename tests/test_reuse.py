@@ -667,34 +667,35 @@ def test_layers_are_as_before_after_a_step():
 
 
 @on_torch
-def test_another_thread_computes():
+def test_another_thread_computes(monkeypatch):
     import threading
 
-    found, inner = [], dense()
+    import torch
+
+    draws, inner = [], layers.Dropout(0.5)
+    dropout = torch.nn.functional.dropout
+
+    def drawing(*args, **kwargs):
+        draws.append("forward" in vars(inner))
+        return dropout(*args, **kwargs)
 
     class Predict(layers.Layer):
         def call(self, x):
-            def run():
-                replaced = "forward" in vars(inner)
-                found.append((replaced, inner(x)))
-
-            # With what `inner` gets next, in the passes.
-            thread = threading.Thread(target=run)
+            # Called as `inner` is next, in the passes.
+            call = {"args": (x,), "kwargs": {"training": True}}
+            thread = threading.Thread(target=inner, **call)
             thread.start()
             thread.join()
             return x
 
-    model = keras.Sequential([keras.Input((WIDTH,)), Predict(), inner, dense()])
-    expected = ops.convert_to_numpy(inner(zoo._features()))
-    found.clear()  # symbolic
+    model = chain(Predict(), inner)
+    monkeypatch.setattr(torch.nn.functional, "dropout", drawing)
     with backend.no_grad():
-        passes, weights = passes_of(model, lambda arms: [a > 1 for a in arms])
+        passes, weights = passes_of(model, lambda arms: [True] * len(arms))
         passes.first(weights)
         passes.second(weights)
-    assert len(found) == 2
-    for replaced, output in found:
-        assert replaced
-        np.testing.assert_allclose(ops.convert_to_numpy(output), expected, rtol=1e-6)
+    # The passes' own noise is drawn in another way.
+    assert draws == [True, True]
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="JAX's effects")
