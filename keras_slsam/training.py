@@ -182,6 +182,10 @@ class SAMTrainStep:
         """The step of `fit`, with the arguments that the backend's Keras gives it."""
         return _train_step(self, super().train_step, *args)
 
+    def make_train_function(self, force=False):
+        """What `fit` calls for the function that takes its steps."""
+        return _make_train_function(self, super().make_train_function, force)
+
 
 def sharpness_aware(model: keras.Model) -> keras.Model:
     """Gives an existing model the sharpness-aware train step, in place.
@@ -232,7 +236,9 @@ def sharpness_aware(model: keras.Model) -> keras.Model:
             "`keras_slsam.step(self, self.optimizer, data)` there, or leave out the "
             "override."
         )
+    make = model.make_train_function
     model.train_step = functools.partial(_train_step, model, model.train_step)
+    model.make_train_function = functools.partial(_make_train_function, model, make)
     model.train_function = None  # what `fit` has compiled holds the old step
     return model
 
@@ -245,6 +251,14 @@ def _train_step(model, keras_train_step, *args):
         # The stateless trainer of the JAX backend gives `(state, data)`.
         return stateless_step(model, optimizer, *args)
     return step(model, optimizer, *args)
+
+
+def _make_train_function(model, keras_make_train_function, force=False):
+    if model.train_function is None or force:
+        keras_make_train_function(force)
+        if isinstance(loss_scale.split(model.optimizer)[1], SharpnessAware):
+            model.train_function = backend.build_first(model, model.train_function)
+    return model.train_function
 
 
 def _state_variables(model, optimizer):

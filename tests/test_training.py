@@ -451,6 +451,40 @@ def test_no_retrace_after_the_first_steps(single_step):
     assert counts.calls == before
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="a function that makes variables")
+@pytest.mark.parametrize("own", [False, True])
+def test_variables_are_made_before_the_first_trace(own):
+    class Model(keras_slsam.SAMTrainStep, keras.Model):
+        traces = 0
+
+        def train_step(self, data):
+            self.traces += 1
+            return super().train_step(data)
+
+    class Own(Model):
+        def compute_metrics(self, x, y, y_pred, sample_weight=None):
+            # A tensor of the step's graph, which only a step has.
+            logs = super().compute_metrics(x, y, y_pred, sample_weight)
+            return {**logs, "traces": ops.sum(0.0 * y_pred) + self.traces}
+
+    counts = Counts()
+    inputs = keras.Input((8,))
+    outputs = keras.layers.Dense(3)(counts(keras.layers.Dense(8)(inputs)))
+    model = (Own if own else Model)(inputs, outputs)
+    model.compile(
+        optimizer=keras_slsam.SLSAM("adamw", active_fraction=0.5, seed=0),
+        loss=zoo.loss(),
+        metrics=["accuracy"],
+    )
+    counts.calls = 0
+    x, y = np.ones((10, 8), "float32"), np.zeros(10, "int32")
+    history = model.fit(x, y, batch_size=4, verbose=0).history
+    # Twice, as Keras would, where metrics may ask for what a step has made.
+    assert model.traces == (2 if own else 1)
+    assert counts.calls == 2  # or once for shapes, and once in the step
+    assert np.isfinite(history["loss"][0]) and "accuracy" in history
+
+
 @pytest.mark.skipif(BACKEND != "jax", reason="the size of XLA's program")
 @pytest.mark.parametrize("method", ["sam", "slsam"])
 def test_the_compiled_step_grows_in_proportion_to_the_depth(method):

@@ -27,6 +27,8 @@ What each file holds:
 - `own_parameters(model, variables)`: contexts in which layers that do not read their
   weights as Keras variables compute with other weights, and what takes over their
   state.
+- `build_first(model, train_function)`: a train function that makes the variables of
+  optimizer and metrics before it is traced.
 - `multiply(gradient, factor)`: `factor * gradient`, a new tensor.
 - `squared_sum(gradient)`: sum of the squares of a gradient's entries.
 - `add(weight, gradient, scale)`: `weight + scale * gradient`, a new tensor.
@@ -37,6 +39,7 @@ import keras
 if keras.config.backend() == "jax":
     from keras_slsam.gradients.jax import Passes
     from keras_slsam.gradients.jax import add
+    from keras_slsam.gradients.jax import build_first
     from keras_slsam.gradients.jax import can_compile
     from keras_slsam.gradients.jax import concrete
     from keras_slsam.gradients.jax import init_scope
@@ -49,6 +52,7 @@ if keras.config.backend() == "jax":
 elif keras.config.backend() == "tensorflow":
     from keras_slsam.gradients.tensorflow import Passes
     from keras_slsam.gradients.tensorflow import add
+    from keras_slsam.gradients.tensorflow import build_first
     from keras_slsam.gradients.tensorflow import can_compile
     from keras_slsam.gradients.tensorflow import concrete
     from keras_slsam.gradients.tensorflow import init_scope
@@ -61,6 +65,7 @@ elif keras.config.backend() == "tensorflow":
 elif keras.config.backend() == "torch":
     from keras_slsam.gradients.torch import Passes
     from keras_slsam.gradients.torch import add
+    from keras_slsam.gradients.torch import build_first
     from keras_slsam.gradients.torch import can_compile
     from keras_slsam.gradients.torch import concrete
     from keras_slsam.gradients.torch import init_scope

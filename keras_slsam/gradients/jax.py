@@ -495,6 +495,11 @@ def _always(values):
     return lambda *_: values
 
 
+def build_first(model, train_function):
+    """The same function: Keras makes all variables before."""
+    return train_function
+
+
 def when(active, update, variables):
     """Runs `update()`, which assigns to `variables`, if `active`.
 

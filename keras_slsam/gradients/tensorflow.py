@@ -141,6 +141,38 @@ def own_parameters(model, variables):
     return lambda weights: contextlib.nullcontext(), lambda: None
 
 
+def build_first(model, train_function):
+    """A train function whose first step makes no variables.
+
+    A `tf.function` that makes variables is traced twice. So what `fit` leaves to the
+    first step is made before it, as Keras does on the other backends. Left to it are
+    models that are not built, or with a loss or metrics of their own, which may ask for
+    more than shapes.
+
+    Args:
+        model: `keras.Model`.
+        train_function: Function of an iterator over batches.
+
+    Returns:
+        Function like `train_function`.
+    """
+    own = ("compute_loss", "compute_metrics")
+    pending = all(getattr(type(model), f) is getattr(keras.Model, f) for f in own)
+
+    def call(iterator):
+        nonlocal pending
+        if pending and isinstance(iterator, tf.data.Iterator):
+            specs = tf.nest.flatten(iterator.element_spec)
+            known = all(type(s) is tf.TensorSpec and s.shape.rank for s in specs)
+            # Keras has no public names for them.
+            if known and all(layer.built for layer in model._flatten_layers()):
+                model._symbolic_build(data_batch=iterator.element_spec)
+        pending = False
+        return train_function(iterator)
+
+    return call
+
+
 def when(active, update, variables):
     """Runs `update()`, which assigns to `variables`, if `active`.
 

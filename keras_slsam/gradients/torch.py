@@ -200,6 +200,11 @@ class _Holder(torch.nn.Module):
         return self.run(*args, **kwargs)
 
 
+def build_first(model, train_function):
+    """The same function: Keras makes all variables before."""
+    return train_function
+
+
 def when(active, update, variables):
     """Runs `update()`, which assigns to `variables`, if `active`.
 
