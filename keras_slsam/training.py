@@ -53,6 +53,11 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
     with backend.no_grad():
         scale = loss_scale.read(scaler)
         loss = Loss(model, variables, x, y, sample_weight, scale)
+        if backend.only_builds():
+            _, outputs = loss([backend.read(v) for v in variables])
+            return _update_metrics(
+                model, x, y, sample_weight, *loss.record_metrics(outputs)
+            )
         first_of_window, last_of_window = optimizer.window()
         active = optimizer.draw_active(first_of_window)
         passes = backend.Passes(
@@ -182,9 +187,10 @@ class SAMTrainStep:
         """The step of `fit`, with the arguments that the backend's Keras gives it."""
         return _train_step(self, super().train_step, *args)
 
-    def make_train_function(self, force=False):
+    def make_train_function(self, *args, **kwargs):
         """What `fit` calls for the function that takes its steps."""
-        return _make_train_function(self, super().make_train_function, force)
+        make = super().make_train_function
+        return _make_train_function(self, make, *args, **kwargs)
 
 
 def sharpness_aware(model: keras.Model) -> keras.Model:
@@ -253,12 +259,13 @@ def _train_step(model, keras_train_step, *args):
     return step(model, optimizer, *args)
 
 
-def _make_train_function(model, keras_make_train_function, force=False):
-    if model.train_function is None or force:
-        keras_make_train_function(force)
-        if isinstance(loss_scale.split(model.optimizer)[1], SharpnessAware):
-            model.train_function = backend.build_first(model, model.train_function)
-    return model.train_function
+def _make_train_function(model, keras_make_train_function, *args, **kwargs):
+    before = model.train_function
+    result = keras_make_train_function(*args, **kwargs)
+    made, (_, optimizer) = model.train_function, loss_scale.split(model.optimizer)
+    if made is not before and isinstance(optimizer, SharpnessAware):
+        model.train_function = backend.build_first(model, made)
+    return result
 
 
 def _state_variables(model, optimizer):

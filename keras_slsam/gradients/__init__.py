@@ -28,7 +28,8 @@ What each file holds:
   weights as Keras variables compute with other weights, and what takes over their
   state.
 - `build_first(model, train_function)`: a train function that makes the variables of
-  optimizer and metrics before it is traced.
+  optimizer and metrics before it is traced, where Keras does not.
+- `only_builds()`: whether this step is taken for that only, and not executed.
 - `multiply(gradient, factor)`: `factor * gradient`, a new tensor.
 - `squared_sum(gradient)`: sum of the squares of a gradient's entries.
 - `add(weight, gradient, scale)`: `weight + scale * gradient`, a new tensor.
@@ -45,6 +46,7 @@ if keras.config.backend() == "jax":
     from keras_slsam.gradients.jax import init_scope
     from keras_slsam.gradients.jax import multiply
     from keras_slsam.gradients.jax import no_grad
+    from keras_slsam.gradients.jax import only_builds
     from keras_slsam.gradients.jax import own_parameters
     from keras_slsam.gradients.jax import read
     from keras_slsam.gradients.jax import squared_sum
@@ -58,6 +60,7 @@ elif keras.config.backend() == "tensorflow":
     from keras_slsam.gradients.tensorflow import init_scope
     from keras_slsam.gradients.tensorflow import multiply
     from keras_slsam.gradients.tensorflow import no_grad
+    from keras_slsam.gradients.tensorflow import only_builds
     from keras_slsam.gradients.tensorflow import own_parameters
     from keras_slsam.gradients.tensorflow import read
     from keras_slsam.gradients.tensorflow import squared_sum
@@ -71,6 +74,7 @@ elif keras.config.backend() == "torch":
     from keras_slsam.gradients.torch import init_scope
     from keras_slsam.gradients.torch import multiply
     from keras_slsam.gradients.torch import no_grad
+    from keras_slsam.gradients.torch import only_builds
     from keras_slsam.gradients.torch import own_parameters
     from keras_slsam.gradients.torch import read
     from keras_slsam.gradients.torch import squared_sum

@@ -6,6 +6,7 @@ weights only.
 """
 
 import contextlib
+import contextvars
 import threading
 import unittest.mock
 
@@ -141,13 +142,20 @@ def own_parameters(model, variables):
     return lambda weights: contextlib.nullcontext(), lambda: None
 
 
-def build_first(model, train_function):
-    """A train function whose first step makes no variables.
+# Whether what is traced now is the trace of `build_first`.
+_builds = contextvars.ContextVar("builds", default=False)
 
-    A `tf.function` that makes variables is traced twice. So what `fit` leaves to the
-    first step is made before it, as Keras does on the other backends. Left to it are
-    models that are not built, or with a loss or metrics of their own, which may ask for
-    more than shapes.
+
+def only_builds():
+    """Whether this step is taken for the variables that it makes, and not executed."""
+    return _builds.get()
+
+
+def build_first(model, train_function):
+    """A train function that makes variables before it is traced.
+
+    A `tf.function` that makes variables is traced twice. So they are made in a trace of
+    its own, of steps without gradients and updates.
 
     Args:
         model: `keras.Model`.
@@ -156,21 +164,31 @@ def build_first(model, train_function):
     Returns:
         Function like `train_function`.
     """
-    own = ("compute_loss", "compute_metrics")
-    pending = all(getattr(type(model), f) is getattr(keras.Model, f) for f in own)
+    pending = True
 
     def call(iterator):
         nonlocal pending
-        if pending and isinstance(iterator, tf.data.Iterator):
-            specs = tf.nest.flatten(iterator.element_spec)
-            known = all(type(s) is tf.TensorSpec and s.shape.rank for s in specs)
-            # Keras has no public names for them.
-            if known and all(layer.built for layer in model._flatten_layers()):
-                model._symbolic_build(data_batch=iterator.element_spec)
+        if pending and _is_traced(model, iterator):
+            token = _builds.set(True)
+            try:
+                step = tf.function(model.train_step, autograph=False)
+                step.get_concrete_function(iterator.element_spec)
+            finally:
+                _builds.reset(token)
         pending = False
         return train_function(iterator)
 
     return call
+
+
+def _is_traced(model, iterator):
+    """Whether the train step gets what the iterator over batches gives, in a graph."""
+    if model.run_eagerly or tf.config.functions_run_eagerly():
+        return False
+    if not isinstance(iterator, tf.data.Iterator):
+        return False
+    specs = tf.nest.flatten(iterator.element_spec)
+    return not any(isinstance(spec, tf.OptionalSpec) for spec in specs)
 
 
 def when(active, update, variables):
