@@ -47,6 +47,15 @@ def run(tmp_path, command, *methods, more=()):
     return json.loads(file.read_text())
 
 
+def reported(tmp_path, *commands):
+    """The text of a page with the commands' files reported on it, and the picture."""
+    page, picture = tmp_path / "page.md", tmp_path / "page.svg"
+    names = ("time", "memory", "cost", "scale")
+    page.write_text("".join(f"<!-- {n} -->\nold\n<!-- /{n} -->\n" for n in names))
+    report.write([tmp_path / f"{command}.json" for command in commands], page, picture)
+    return page.read_text(), picture
+
+
 def test_time_and_cost_and_the_report_of_them(tmp_path):
     more = ["--flop-steps", "1"]
     timed = run(tmp_path, "time", "AdamW", "SL-SAM block", more=more)
@@ -70,11 +79,7 @@ def test_time_and_cost_and_the_report_of_them(tmp_path):
     prediction = cost["result"]["predictions"]["SL-SAM block"]
     assert prediction["active_share"] == pytest.approx(row["active_share"])
 
-    page, picture = tmp_path / "page.md", tmp_path / "page.svg"
-    names = ("time", "memory", "cost", "scale")
-    page.write_text("".join(f"<!-- {n} -->\nold\n<!-- /{n} -->\n" for n in names))
-    report.write([tmp_path / "time.json", tmp_path / "cost.json"], page, picture)
-    text = page.read_text()
+    text, picture = reported(tmp_path, "time", "cost")
     assert text.count("old") == 2  # of memory and scale there is nothing new
     assert text.count(timed["line"]) == text.count(cost["line"]) == 1
     assert f"| SL-SAM block | {row['mean']:.4f} |" in text
@@ -185,11 +190,8 @@ def test_scale(tmp_path, monkeypatch):
         assert shallow["times"][name]["first_call"] > 0
         assert (result["exponents"][name]["trace"] is None) == (BACKEND == "torch")
 
-    page, picture = tmp_path / "page.md", tmp_path / "page.svg"
-    names = ("time", "memory", "cost", "scale")
-    page.write_text("".join(f"<!-- {n} -->\nold\n<!-- /{n} -->\n" for n in names))
-    report.write([file], page, picture)
-    assert page.read_text().count("old") == 3
+    text, _ = reported(tmp_path, "scale")
+    assert text.count("old") == 3
 
 
 def test_powers_of_the_depth():

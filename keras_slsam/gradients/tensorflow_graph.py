@@ -252,7 +252,7 @@ def _plan(source, needs, everyone):
         read = set().union(*(origins[producer] for producer in producers))
         if op not in given and (
             source.is_small_constant(op)
-            or op.type in _SHAPES | {"BroadcastGradientArgs"}
+            or op.type in _SHAPES
             or (producers and producers <= copied and _is_small_and_pure(op))
         ):
             copied.add(op)
@@ -283,8 +283,7 @@ def _upstream(source, own, everyone):
             continue
         read = (sets[tensor.op] for tensor in op.inputs)
         sets[op] = functools.reduce(operator.or_, read, 0)
-        # The data may also flow through a state, like that of a variable.
-        if op.op_def.is_stateful or _has_handles(op) or sets[op].bit_count() > _FEW:
+        if _has_state(op) or sets[op].bit_count() > _FEW:
             sets[op] = everyone
     return sets
 
@@ -308,17 +307,17 @@ def _same_again(source, weights):
             continue
         if all(t.shape.is_fully_defined() for t in op.outputs):
             same_sizes.add(op)
-        # The data may also flow through a state, like that of a variable.
-        if op.op_def.is_stateful or _has_handles(op):
+        if _has_state(op):
             continue
         producers = {t.op for t in op.inputs}
         integers = {t.op for t in op.inputs if t.dtype.is_integer}
         if producers <= (same_sizes if op.type in _SHAPES else same):
             same.add(op)
             same_sizes.add(op)
-        elif op.type in _SIZED_BY_SIZES and producers <= same_sizes:
-            if integers <= same:
-                same_sizes.add(op)
+        elif (
+            op.type in _SIZED_BY_SIZES and producers <= same_sizes and integers <= same
+        ):
+            same_sizes.add(op)
     return same - source.inputs
 
 
@@ -383,8 +382,10 @@ def _partition(source, results, sets, upstream, copied, given):
     }
 
 
-def _has_handles(op):
-    return any(t.dtype in _HANDLES for t in [*op.inputs, *op.outputs])
+def _has_state(op):
+    """Whether data may also flow through a state, like that of a variable."""
+    handles = any(t.dtype in _HANDLES for t in [*op.inputs, *op.outputs])
+    return op.op_def.is_stateful or handles
 
 
 def _any_active(active, sets):
@@ -409,9 +410,8 @@ def _zeros(tensors, work, jit_compile):
 
 def _is_small_and_pure(op):
     """Whether an operation gives scalars, or shapes and the like, and nothing else."""
-    return not op.op_def.is_stateful and all(
-        t.dtype not in _HANDLES
-        and (t.shape.rank == 0 or (t.shape.rank == 1 and t.dtype.is_integer))
+    return not _has_state(op) and all(
+        t.shape.rank == 0 or (t.shape.rank == 1 and t.dtype.is_integer)
         for t in op.outputs
     )
 
