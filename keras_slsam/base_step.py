@@ -38,21 +38,17 @@ class BaseStep:
         self._dtype = keras.backend.result_type(
             "float32", *(v.dtype for v in variables)
         )
-        self._state = []
         shape = (len(members),)
 
         def add(name, dtype, initializer="zeros"):
-            self._state.append(owner.add_variable(shape, initializer, dtype, name=name))
-            return self._state[-1]
+            return owner.add_variable(shape, initializer, dtype, name=name)
 
+        self._applied = []
         if remember:
             self._applied = owner.add_optimizer_variables(
                 variables, "previous_gradient"
             )
-            self._state += self._applied
             self._applied_squares = add("previous_squares", self._dtype)
-        else:
-            self._applied = []
         if not all_active:
             self._own_iterations = add(
                 "own_iterations", base_optimizer._iterations.dtype
@@ -80,8 +76,7 @@ class BaseStep:
             return
         if steps:
             self._accumulate(gradients, active)
-            state = self._variables + self._state + base.variables
-            backend.when(last, lambda: self._apply_mean(active), variables=state)
+            backend.when(last, lambda: self._apply_mean(active))
         else:
             self._update(gradients, squares, active)
         if base.use_ema:
@@ -126,7 +121,7 @@ class BaseStep:
                     total = backend.add(backend.read(sums[i]), gradients[i], one)
                     sums[i].assign(total)
 
-            backend.when(on, add, variables=[sums[i] for i in indices])
+            backend.when(on, add)
 
     def _apply_mean(self, active):
         sums = self._base._accumulated_gradients
@@ -149,7 +144,7 @@ class BaseStep:
                 for i in indices:
                     sums[i].assign(ops.zeros_like(backend.read(sums[i])))
 
-            backend.when(on, reset, variables=[sums[i] for i in indices])
+            backend.when(on, reset)
 
     def _update(self, gradients, squares, active):
         base = self._base
@@ -180,8 +175,7 @@ class BaseStep:
                     for i, applied in zip(indices, slots):
                         applied.assign(gradients[i])
 
-                state = variables + slots + base.variables
-                backend.when(active[arm], update, variables=state)
+                backend.when(active[arm], update)
         for variable, value in counts_after:
             variable.assign(value)
         if self._applied:
@@ -222,7 +216,6 @@ class BaseStep:
             backend.when(
                 due,
                 lambda: base._overwrite_model_variables_with_average_value(variables),
-                variables=variables + base.variables,
             )
 
 

@@ -109,7 +109,8 @@ class Loss:
             outputs: What that call returned besides the scaled loss.
         """
         *_, values = outputs
-        self._assign(values, self.state)
+        metrics = {id(v) for v in self.model.metrics_variables}
+        self._assign(values, [v for v in self._assigned if id(v) not in metrics])
         self._record_own()
 
     def _assign(self, values, variables):
@@ -117,12 +118,6 @@ class Loss:
         for variable, value in zip(self._assigned, values):
             if id(variable) in chosen:
                 variable.assign(value)
-
-    @property
-    def state(self):
-        """List of the variables that `record_state` assigns to."""
-        metrics = {id(v) for v in self.model.metrics_variables}
-        return [v for v in self._assigned if id(v) not in metrics]
 
 
 class _Scope(keras.StatelessScope):

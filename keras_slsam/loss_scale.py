@@ -30,7 +30,7 @@ def read(scaler):
     return None if scaler is None else backend.read(scaler.dynamic_scale)
 
 
-def update_if_finite(scaler, squared_norm, update, variables):
+def update_if_finite(scaler, squared_norm, update):
     """Makes an update where the gradients are finite, and adapts the scale.
 
     The rule is that of Keras: half of the scale after a step that was left out, twice
@@ -40,11 +40,10 @@ def update_if_finite(scaler, squared_norm, update, variables):
         scaler: `keras.optimizers.LossScaleOptimizer`, built.
         squared_norm: Float scalar, of all gradients together.
         update: Function without arguments.
-        variables: List of the `keras.Variable`s that it may read or assign to.
     """
     finite = ops.isfinite(squared_norm)
     (known,) = backend.concrete(ops.reshape(finite, (1,)))
-    backend.when(known, update, variables)
+    backend.when(known, update)
     steps, scale = scaler.step_counter, scaler.dynamic_scale
     due = ops.equal(steps, scaler.dynamic_growth_steps - 1)
     factor = ops.where(finite, ops.where(due, 2.0, 1.0), 0.5)

@@ -103,8 +103,7 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
             norms = squares
             if not optimizer.single_step:  # whose gradients they are already
                 norms = squares + optimizer.squared_norms(gradients, active)
-            state = variables + optimizer.variables + loss.state
-            loss_scale.update_if_finite(scaler, sum(norms), update, state)
+            loss_scale.update_if_finite(scaler, sum(norms), update)
         return logs
 
 

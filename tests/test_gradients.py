@@ -90,11 +90,7 @@ def test_inactive_update_leaves_every_bit(compile_step):
 
     def run(mask):
         for on, step in zip(backend.concrete(mask), (10.0, 100.0)):
-            backend.when(
-                on,
-                lambda step=step: variable.assign(variable + step * other),
-                variables=[variable, other],
-            )
+            backend.when(on, lambda step=step: variable.assign(variable + step * other))
 
     run = compile_step(run, [variable, other])
     before = ops.convert_to_numpy(variable).copy()

@@ -7,6 +7,7 @@ from keras import ops
 from replay import Replay
 
 import keras_slsam
+from keras_slsam import samplers
 
 SHAPES = [(3, 4), (2,), (5, 2)]
 MASKS = [
@@ -437,3 +438,30 @@ def test_towers_with_other_weights_in_layers_of_the_same_name():
 def test_names(make, name):
     assert make("sgd").name == make("sgd").get_config()["name"] == name
     assert make("sgd", name="mine").name == "mine"
+
+
+class Alternating(samplers.Sampler):
+    """All arms in even updates and one arm in odd ones, by the optimizer's count."""
+
+    def build(self, num_arms):
+        self._num_arms = num_arms
+
+    def draw(self):
+        even = self.optimizer.iterations % 2 == 0
+        return ops.logical_or(even, ops.arange(self._num_arms) == 0)
+
+
+def test_a_sampler_reads_the_count_of_steps():
+    sampler = Alternating()
+    base = optimizers.SGD(gradient_accumulation_steps=2)
+    sampler.optimizer = keras_slsam.SLSAM(base, sampler=sampler)
+    model = keras.Sequential(
+        [keras.Input((3,)), keras.layers.Dense(2), keras.layers.Dense(1)]
+    )
+    model = keras_slsam.sharpness_aware(model)
+    model.compile(optimizer=sampler.optimizer, loss="mse")
+    counts = []
+    for _ in range(8):
+        model.train_on_batch(np.ones((2, 3)), np.ones((2, 1)))
+        counts.append(int(ops.sum(ops.cast(sampler.optimizer.active, "int32"))))
+    assert counts == [4, 4, 1, 1, 4, 4, 1, 1]

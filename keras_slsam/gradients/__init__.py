@@ -21,8 +21,8 @@ What each file holds:
   gives loss, auxiliary outputs and the gradients of the active weights, `second` the
   gradients at other values of these, with the same random numbers.
 - `read(variable)`: the value of a `keras.Variable` as a tensor, not a copy.
-- `when(active, update, variables)`: run an update that reads, or assigns to, no other
-  variables than those listed, only if `active`.
+- `when(active, update)`: run an update, which assigns to Keras variables, only if
+  `active`.
 - `cond(active, true_fn, false_fn)` (in this file): a value, by `active`.
 - `own_parameters(model, variables)`: contexts in which layers that do not read their
   weights as Keras variables compute with other weights, and what takes over their

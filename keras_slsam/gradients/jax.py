@@ -505,30 +505,43 @@ def build_first(model, train_function):
     return train_function
 
 
-def when(active, update, variables):
-    """Runs `update()`, which assigns to `variables`, if `active`.
+class _BranchScope(keras.StatelessScope):
+    """The scope of a branch: it reads from the scope around it and lists assignments."""
+
+    def __init__(self):
+        super().__init__()
+        self.assigned = {}
+
+    def add_update(self, update):
+        variable, _ = update
+        self.assigned[id(variable)] = variable
+        super().add_update(update)
+
+    def get_current_value(self, variable):
+        value = super().get_current_value(variable)
+        if value is None and self.original_scope is not None:
+            value = self.original_scope.get_current_value(variable)
+        return value
+
+
+def when(active, update):
+    """Runs `update()`, which assigns to Keras variables, if `active`.
 
     Args:
         active: bool or scalar boolean array.
         update: Function without arguments; what it returns is ignored.
-        variables: List of the `keras.Variable`s that it may read or assign to.
     """
     if isinstance(active, bool):
         if active:
             update()
         return
-    # An inner scope sees nothing of the outer one.
-    state = [(v, v.value) for v in variables]
     assigned = []
 
     def updated():
-        with keras.StatelessScope(state) as scope:
-            before = [scope.get_current_value(v) for v in variables]
+        with _BranchScope() as scope:
             update()
-            after = [scope.get_current_value(v) for v in variables]
-        changed = [i for i, old in enumerate(before) if after[i] is not old]
-        assigned.extend(variables[i] for i in changed)
-        return [after[i] for i in changed]
+        assigned.extend(scope.assigned.values())
+        return [scope.get_current_value(v) for v in assigned]
 
     # Traced before the condition, which must know what is assigned.
     update_fn = core.jaxpr_as_fun(jax.make_jaxpr(updated)())

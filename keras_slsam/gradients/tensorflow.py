@@ -191,13 +191,12 @@ def _is_traced(model, iterator):
     return not any(isinstance(spec, tf.OptionalSpec) for spec in specs)
 
 
-def when(active, update, variables):
-    """Runs `update()`, which assigns to `variables`, if `active`.
+def when(active, update):
+    """Runs `update()`, which assigns to Keras variables, if `active`.
 
     Args:
         active: bool or scalar boolean tensor.
         update: Function without arguments; what it returns is ignored.
-        variables: List of the `keras.Variable`s that it may assign to.
     """
     if not isinstance(active, bool):
         # Both branches give nothing, whatever `update` returns.

@@ -210,13 +210,12 @@ def build_first(model, train_function):
     return train_function
 
 
-def when(active, update, variables):
-    """Runs `update()`, which assigns to `variables`, if `active`.
+def when(active, update):
+    """Runs `update()`, which assigns to Keras variables, if `active`.
 
     Args:
         active: bool.
         update: Function without arguments; what it returns is ignored.
-        variables: List of the `keras.Variable`s that it may assign to.
     """
     if active:
         update()

@@ -270,11 +270,7 @@ class SharpnessAware(keras.optimizers.Optimizer):
             ValueError: if the sampler's mask has another shape, or is seen to have
                 no active arm.
         """
-        backend.when(
-            first,
-            self._draw,
-            variables=[self._active, *self.sampler.variables],
-        )
+        backend.when(first, self._draw)
         if self._all_active:
             return [True] * len(self._members)
         active = backend.concrete(backend.read(self._active))
@@ -372,7 +368,6 @@ class SharpnessAware(keras.optimizers.Optimizer):
         backend.when(
             last,
             lambda: self.sampler.update(backend.read(self._active), norms),
-            variables=[self._active, *self.sampler.variables],
         )
 
     def apply(self, grads, trainable_variables=None):
