@@ -506,7 +506,7 @@ def build_first(model, train_function):
 
 
 class _BranchScope(keras.StatelessScope):
-    """The scope of a branch: it reads from the scope around it and lists assignments."""
+    """The scope of a branch, which reads from the scope around it."""
 
     def __init__(self):
         super().__init__()
