@@ -74,14 +74,8 @@ class RST(SharpnessAware):
         )
         self.probability = float(probability)
         self.seed = None if seed is None else int(seed)
-        self._first_seed = first_seed
-
-    def build(self, variables):
-        if self.built:
-            return
-        super().build(variables)
         self._seed_state = self.add_variable((2,), dtype="int32", name="seed_state")
-        self._seed_state.assign([self._first_seed, 0])
+        self._seed_state.assign([first_seed, 0])
 
     def draw_perturbed(self):
         seed, draw = self._seed_state[0], self._seed_state[1]

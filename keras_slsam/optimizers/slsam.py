@@ -112,16 +112,6 @@ class SLSAM(SharpnessAware):
             "seed": self.seed,
         }
 
-    @classmethod
-    def from_config(cls, config, custom_objects=None):
-        config = dict(config)
-        for key in ("sampler", "arms"):
-            if isinstance(config.get(key), dict):
-                config[key] = keras.saving.deserialize_keras_object(
-                    config[key], custom_objects=custom_objects
-                )
-        return super().from_config(config, custom_objects=custom_objects)
-
 
 def _get_sampler(sampler, active_fraction, seed):
     if isinstance(sampler, samplers.Sampler):
