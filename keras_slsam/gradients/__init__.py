@@ -20,9 +20,13 @@ What each file holds:
 - `Passes(loss_fn, arms, active, twice, jit_compile)`: the passes of a step. `first`
   gives loss, auxiliary outputs and the gradients of the active weights, `second` the
   gradients at other values of these, with the same random numbers.
+- `Scalar(variable)()`: the value of a scalar variable, a Python number if it is known.
+  On PyTorch it is, without a synchronisation as long as the variable does not change.
 - `read(variable)`: the value of a `keras.Variable` as a tensor, not a copy.
 - `when(active, update)`: run an update, which assigns to Keras variables, only if
   `active`.
+- `apply(optimizer, gradients, variables)`: the step of a Keras optimizer, by the method
+  that Keras' own train step calls.
 - `cond(active, true_fn, false_fn)` (in this file): a value, by `active`.
 - `own_parameters(model, variables)`: contexts in which layers that do not read their
   weights as Keras variables compute with other weights, and what takes over their
@@ -39,7 +43,9 @@ import keras
 
 if keras.config.backend() == "jax":
     from keras_slsam.gradients.jax import Passes
+    from keras_slsam.gradients.jax import Scalar
     from keras_slsam.gradients.jax import add
+    from keras_slsam.gradients.jax import apply
     from keras_slsam.gradients.jax import build_first
     from keras_slsam.gradients.jax import can_compile
     from keras_slsam.gradients.jax import concrete
@@ -53,7 +59,9 @@ if keras.config.backend() == "jax":
     from keras_slsam.gradients.jax import when
 elif keras.config.backend() == "tensorflow":
     from keras_slsam.gradients.tensorflow import Passes
+    from keras_slsam.gradients.tensorflow import Scalar
     from keras_slsam.gradients.tensorflow import add
+    from keras_slsam.gradients.tensorflow import apply
     from keras_slsam.gradients.tensorflow import build_first
     from keras_slsam.gradients.tensorflow import can_compile
     from keras_slsam.gradients.tensorflow import concrete
@@ -67,7 +75,9 @@ elif keras.config.backend() == "tensorflow":
     from keras_slsam.gradients.tensorflow import when
 elif keras.config.backend() == "torch":
     from keras_slsam.gradients.torch import Passes
+    from keras_slsam.gradients.torch import Scalar
     from keras_slsam.gradients.torch import add
+    from keras_slsam.gradients.torch import apply
     from keras_slsam.gradients.torch import build_first
     from keras_slsam.gradients.torch import can_compile
     from keras_slsam.gradients.torch import concrete
@@ -101,3 +111,19 @@ def cond(active, true_fn, false_fn):
     if isinstance(active, bool):
         return true_fn() if active else false_fn()
     return keras.ops.cond(active, true_fn, false_fn)
+
+
+def both(one, other):
+    """Whether two conditions hold.
+
+    Args:
+        one, other: bool or scalar boolean tensor.
+
+    Returns:
+        bool if that is known, else a scalar boolean tensor.
+    """
+    if isinstance(one, bool):
+        return other if one else False
+    if isinstance(other, bool):
+        return one if other else False
+    return keras.ops.logical_and(one, other)

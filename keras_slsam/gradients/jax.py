@@ -580,6 +580,34 @@ def own_parameters(model, variables):
     return lambda weights: contextlib.nullcontext(), lambda: None
 
 
+def apply(optimizer, gradients, variables):
+    """The step of a Keras optimizer, as Keras' own train step asks for it.
+
+    Args:
+        optimizer: `keras.optimizers.Optimizer`, built for `variables`.
+        gradients: List of arrays.
+        variables: List of `keras.Variable`s.
+    """
+    state = optimizer.variables
+    values = optimizer.stateless_apply(
+        [v.value for v in state], gradients, [v.value for v in variables]
+    )
+    for group, new in zip((variables, state), values):
+        for variable, value in zip(group, new):
+            variable.assign(value)
+
+
+class Scalar:
+    """Reads a scalar `keras.Variable`: a Python number, or an array while tracing."""
+
+    def __init__(self, variable):
+        self._variable = variable
+
+    def __call__(self):
+        value = self._variable.value
+        return value if isinstance(value, jax.core.Tracer) else value.item()
+
+
 def read(variable):
     """The value of a `keras.Variable` as a tensor."""
     return variable.value

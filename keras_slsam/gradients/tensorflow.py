@@ -132,6 +132,28 @@ class Passes:
         ]
 
 
+def apply(optimizer, gradients, variables):
+    """The step of a Keras optimizer, as Keras' own train step asks for it.
+
+    Args:
+        optimizer: `keras.optimizers.Optimizer`, built for `variables`.
+        gradients: List of tensors.
+        variables: List of `keras.Variable`s.
+    """
+    optimizer.apply_gradients(zip(gradients, variables))
+
+
+class Scalar:
+    """Reads a scalar `keras.Variable`: a Python number, or a tensor in a graph."""
+
+    def __init__(self, variable):
+        self._variable = variable
+
+    def __call__(self):
+        value = read(self._variable)
+        return value.numpy().item() if tf.executing_eagerly() else value
+
+
 def read(variable):
     """The value of a `keras.Variable` as a tensor."""
     return tf.convert_to_tensor(variable.value)

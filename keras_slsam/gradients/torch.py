@@ -246,6 +246,38 @@ def add(weight, gradient, scale):
     return torch.addcmul(weight, gradient, scale)
 
 
+def apply(optimizer, gradients, variables):
+    """The step of a Keras optimizer, as Keras' own train step asks for it.
+
+    Args:
+        optimizer: `keras.optimizers.Optimizer`, built for `variables`.
+        gradients: List of tensors.
+        variables: List of `keras.Variable`s.
+    """
+    optimizer.apply(gradients, variables)
+
+
+class Scalar:
+    """Reads a scalar `keras.Variable` as a Python number.
+
+    It is fetched from the device, which takes a synchronisation, only where the
+    variable has changed: PyTorch counts what is written to a tensor.
+    """
+
+    def __init__(self, variable):
+        self._variable = variable
+        self._read = None, None
+        self._value = None
+
+    def __call__(self):
+        tensor = self._variable.value
+        seen, version = self._read
+        if seen is not tensor or version != tensor._version:
+            self._read = tensor, tensor._version
+            self._value = tensor.item()
+        return self._value
+
+
 def read(variable):
     """The value of a `keras.Variable` as a tensor: it shares its memory."""
     return variable.value.detach()
