@@ -64,12 +64,12 @@ class BaseStep:
             squares: List of float scalars, the squared norms of the arms' gradients.
             active: List of bools or scalar boolean tensors, one an arm.
             last: Whether this is the last step of a window, see `window`.
-            finite: Whether the gradients are finite. Where they are not nothing changes.
+            finite: Whether the gradients are finite; else nothing changes.
         """
         base = self._base
         steps = base.gradient_accumulation_steps
         if self._all_active and not (steps and self._applied):
-            backend.when(finite, lambda: self._apply(gradients, squares))
+            backend.select(finite, lambda: self._apply(gradients, squares))
             return
         # For a step that is left out it is as if no arm were active.
         active = [backend.both(on, finite) for on in active]
@@ -310,12 +310,41 @@ def _not_an_optimizer(owner, received):
     )
 
 
+# What Keras' own step calls, and a step with arms switched off does not.
+_BYPASSED = (
+    "apply",
+    "apply_gradients",
+    "stateless_apply",
+    "_backend_apply_gradients",
+    "_backend_increment_gradient_accumulators",
+    "_backend_reset_gradient_accumulators",
+    "_filter_empty_gradients",
+    "_overwrite_variables_directly_with_gradients",
+)
+
+
+def _is_overridden(optimizer, name):
+    """Whether a method is of a class of the user's, or was set on the optimizer."""
+    if name in vars(optimizer):
+        return True
+    owner = next(c for c in type(optimizer).__mro__ if name in vars(c))
+    return not owner.__module__.startswith("keras.")
+
+
 def check_can_skip_arms(owner, base_optimizer):
     """Checks that an optimizer can update one variable and leave out another.
 
     Raises:
         ValueError: if it cannot.
     """
+    for name in _BYPASSED:
+        if _is_overridden(base_optimizer, name):
+            raise ValueError(
+                f"Argument `base_optimizer` of `{owner}`, a "
+                f"`{type(base_optimizer).__name__}`, overrides `{name}`, which would "
+                "be lost: its `update_step` is called for each active variable. "
+                "Override `update_step` in its place, or use `SAM`, `S2SAM` or `RST`."
+            )
     if type(base_optimizer).update_step is keras.optimizers.Optimizer.update_step:
         raise ValueError(
             f"Argument `base_optimizer` of `{owner}` must update one variable at a "

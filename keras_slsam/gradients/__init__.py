@@ -20,11 +20,11 @@ What each file holds:
 - `Passes(loss_fn, arms, active, twice, jit_compile)`: the passes of a step. `first`
   gives loss, auxiliary outputs and the gradients of the active weights, `second` the
   gradients at other values of these, with the same random numbers.
-- `Scalar(variable)()`: the value of a scalar variable, a Python number if it is known.
-  On PyTorch it is, without a synchronisation as long as the variable does not change.
 - `read(variable)`: the value of a `keras.Variable` as a tensor, not a copy.
 - `when(active, update)`: run an update, which assigns to Keras variables, only if
   `active`.
+- `select(active, update)`: the same for an update of all weights. JAX executes it and
+  keeps the old values, which takes less than a condition around it.
 - `apply(optimizer, gradients, variables)`: the step of a Keras optimizer, by the method
   that Keras' own train step calls.
 - `cond(active, true_fn, false_fn)` (in this file): a value, by `active`.
@@ -43,7 +43,6 @@ import keras
 
 if keras.config.backend() == "jax":
     from keras_slsam.gradients.jax import Passes
-    from keras_slsam.gradients.jax import Scalar
     from keras_slsam.gradients.jax import add
     from keras_slsam.gradients.jax import apply
     from keras_slsam.gradients.jax import build_first
@@ -55,11 +54,11 @@ if keras.config.backend() == "jax":
     from keras_slsam.gradients.jax import only_builds
     from keras_slsam.gradients.jax import own_parameters
     from keras_slsam.gradients.jax import read
+    from keras_slsam.gradients.jax import select
     from keras_slsam.gradients.jax import squared_sum
     from keras_slsam.gradients.jax import when
 elif keras.config.backend() == "tensorflow":
     from keras_slsam.gradients.tensorflow import Passes
-    from keras_slsam.gradients.tensorflow import Scalar
     from keras_slsam.gradients.tensorflow import add
     from keras_slsam.gradients.tensorflow import apply
     from keras_slsam.gradients.tensorflow import build_first
@@ -71,11 +70,11 @@ elif keras.config.backend() == "tensorflow":
     from keras_slsam.gradients.tensorflow import only_builds
     from keras_slsam.gradients.tensorflow import own_parameters
     from keras_slsam.gradients.tensorflow import read
+    from keras_slsam.gradients.tensorflow import select
     from keras_slsam.gradients.tensorflow import squared_sum
     from keras_slsam.gradients.tensorflow import when
 elif keras.config.backend() == "torch":
     from keras_slsam.gradients.torch import Passes
-    from keras_slsam.gradients.torch import Scalar
     from keras_slsam.gradients.torch import add
     from keras_slsam.gradients.torch import apply
     from keras_slsam.gradients.torch import build_first
@@ -87,6 +86,7 @@ elif keras.config.backend() == "torch":
     from keras_slsam.gradients.torch import only_builds
     from keras_slsam.gradients.torch import own_parameters
     from keras_slsam.gradients.torch import read
+    from keras_slsam.gradients.torch import select
     from keras_slsam.gradients.torch import squared_sum
     from keras_slsam.gradients.torch import when
 else:
@@ -117,7 +117,8 @@ def both(one, other):
     """Whether two conditions hold.
 
     Args:
-        one, other: bool or scalar boolean tensor.
+        one: bool or scalar boolean tensor.
+        other: bool or scalar boolean tensor.
 
     Returns:
         bool if that is known, else a scalar boolean tensor.

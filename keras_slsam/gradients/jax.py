@@ -550,6 +550,26 @@ def when(active, update):
         variable.assign(value)
 
 
+def select(active, update):
+    """Runs `update()`, and keeps what it assigns to Keras variables if `active`.
+
+    For an update of all weights: XLA makes one loop of it and of the choice, where a
+    condition takes memory for the old weights and the new ones.
+
+    Args:
+        active: bool or scalar boolean array.
+        update: Function without arguments; what it returns is ignored.
+    """
+    if isinstance(active, bool):
+        when(active, update)
+        return
+    with _BranchScope() as scope:
+        update()
+    for variable in scope.assigned.values():
+        value = scope.get_current_value(variable)
+        variable.assign(jnp.where(active, value, variable.value))
+
+
 def squared_sum(gradient):
     """Sum of the squares of the entries of `gradient`, at least in float32."""
     dtype = jnp.promote_types(gradient.dtype, jnp.float32)
@@ -595,17 +615,6 @@ def apply(optimizer, gradients, variables):
     for group, new in zip((variables, state), values):
         for variable, value in zip(group, new):
             variable.assign(value)
-
-
-class Scalar:
-    """Reads a scalar `keras.Variable`: a Python number, or an array while tracing."""
-
-    def __init__(self, variable):
-        self._variable = variable
-
-    def __call__(self):
-        value = self._variable.value
-        return value if isinstance(value, jax.core.Tracer) else value.item()
 
 
 def read(variable):

@@ -143,17 +143,6 @@ def apply(optimizer, gradients, variables):
     optimizer.apply_gradients(zip(gradients, variables))
 
 
-class Scalar:
-    """Reads a scalar `keras.Variable`: a Python number, or a tensor in a graph."""
-
-    def __init__(self, variable):
-        self._variable = variable
-
-    def __call__(self):
-        value = read(self._variable)
-        return value.numpy().item() if tf.executing_eagerly() else value
-
-
 def read(variable):
     """The value of a `keras.Variable` as a tensor."""
     return tf.convert_to_tensor(variable.value)
@@ -225,6 +214,9 @@ def when(active, update):
         tf.cond(active, lambda: [update()] and None, lambda: None)
     elif active:
         update()
+
+
+select = when
 
 
 def squared_sum(gradient):

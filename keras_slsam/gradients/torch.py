@@ -221,6 +221,9 @@ def when(active, update):
         update()
 
 
+select = when
+
+
 def squared_sum(gradient):
     """Sum of the squares of the entries of `gradient`, at least in float32."""
     dtype = torch.promote_types(gradient.dtype, torch.float32)
@@ -255,27 +258,6 @@ def apply(optimizer, gradients, variables):
         variables: List of `keras.Variable`s.
     """
     optimizer.apply(gradients, variables)
-
-
-class Scalar:
-    """Reads a scalar `keras.Variable` as a Python number.
-
-    It is fetched from the device, which takes a synchronisation, only where the
-    variable has changed: PyTorch counts what is written to a tensor.
-    """
-
-    def __init__(self, variable):
-        self._variable = variable
-        self._read = None, None
-        self._value = None
-
-    def __call__(self):
-        tensor = self._variable.value
-        seen, version = self._read
-        if seen is not tensor or version != tensor._version:
-            self._read = tensor, tensor._version
-            self._value = tensor.item()
-        return self._value
 
 
 def read(variable):

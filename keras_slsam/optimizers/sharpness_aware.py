@@ -27,6 +27,10 @@ class SharpnessAware(keras.optimizers.Optimizer):
     global norm is over the active variables, schedules and EMA follow the global
     steps, and moments, step counts and weight decay a variable's own updates.
 
+    Attributes:
+        ascends: bool, whether `rho` was set to more than 0. A step that was compiled
+            then has both passes, without a condition.
+
     Args:
         base_optimizer: What `keras.optimizers.get` takes.
         rho: Float >= 0, the radius of the perturbation.
@@ -75,7 +79,7 @@ class SharpnessAware(keras.optimizers.Optimizer):
         super().__init__(learning_rate=0.0, name=name)
         self.base_optimizer = base_optimizer
         self._rho = self._add_setting("rho", rho)
-        self._known_rho = backend.Scalar(self._rho)
+        self.ascends = rho > 0
         self.adaptive = adaptive
         self.sampler = sampler
         self.single_step = single_step
@@ -202,7 +206,9 @@ class SharpnessAware(keras.optimizers.Optimizer):
 
     @rho.setter
     def rho(self, rho):
-        self._rho.assign(_checked_rho(type(self).__name__, rho))
+        rho = _checked_rho(type(self).__name__, rho)
+        self._rho.assign(rho)
+        self.ascends = rho > 0
 
     @property
     def skipped_steps(self):
@@ -319,7 +325,12 @@ class SharpnessAware(keras.optimizers.Optimizer):
 
     def draw_perturbed(self):
         """Whether this step has an ascent: a bool or a scalar boolean tensor."""
-        return self._known_rho() > 0
+        if self.ascends:
+            # No condition, which would cost time: where `rho` was loaded as 0 since,
+            # the second pass is at w and gives the same gradients.
+            return True
+        (perturbed,) = backend.concrete(ops.reshape(backend.read(self._rho) > 0, (1,)))
+        return perturbed
 
     def perturb(self, weights, directions, squared_norm, active):
         """The weights of the second pass, `w + e` on the active arms.
@@ -447,7 +458,7 @@ class SharpnessAware(keras.optimizers.Optimizer):
 
 
 def as_float(variable):
-    """The value of a scalar variable, as the shortest decimal: 0.05, not 0.0500000007."""
+    """The value of a scalar variable, in few digits: 0.05, not 0.0500000007."""
     return float(str(ops.convert_to_numpy(variable)[()]))
 
 
