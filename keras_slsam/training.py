@@ -74,7 +74,7 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
             perturbed = optimizer.perturb(weights, previous, squared_norm, active)
             (_, outputs), gradients = passes.first(perturbed)
             gradients = optimizer.unscale(gradients, active, scale)
-            squares = optimizer.squared_norms(gradients, active)
+            squares = norms = optimizer.squared_norms(gradients, active)
         else:
             # First pass, g = grad(w); second pass, h = grad(w + e).
             (_, outputs), first = passes.first(weights)
@@ -83,27 +83,29 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
 
             def second():
                 perturbed = optimizer.perturb(weights, first, sum(squares), active)
-                return optimizer.unscale(passes.second(perturbed), active, scale)
+                found = optimizer.unscale(passes.second(perturbed), active, scale)
+                return found, squares + optimizer.squared_norms(found, active)
 
-            gradients = backend.cond(optimizer.draw_perturbed(), second, lambda: first)
-
-        def update():
-            loss.record_state(outputs)
-            optimizer.learn(squares, last_of_window)
-            # The base step at w, with h.
-            optimizer.descend(gradients, squares, active, last_of_window)
+            gradients, norms = backend.cond(
+                optimizer.draw_perturbed(), second, lambda: (first, squares + squares)
+            )
+        finite = ops.isfinite(sum(norms))
+        (finite,) = backend.concrete(ops.reshape(finite, (1,)))
 
         # All but the metrics moves last: where something raises, it has not.
-        logs = _update_metrics(
-            model, x, y, sample_weight, *loss.record_metrics(outputs)
-        )
-        if scaler is None:
-            update()
-        else:
-            norms = squares
-            if not optimizer.single_step:  # whose gradients they are already
-                norms = squares + optimizer.squared_norms(gradients, active)
-            loss_scale.update_if_finite(scaler, sum(norms), update)
+        with optimizer.counted(finite):
+            logs = _update_metrics(
+                model, x, y, sample_weight, *loss.record_metrics(outputs)
+            )
+
+        def learn():
+            loss.record_state(outputs)
+            optimizer.learn(squares, last_of_window)
+
+        backend.when(finite, learn)
+        # The base step at w, with h.
+        optimizer.descend(gradients, squares, active, last_of_window, finite)
+        loss_scale.adapt(scaler, finite)
         return logs
 
 

@@ -26,9 +26,9 @@ def fit(model, optimizer, **kwargs):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("rho", [0, -0.1, float("nan"), float("inf"), "big", True])
+@pytest.mark.parametrize("rho", [-0.1, float("nan"), float("inf"), "big", True])
 def test_rho(method, rho):
-    with pytest.raises(ValueError, match=r"`rho`.*> 0.*Received"):
+    with pytest.raises(ValueError, match=r"`rho`.*>= 0.*Received"):
         method("sgd", rho=rho)
 
 

@@ -525,6 +525,26 @@ def when(active, update):
         variable.assign(value)
 
 
+def select(active, update):
+    """Runs `update()`, and keeps what it assigns to Keras variables if `active`.
+
+    For an update of all weights: XLA makes one loop of it and of the choice, where a
+    condition takes memory for the old weights and the new ones.
+
+    Args:
+        active: bool or scalar boolean array.
+        update: Function without arguments; what it returns is ignored.
+    """
+    if isinstance(active, bool):
+        when(active, update)
+        return
+    with _BranchScope() as scope:
+        update()
+    for variable in scope.assigned.values():
+        value = scope.get_current_value(variable)
+        variable.assign(jnp.where(active, value, variable.value))
+
+
 def squared_sum(gradient):
     """Sum of the squares of the entries of `gradient`, at least in float32."""
     dtype = jnp.promote_types(gradient.dtype, jnp.float32)
@@ -553,6 +573,23 @@ def add(weight, gradient, scale):
 def own_parameters(model, variables):
     """Nothing: all layers read their weights as Keras variables."""
     return lambda weights: contextlib.nullcontext(), lambda: None
+
+
+def apply(optimizer, gradients, variables):
+    """The step of a Keras optimizer, as Keras' own train step asks for it.
+
+    Args:
+        optimizer: `keras.optimizers.Optimizer`, built for `variables`.
+        gradients: List of arrays.
+        variables: List of `keras.Variable`s.
+    """
+    state = optimizer.variables
+    values = optimizer.stateless_apply(
+        [v.value for v in state], gradients, [v.value for v in variables]
+    )
+    for group, new in zip((variables, state), values):
+        for variable, value in zip(group, new):
+            variable.assign(value)
 
 
 def read(variable):

@@ -132,6 +132,17 @@ class Passes:
         ]
 
 
+def apply(optimizer, gradients, variables):
+    """The step of a Keras optimizer, as Keras' own train step asks for it.
+
+    Args:
+        optimizer: `keras.optimizers.Optimizer`, built for `variables`.
+        gradients: List of tensors.
+        variables: List of `keras.Variable`s.
+    """
+    optimizer.apply_gradients(zip(gradients, variables))
+
+
 def read(variable):
     """The value of a `keras.Variable` as a tensor."""
     return tf.convert_to_tensor(variable.value)
@@ -203,6 +214,9 @@ def when(active, update):
         tf.cond(active, lambda: [update()] and None, lambda: None)
     elif active:
         update()
+
+
+select = when
 
 
 def squared_sum(gradient):

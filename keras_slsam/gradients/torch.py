@@ -221,6 +221,9 @@ def when(active, update):
         update()
 
 
+select = when
+
+
 def squared_sum(gradient):
     """Sum of the squares of the entries of `gradient`, at least in float32."""
     dtype = torch.promote_types(gradient.dtype, torch.float32)
@@ -244,6 +247,17 @@ def add(weight, gradient, scale):
         Tensor of the shape of `weight`.
     """
     return torch.addcmul(weight, gradient, scale)
+
+
+def apply(optimizer, gradients, variables):
+    """The step of a Keras optimizer, as Keras' own train step asks for it.
+
+    Args:
+        optimizer: `keras.optimizers.Optimizer`, built for `variables`.
+        gradients: List of tensors.
+        variables: List of `keras.Variable`s.
+    """
+    optimizer.apply(gradients, variables)
 
 
 def read(variable):

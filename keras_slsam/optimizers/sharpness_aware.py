@@ -52,9 +52,13 @@ class SharpnessAware(keras.optimizers.Optimizer):
     global norm is over the active variables, schedules and EMA follow the global
     steps, and moments, step counts and weight decay a variable's own updates.
 
+    Attributes:
+        ascends: bool, whether `rho` was set to more than 0. A step that was compiled
+            then has both passes, without a condition.
+
     Args:
         base_optimizer: What `keras.optimizers.get` takes.
-        rho: Float > 0, the radius of the perturbation.
+        rho: Float >= 0, the radius of the perturbation.
         adaptive: bool, whether the perturbation is scaled by the weights (ASAM).
         sampler: `keras_slsam.samplers.Sampler`, draws the active arms.
         arms: `"variable"`, `"layer"`, `"block"`, or a function from a variable to
@@ -97,15 +101,7 @@ class SharpnessAware(keras.optimizers.Optimizer):
         name=None,
     ):
         owner = type(self).__name__
-        if (
-            isinstance(rho, bool)
-            or not isinstance(rho, numbers.Real)
-            or not (rho > 0 and math.isfinite(rho))
-        ):
-            raise ValueError(
-                f"Argument `rho` of `{owner}` is the radius of the perturbation and "
-                f"must be a finite number > 0. Received: rho={rho!r}"
-            )
+        rho = _checked_rho(owner, rho)
         switches = {"adaptive": adaptive, "single_step": single_step}
         for argument, value in switches.items():
             if not isinstance(value, bool):
@@ -125,7 +121,8 @@ class SharpnessAware(keras.optimizers.Optimizer):
         # The learning rate that counts is the base optimizer's.
         super().__init__(learning_rate=0.0, name=name)
         self.base_optimizer = base_optimizer
-        self.rho = float(rho)
+        self._rho = self._add_setting("rho", rho)
+        self.ascends = rho > 0
         self.adaptive = adaptive
         self.sampler = sampler
         self.single_step = single_step
@@ -135,6 +132,13 @@ class SharpnessAware(keras.optimizers.Optimizer):
         accumulates = bool(base_optimizer.gradient_accumulation_steps)
         if not self._all_active or (single_step and accumulates):
             base_step.check_can_skip_arms(owner, base_optimizer)
+
+    def _add_setting(self, name, value):
+        """A variable for a number that may be set between two steps."""
+        dtype = "float64" if keras.config.floatx() == "float64" else "float32"
+        variable = self.add_variable((), dtype=dtype, name=name)
+        variable.assign(value)
+        return variable
 
     def build(self, variables):
         """Makes the state: the sampler's, the base optimizer's and ours.
@@ -196,6 +200,7 @@ class SharpnessAware(keras.optimizers.Optimizer):
         dtype = keras.backend.result_type("float32", *(v.dtype for v in variables))
         self._active = self.add_variable((num_arms,), dtype="bool", name="active")
         self._norms = self.add_variable((num_arms,), dtype=dtype, name="norms")
+        self._skipped_steps = self.add_variable((), dtype="int", name="skipped_steps")
         self._base_step = base_step.BaseStep(
             self.base_optimizer,
             variables,
@@ -342,6 +347,32 @@ class SharpnessAware(keras.optimizers.Optimizer):
         probabilities = self.sampler.probabilities
         return None if probabilities is None else ops.copy(probabilities)
 
+    @property
+    def rho(self):
+        """The radius of the perturbation, a scalar `keras.Variable`.
+
+        It may be set between two steps, like the learning rate. With 0 a step is the
+        base optimizer's, and has no second pass.
+        """
+        return self._rho
+
+    @rho.setter
+    def rho(self, rho):
+        rho = _checked_rho(type(self).__name__, rho)
+        self._rho.assign(rho)
+        self.ascends = rho > 0
+
+    @property
+    def skipped_steps(self):
+        """The number of steps left out since their gradients were not finite.
+
+        Such a step leaves weights, moments, `iterations` and the sampler as they
+        were. In a window of accumulated gradients it is the micro-batch that is left
+        out, and the window waits for another.
+        """
+        self._check_built()
+        return self._skipped_steps
+
     def _check_built(self):
         if not self.built:
             raise ValueError(
@@ -454,7 +485,12 @@ class SharpnessAware(keras.optimizers.Optimizer):
 
     def draw_perturbed(self):
         """Whether this step has an ascent: a bool or a scalar boolean tensor."""
-        return True
+        if self.ascends:
+            # No condition, which would cost time: where `rho` was loaded as 0 since,
+            # the second pass is at w and gives the same gradients.
+            return True
+        (perturbed,) = backend.concrete(ops.reshape(backend.read(self._rho) > 0, (1,)))
+        return perturbed
 
     def perturb(self, weights, directions, squared_norm, active):
         """The weights of the second pass, `w + e` on the active arms.
@@ -480,7 +516,7 @@ class SharpnessAware(keras.optimizers.Optimizer):
             squared_norm,
             self._members,
             active,
-            self.rho,
+            backend.read(self._rho),
             self.adaptive,
         )
 
@@ -496,7 +532,7 @@ class SharpnessAware(keras.optimizers.Optimizer):
             directions, self._members, active, self._norms.dtype
         )
 
-    def descend(self, gradients, squares, active, last):
+    def descend(self, gradients, squares, active, last, finite):
         """The base optimizer's step with `gradients`, on the active arms only.
 
         Args:
@@ -504,8 +540,17 @@ class SharpnessAware(keras.optimizers.Optimizer):
             squares: List of float scalars, the squared norms of the arms' gradients.
             active: What `draw_active` returned.
             last: What `window` returned.
+            finite: Whether all gradients are finite: else the step is left out, and
+                counted.
         """
-        self._base_step(gradients, squares, active, last)
+        self._base_step(gradients, squares, active, last, finite)
+        if finite is not True:
+            skipped = ops.cast(ops.logical_not(finite), self._skipped_steps.dtype)
+            self._skipped_steps.assign_add(skipped)
+
+    def counted(self, finite):
+        """Context in which this step is counted already, see `BaseStep.counted`."""
+        return self._base_step.counted(finite)
 
     def learn(self, squares, last):
         """Records the arms' norms and lets the sampler learn from them.
@@ -558,7 +603,7 @@ class SharpnessAware(keras.optimizers.Optimizer):
         return {
             "name": self.name,
             "base_optimizer": keras.saving.serialize_keras_object(self.base_optimizer),
-            "rho": self.rho,
+            "rho": as_float(self._rho),
             "adaptive": self.adaptive,
         }
 
@@ -585,3 +630,30 @@ class SharpnessAware(keras.optimizers.Optimizer):
                 f"cannot be found. {error}. Or name it when you load: `custom_objects="
                 "{name: object}`."
             ) from error
+
+
+def as_float(variable):
+    """The value of a scalar variable, in few digits: 0.05, not 0.0500000007."""
+    return float(str(ops.convert_to_numpy(variable)[()]))
+
+
+def as_number(value):
+    """A scalar tensor or variable as a Python number, anything else as it is."""
+    if isinstance(value, keras.Variable) or ops.is_tensor(value):
+        value = ops.convert_to_numpy(value)
+        return value.item() if value.ndim == 0 else value
+    return value
+
+
+def _checked_rho(owner, rho):
+    number = as_number(rho)
+    if (
+        isinstance(number, bool)
+        or not isinstance(number, numbers.Real)
+        or not (number >= 0 and math.isfinite(number))
+    ):
+        raise ValueError(
+            f"Argument `rho` of `{owner}` is the radius of the perturbation and "
+            f"must be a finite number >= 0. Received: rho={rho!r}"
+        )
+    return float(number)

@@ -40,7 +40,7 @@ class SLSAM(SharpnessAware):
 
     Args:
         base_optimizer: What `keras.optimizers.get` takes, see `keras_slsam.SAM`.
-        rho: Float > 0, the radius of the perturbation.
+        rho: Float >= 0, the radius of the perturbation.
         active_fraction: Float in (0, 1], the expected share of active arms. 0.2
             unless given; not with a `Sampler` object, which brings its own.
         sampler: `"bandit"` (the paper's), `"proportional"`, `"uniform"`, `"all"`,
