@@ -77,7 +77,7 @@ class RST(SharpnessAware):
         self._first_seed = first_seed
 
     def build(self, variables):
-        if self.built:
+        if self.built or not variables:
             return
         super().build(variables)
         self._seed_state = self.add_variable((2,), dtype="int32", name="seed_state")

@@ -13,6 +13,9 @@ from keras_slsam import gradients as backend
 from keras_slsam import perturbation
 from keras_slsam import samplers
 
+# What an optimizer is made with, and keeps.
+_FIXED = {"adaptive", "base_optimizer", "sampler", "single_step"}
+
 
 class SharpnessAware(keras.optimizers.Optimizer):
     """Base class of `SAM`, `S2SAM`, `SLSAM` and `RST`.
@@ -92,24 +95,30 @@ class SharpnessAware(keras.optimizers.Optimizer):
         if not self._all_active or (single_step and accumulates):
             base_step.check_can_skip_arms(owner, base_optimizer)
 
+    def __setattr__(self, name, value):
+        if name in _FIXED and name in vars(self):
+            owner = type(self).__name__
+            raise ValueError(
+                f"`{name}` of `{owner}` cannot be replaced: arms, state and compiled "
+                f"steps are made with it. Received: {name}={value!r}. Make a new "
+                f"`{owner}`, and call `model.compile` with it."
+            )
+        super().__setattr__(name, value)
+
     def build(self, variables):
         """Makes the state: the sampler's, the base optimizer's and ours.
 
         Args:
-            variables: List of `keras.Variable`s, the model's trainable ones.
+            variables: List of `keras.Variable`s, the model's trainable ones. Without
+                any, nothing is built yet.
 
         Raises:
-            ValueError: if there are none, if `base_optimizer` or the sampler belongs
-                to others already, or if `arms` returns something unhashable.
+            ValueError: if `base_optimizer` or the sampler belongs to others already,
+                or if `arms` returns something unhashable.
         """
-        if self.built:
+        if self.built or not variables:
             return
         owner = type(self).__name__
-        if not variables:
-            raise ValueError(
-                f"`{owner}` got a model without trainable weights. Set "
-                "`layer.trainable = True` on a layer before `compile`."
-            )
         if self.base_optimizer.built:
             raise ValueError(
                 f"Argument `base_optimizer` of `{owner}` has been built for other "
