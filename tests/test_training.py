@@ -407,6 +407,84 @@ def test_a_loss_of_the_models_own():
     np.testing.assert_allclose(after - output, -0.01 * 3.0 * 3, rtol=1e-4)
 
 
+def test_compute_loss_is_called_by_position():
+    class Own(keras.Model):
+        def compute_loss(self, inputs, targets, preds, w=None):
+            return 3.0 * ops.mean(preds * w)
+
+    x, y = np.ones((4, 2), "float32"), np.zeros((4, 1), "float32")
+    weights = np.arange(4, dtype="float32")
+    inputs = keras.Input((2,))
+    model = keras_slsam.sharpness_aware(Own(inputs, keras.layers.Dense(1)(inputs)))
+    model.compile(optimizer=keras_slsam.SAM("sgd"))
+    expected = 3 * (model.predict(x, verbose=0)[:, 0] * weights).mean()
+    history = model.fit(x, y, sample_weight=weights, shuffle=False, verbose=0).history
+    np.testing.assert_allclose(history["loss"], [expected], rtol=1e-5)
+
+
+class Outputs(keras.Model):
+    """Returns what `wrap` makes of a tensor, and keeps what its metrics see."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.dense = keras.layers.Dense(1, kernel_initializer="ones")
+        self.wrap = wrap
+
+    def call(self, x):
+        return self.wrap(self.dense(x))
+
+    def compute_loss(self, x, y, y_pred, sample_weight):
+        return ops.mean((keras.tree.flatten(y_pred)[0] - y) ** 2)
+
+    def compute_metrics(self, x, y, y_pred, sample_weight):
+        self.seen = keras.tree.map_structure(lambda t: type(t).__name__, y_pred)
+        return self.get_metrics_result()
+
+
+OUTPUTS = {
+    "None": lambda tensor: (tensor, None),
+    "int": lambda tensor: [tensor, 3, True],
+    "array": lambda tensor: (tensor, np.arange(3)),
+    "dict": lambda tensor: {"a": (tensor, None), "b": 2.0, "c": [tensor]},
+}
+if BACKEND != "jax":  # where Keras itself cannot build such a model
+    OUTPUTS["string"] = lambda tensor: {"a": tensor, "name": "b", "part": slice(2)}
+
+
+@pytest.mark.parametrize("run_eagerly", [False, True])
+@pytest.mark.parametrize("outputs", OUTPUTS)
+def test_outputs_that_are_no_tensors(outputs, run_eagerly):
+    def trained(optimizer):
+        model = keras_slsam.sharpness_aware(Outputs(OUTPUTS[outputs]))
+        model.compile(optimizer=optimizer, run_eagerly=run_eagerly)
+        x, y = np.ones((4, 3), "float32"), np.zeros((4, 1), "float32")
+        return model.fit(x, y, 2, shuffle=False, verbose=0).history["loss"], model.seen
+
+    losses, seen = trained("sgd")
+    for method in ("sam", "slsam"):
+        ours, seen_by_ours = trained(methods(TINY)[method])
+        np.testing.assert_allclose(ours, losses, rtol=1e-4)
+        assert seen_by_ours == seen
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="other backends build beforehand")
+def test_an_eager_model_is_built_as_keras_does():
+    """By a call with the data, not with symbols."""
+
+    class Reads(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = keras.layers.Dense(1)
+
+        def call(self, x):
+            return self.dense(x * float(ops.convert_to_numpy(x).max()))
+
+    model = keras_slsam.sharpness_aware(Reads())
+    model.compile(optimizer=keras_slsam.SAM("sgd"), loss="mse", run_eagerly=True)
+    history = model.fit(np.ones((4, 2)), np.ones((4, 1)), epochs=2, verbose=0).history
+    assert history["loss"][1] < history["loss"][0]
+
+
 class Counts(keras.layers.Layer):
     """Counts the calls of Python: traces where the step is compiled."""
 

@@ -15,6 +15,9 @@ from keras_slsam import gradients as backend
 from keras_slsam import perturbation
 from keras_slsam import samplers
 
+# What an optimizer is made with, and keeps.
+_FIXED = {"adaptive", "base_optimizer", "sampler", "single_step"}
+
 _WAY_OUT = (
     "Make the optimizer as it was when its state was saved. To begin with a fresh one, "
     "leave the state out, with `model.load_weights(path, skip_mismatch=True)`, and "
@@ -132,6 +135,16 @@ class SharpnessAware(keras.optimizers.Optimizer):
         accumulates = bool(base_optimizer.gradient_accumulation_steps)
         if not self._all_active or (single_step and accumulates):
             base_step.check_can_skip_arms(owner, base_optimizer)
+
+    def __setattr__(self, name, value):
+        if name in _FIXED and name in vars(self):
+            owner = type(self).__name__
+            raise ValueError(
+                f"`{name}` of `{owner}` cannot be replaced: arms, state and compiled "
+                f"steps are made with it. Received: {name}={value!r}. Make a new "
+                f"`{owner}`, and call `model.compile` with it."
+            )
+        super().__setattr__(name, value)
 
     def _add_setting(self, name, value):
         """A variable for a number that may be set between two steps."""
@@ -417,24 +430,21 @@ class SharpnessAware(keras.optimizers.Optimizer):
             ValueError: if they are others.
         """
         built_for = self._trainable_variables
-        if not variables:
-            raise ValueError(
-                f"`{type(self).__name__}` got a model without trainable weights. Set "
-                "`layer.trainable = True` on a layer before `compile`."
-            )
-        sampler = self.sampler
-        if [id(v) for v in sampler.variables] != [id(v) for v in self._sampler_state]:
-            raise ValueError(
-                "A sampler must make all its variables by the end of `build`: what it "
-                f"makes later is not saved. Received: {sampler!r} with "
-                f"{len(sampler.variables)} variables, {len(self._sampler_state)} then."
-            )
         if [id(v) for v in variables] != [id(v) for v in built_for]:
             raise ValueError(
                 f"`{type(self).__name__}` was built for other trainable weights than "
                 f"the model has now ({len(built_for)} then, {len(variables)} now). "
                 "After a change of `layer.trainable`, call `model.compile` again with "
                 "a new optimizer."
+            )
+        if not self.built:
+            return
+        sampler, state = self.sampler, self._sampler_state
+        if [id(v) for v in sampler.variables] != [id(v) for v in state]:
+            raise ValueError(
+                "A sampler must make all its variables by the end of `build`: what it "
+                f"makes later is not saved. Received: {sampler!r} with "
+                f"{len(sampler.variables)} variables, {len(state)} then."
             )
 
     def window(self):
