@@ -1,11 +1,13 @@
 """The train step: one text for all methods and all backends."""
 
+import contextlib
 import functools
 import warnings
 
 import keras
 from keras import ops
 
+from keras_slsam import atomic
 from keras_slsam import gradients as backend
 from keras_slsam import loss_scale
 from keras_slsam.loss import Loss
@@ -50,7 +52,11 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
     _prepare(model, optimizer, x)
     scaler, optimizer = loss_scale.split(optimizer)
     variables = model.trainable_variables
-    with backend.no_grad():
+    with (
+        contextlib.ExitStack() as at_the_end,
+        backend.no_grad(),
+        backend.put_back_generators(variables),
+    ):
         scale = loss_scale.read(scaler)
         loss = Loss(model, variables, x, y, sample_weight, scale)
         if backend.only_builds():
@@ -59,7 +65,11 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
                 model, x, y, sample_weight, *loss.record_metrics(outputs)
             )
         first_of_window, last_of_window = optimizer.window()
-        active = optimizer.draw_active(first_of_window)
+        with atomic.Staged() as drawn:
+            active = optimizer.draw_active(first_of_window)
+            perturbs = optimizer.draw_perturbed()
+            if optimizer.single_step:
+                previous, squared_norm = optimizer.previous_gradients()
         passes = backend.Passes(
             loss,
             optimizer.arm_of,
@@ -70,7 +80,6 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
         weights = [backend.read(v) for v in variables]  # w
         if optimizer.single_step:
             # Up along the gradient of the last step: one pass, h = grad(w + e).
-            previous, squared_norm = optimizer.previous_gradients()
             perturbed = optimizer.perturb(weights, previous, squared_norm, active)
             (_, outputs), gradients = passes.first(perturbed)
             gradients = optimizer.unscale(gradients, active, scale)
@@ -85,25 +94,30 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
                 perturbed = optimizer.perturb(weights, first, sum(squares), active)
                 return optimizer.unscale(passes.second(perturbed), active, scale)
 
-            gradients = backend.cond(optimizer.draw_perturbed(), second, lambda: first)
+            gradients = backend.cond(perturbs, second, lambda: first)
 
         def update():
-            loss.record_state(outputs)
-            optimizer.learn(squares, last_of_window)
+            with drawn, atomic.Staged() as learned:
+                optimizer.learn(squares, last_of_window)
             # The base step at w, with h.
             optimizer.descend(gradients, squares, active, last_of_window)
+            learned.commit()
+            loss.record_state(outputs)
 
-        # All but the metrics moves last: where something raises, it has not.
-        logs = _update_metrics(
-            model, x, y, sample_weight, *loss.record_metrics(outputs)
-        )
-        if scaler is None:
-            update()
-        else:
-            norms = squares
-            if not optimizer.single_step:  # whose gradients they are already
-                norms = squares + optimizer.squared_norms(gradients, active)
-            loss_scale.update_if_finite(scaler, sum(norms), update)
+        # Until here nothing has moved. Assignments come last.
+        at_the_end.enter_context(atomic.hold_back_interrupt())
+        with backend.after(outputs, gradients), atomic.put_back_metrics(model):
+            logs = _update_metrics(
+                model, x, y, sample_weight, *loss.record_metrics(outputs)
+            )
+            if scaler is None:
+                update()
+            else:
+                norms = squares
+                if not optimizer.single_step:  # whose gradients they are already
+                    norms = squares + optimizer.squared_norms(gradients, active)
+                loss_scale.update_if_finite(scaler, sum(norms), update)
+            drawn.commit()
         return logs
 
 

@@ -22,10 +22,11 @@ import operator
 
 import jax
 import jax.numpy as jnp
-import keras
 import numpy as np
 from jax.extend import core
 from jax.extend.core import primitives
+
+from keras_slsam.atomic import Staged
 
 no_grad = contextlib.nullcontext  # JAX differentiates only what it is told to
 can_compile = True
@@ -495,6 +496,16 @@ def _always(values):
     return lambda *_: values
 
 
+def put_back_generators(variables):
+    """Nothing: Keras' generators are variables."""
+    return contextlib.nullcontext()
+
+
+def after(*structures):
+    """Nothing: what was computed was computed."""
+    return contextlib.nullcontext()
+
+
 def only_builds():
     """Never: Keras makes all variables before the first step."""
     return False
@@ -503,25 +514,6 @@ def only_builds():
 def build_first(model, train_function):
     """The same function."""
     return train_function
-
-
-class _BranchScope(keras.StatelessScope):
-    """The scope of a branch, which reads from the scope around it."""
-
-    def __init__(self):
-        super().__init__()
-        self.assigned = {}
-
-    def add_update(self, update):
-        variable, _ = update
-        self.assigned[id(variable)] = variable
-        super().add_update(update)
-
-    def get_current_value(self, variable):
-        value = super().get_current_value(variable)
-        if value is None and self.original_scope is not None:
-            value = self.original_scope.get_current_value(variable)
-        return value
 
 
 def when(active, update):
@@ -538,10 +530,10 @@ def when(active, update):
     assigned = []
 
     def updated():
-        with _BranchScope() as scope:
+        with Staged() as staged:
             update()
-        assigned.extend(scope.assigned.values())
-        return [scope.get_current_value(v) for v in assigned]
+        assigned.extend(staged.assigned)
+        return [staged.get_current_value(v) for v in assigned]
 
     # Traced before the condition, which must know what is assigned.
     update_fn = core.jaxpr_as_fun(jax.make_jaxpr(updated)())
