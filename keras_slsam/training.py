@@ -1,5 +1,6 @@
 """The train step: one text for all methods and all backends."""
 
+import contextlib
 import functools
 import types
 import warnings
@@ -7,6 +8,7 @@ import warnings
 import keras
 from keras import ops
 
+from keras_slsam import atomic
 from keras_slsam import gradients as backend
 from keras_slsam import loss_scale
 from keras_slsam.loss import Loss
@@ -57,7 +59,11 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
             "optimized.",
             stacklevel=2,
         )
-    with backend.no_grad():
+    with (
+        contextlib.ExitStack() as at_the_end,
+        backend.no_grad(),
+        backend.put_back_generators(variables),
+    ):
         scale = loss_scale.read(scaler)
         loss = Loss(model, variables, x, y, sample_weight, scale)
         if not variables or backend.only_builds():
@@ -69,7 +75,11 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
                 loss.record_state(outputs)
             return logs
         first_of_window, last_of_window = optimizer.window()
-        active = optimizer.draw_active(first_of_window)
+        with atomic.Staged() as drawn:
+            active = optimizer.draw_active(first_of_window)
+            perturbs = optimizer.draw_perturbed()
+            if optimizer.single_step:
+                previous, squared_norm = optimizer.previous_gradients()
         passes = backend.Passes(
             loss,
             optimizer.arm_of,
@@ -80,7 +90,6 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
         weights = [backend.read(v) for v in variables]  # w
         if optimizer.single_step:
             # Up along the gradient of the last step: one pass, h = grad(w + e).
-            previous, squared_norm = optimizer.previous_gradients()
             perturbed = optimizer.perturb(weights, previous, squared_norm, active)
             (_, outputs), gradients = passes.first(perturbed)
             gradients = optimizer.unscale(gradients, active, scale)
@@ -97,25 +106,28 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
                 return found, squares + optimizer.squared_norms(found, active)
 
             gradients, norms = backend.cond(
-                optimizer.draw_perturbed(), second, lambda: (first, squares + squares)
+                perturbs, second, lambda: (first, squares + squares)
             )
         finite = ops.isfinite(sum(norms))
         (finite,) = backend.concrete(ops.reshape(finite, (1,)))
 
-        # All but the metrics moves last: where something raises, it has not.
-        with optimizer.counted(finite):
-            logs = _update_metrics(
-                model, x, y, sample_weight, *loss.record_metrics(outputs)
-            )
-
-        def learn():
-            loss.record_state(outputs)
-            optimizer.learn(squares, last_of_window)
-
-        backend.when(finite, learn)
-        # The base step at w, with h.
-        optimizer.descend(gradients, squares, active, last_of_window, finite)
-        loss_scale.adapt(scaler, finite)
+        # Until here nothing has moved. Assignments come last.
+        at_the_end.enter_context(atomic.hold_back_interrupt())
+        with backend.after(outputs, gradients), atomic.put_back_metrics(model):
+            with optimizer.counted(finite):
+                logs = _update_metrics(
+                    model, x, y, sample_weight, *loss.record_metrics(outputs)
+                )
+            with drawn, atomic.Staged() as learned:
+                atomic.assign_if(
+                    finite, lambda: optimizer.learn(squares, last_of_window)
+                )
+            # The base step at w, with h.
+            optimizer.descend(gradients, squares, active, last_of_window, finite)
+            drawn.commit()
+            learned.commit()
+            backend.when(finite, lambda: loss.record_state(outputs))
+            loss_scale.adapt(scaler, finite)
         return logs
 
 

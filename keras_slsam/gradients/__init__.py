@@ -33,6 +33,10 @@ What each file holds:
   state.
 - `build_first(model, train_function)`: a train function that makes the variables of
   optimizer and metrics before it is traced, where Keras does not.
+- `after(*structures)`: context whose operations run after those that give the tensors
+  in the structures, and after the checks in them.
+- `put_back_generators(variables)`: context that, if something raises in it, sets back
+  the generators of random numbers that are no variables.
 - `only_builds()`: whether this step is taken for that only, and not executed.
 - `multiply(gradient, factor)`: `factor * gradient`, a new tensor.
 - `squared_sum(gradient)`: sum of the squares of a gradient's entries.
@@ -44,6 +48,7 @@ import keras
 if keras.config.backend() == "jax":
     from keras_slsam.gradients.jax import Passes
     from keras_slsam.gradients.jax import add
+    from keras_slsam.gradients.jax import after
     from keras_slsam.gradients.jax import apply
     from keras_slsam.gradients.jax import build_first
     from keras_slsam.gradients.jax import can_compile
@@ -53,6 +58,7 @@ if keras.config.backend() == "jax":
     from keras_slsam.gradients.jax import no_grad
     from keras_slsam.gradients.jax import only_builds
     from keras_slsam.gradients.jax import own_parameters
+    from keras_slsam.gradients.jax import put_back_generators
     from keras_slsam.gradients.jax import read
     from keras_slsam.gradients.jax import select
     from keras_slsam.gradients.jax import squared_sum
@@ -60,6 +66,7 @@ if keras.config.backend() == "jax":
 elif keras.config.backend() == "tensorflow":
     from keras_slsam.gradients.tensorflow import Passes
     from keras_slsam.gradients.tensorflow import add
+    from keras_slsam.gradients.tensorflow import after
     from keras_slsam.gradients.tensorflow import apply
     from keras_slsam.gradients.tensorflow import build_first
     from keras_slsam.gradients.tensorflow import can_compile
@@ -69,6 +76,7 @@ elif keras.config.backend() == "tensorflow":
     from keras_slsam.gradients.tensorflow import no_grad
     from keras_slsam.gradients.tensorflow import only_builds
     from keras_slsam.gradients.tensorflow import own_parameters
+    from keras_slsam.gradients.tensorflow import put_back_generators
     from keras_slsam.gradients.tensorflow import read
     from keras_slsam.gradients.tensorflow import select
     from keras_slsam.gradients.tensorflow import squared_sum
@@ -76,6 +84,7 @@ elif keras.config.backend() == "tensorflow":
 elif keras.config.backend() == "torch":
     from keras_slsam.gradients.torch import Passes
     from keras_slsam.gradients.torch import add
+    from keras_slsam.gradients.torch import after
     from keras_slsam.gradients.torch import apply
     from keras_slsam.gradients.torch import build_first
     from keras_slsam.gradients.torch import can_compile
@@ -85,6 +94,7 @@ elif keras.config.backend() == "torch":
     from keras_slsam.gradients.torch import no_grad
     from keras_slsam.gradients.torch import only_builds
     from keras_slsam.gradients.torch import own_parameters
+    from keras_slsam.gradients.torch import put_back_generators
     from keras_slsam.gradients.torch import read
     from keras_slsam.gradients.torch import select
     from keras_slsam.gradients.torch import squared_sum

@@ -22,10 +22,12 @@ import operator
 
 import jax
 import jax.numpy as jnp
-import keras
 import numpy as np
 from jax.extend import core
 from jax.extend.core import primitives
+
+from keras_slsam.atomic import Staged
+from keras_slsam.atomic import assign_if
 
 no_grad = contextlib.nullcontext  # JAX differentiates only what it is told to
 can_compile = True
@@ -470,6 +472,16 @@ def _always(values):
     return lambda *_: values
 
 
+def put_back_generators(variables):
+    """Nothing: Keras' generators are variables."""
+    return contextlib.nullcontext()
+
+
+def after(*structures):
+    """Nothing: what was computed was computed."""
+    return contextlib.nullcontext()
+
+
 def only_builds():
     """Never: Keras makes all variables before the first step."""
     return False
@@ -478,25 +490,6 @@ def only_builds():
 def build_first(model, train_function):
     """The same function."""
     return train_function
-
-
-class _BranchScope(keras.StatelessScope):
-    """The scope of a branch, which reads from the scope around it."""
-
-    def __init__(self):
-        super().__init__()
-        self.assigned = {}
-
-    def add_update(self, update):
-        variable, _ = update
-        self.assigned[id(variable)] = variable
-        super().add_update(update)
-
-    def get_current_value(self, variable):
-        value = super().get_current_value(variable)
-        if value is None and self.original_scope is not None:
-            value = self.original_scope.get_current_value(variable)
-        return value
 
 
 def when(active, update):
@@ -513,10 +506,10 @@ def when(active, update):
     assigned = []
 
     def updated():
-        with _BranchScope() as scope:
+        with Staged() as staged:
             update()
-        assigned.extend(scope.assigned.values())
-        return [scope.get_current_value(v) for v in assigned]
+        assigned.extend(staged.assigned)
+        return [staged.get_current_value(v) for v in assigned]
 
     # Traced before the condition, which must know what is assigned.
     update_fn = core.jaxpr_as_fun(jax.make_jaxpr(updated)())
@@ -525,24 +518,9 @@ def when(active, update):
         variable.assign(value)
 
 
-def select(active, update):
-    """Runs `update()`, and keeps what it assigns to Keras variables if `active`.
-
-    For an update of all weights: XLA makes one loop of it and of the choice, where a
-    condition takes memory for the old weights and the new ones.
-
-    Args:
-        active: bool or scalar boolean array.
-        update: Function without arguments; what it returns is ignored.
-    """
-    if isinstance(active, bool):
-        when(active, update)
-        return
-    with _BranchScope() as scope:
-        update()
-    for variable in scope.assigned.values():
-        value = scope.get_current_value(variable)
-        variable.assign(jnp.where(active, value, variable.value))
+# XLA makes one loop of an update of all weights and of the choice, where a condition
+# takes memory for the old weights and the new ones.
+select = assign_if
 
 
 def squared_sum(gradient):

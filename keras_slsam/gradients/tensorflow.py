@@ -157,6 +157,23 @@ def own_parameters(model, variables):
 _builds = contextvars.ContextVar("builds", default=False)
 
 
+def put_back_generators(variables):
+    """Nothing: Keras' generators are variables."""
+    return contextlib.nullcontext()
+
+
+def after(*structures):
+    """Context whose operations run after those that give the tensors in a graph.
+
+    Args:
+        *structures: Structures of tensors.
+    """
+    tensors = [t for t in tf.nest.flatten(structures, True) if tf.is_tensor(t)]
+    if tf.executing_eagerly():
+        return contextlib.nullcontext()
+    return tf.control_dependencies([tf.group(*tensors)])
+
+
 def only_builds():
     """Whether this step is taken for the variables that it makes, and not executed."""
     return _builds.get()

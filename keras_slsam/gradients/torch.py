@@ -59,9 +59,8 @@ class Passes:
             return self._differentiate(weights)
         # Layers without a seed of their own, like Keras' Dropout on PyTorch, draw from
         # the global generators.
-        kinds = {weight.device.type for weight in weights} - {"cpu"}
-        modules = [torch, *map(torch.get_device_module, kinds)]
-        self._generators = [(module, module.get_rng_state()) for module in modules]
+        self._generators = _generators(weights)
+        modules = [module for module, _ in self._generators]
         self._reuse = Reuse(self._loss_fn.model, modules)
         with self._reuse.recording() as begin_backward:
             return self._differentiate(weights, begin_backward)
@@ -76,16 +75,12 @@ class Passes:
             List like the gradients of `first`.
         """
         try:
-            self._reset_generators()
+            _reset(self._generators)
             with self._reuse.replaying() as begin_backward:
                 return self._differentiate(weights, begin_backward)[1]
         except CalledAgain:
-            self._reset_generators()
+            _reset(self._generators)
             return self._differentiate(weights)[1]
-
-    def _reset_generators(self):
-        for module, state in self._generators:
-            module.set_rng_state(state)
 
     def _differentiate(self, weights, begin_backward=lambda: None):
         # An inactive weight is itself the leaf: the same tensor in both passes.
@@ -113,6 +108,37 @@ class Passes:
             lambda t: t.detach() if torch.is_tensor(t) else t, aux
         )
         return (loss.detach(), aux), gradients
+
+
+@contextlib.contextmanager
+def put_back_generators(variables):
+    """Context that sets the global generators back if something raises in it.
+
+    Args:
+        variables: List of `keras.Variable`s, on the devices whose generators count.
+    """
+    generators = _generators([read(variable) for variable in variables])
+    try:
+        yield
+    except BaseException:
+        _reset(generators)
+        raise
+
+
+def _generators(tensors):
+    """The global generators of the tensors' devices, and their states.
+
+    Returns:
+        List of pairs: a module with `get_rng_state` and `set_rng_state`, and a state.
+    """
+    kinds = {tensor.device.type for tensor in tensors} - {"cpu"}
+    modules = [torch, *map(torch.get_device_module, kinds)]
+    return [(module, module.get_rng_state()) for module in modules]
+
+
+def _reset(generators):
+    for module, state in generators:
+        module.set_rng_state(state)
 
 
 def own_parameters(model, variables):
@@ -198,6 +224,11 @@ class _Holder(torch.nn.Module):
 
     def forward(self, *args, **kwargs):
         return self.run(*args, **kwargs)
+
+
+def after(*structures):
+    """Nothing: what was computed was computed."""
+    return contextlib.nullcontext()
 
 
 def only_builds():

@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_slsam import arms as arms_module
+from keras_slsam import atomic
 from keras_slsam import base_step
 from keras_slsam import gradients as backend
 from keras_slsam import perturbation
@@ -471,7 +472,7 @@ class SharpnessAware(keras.optimizers.Optimizer):
             ValueError: if the sampler's mask has another shape, or is seen to have
                 no active arm.
         """
-        backend.when(first, self._draw)
+        atomic.assign_if(first, self._draw)
         if self._all_active:
             return [True] * len(self._members)
         active = backend.concrete(backend.read(self._active))
@@ -580,7 +581,7 @@ class SharpnessAware(keras.optimizers.Optimizer):
             squares = (before + squares) / (position + 1)
         norms = ops.sqrt(squares)
         self._norms.assign(norms)
-        backend.when(
+        atomic.assign_if(
             last,
             lambda: self.sampler.update(backend.read(self._active), norms),
         )
