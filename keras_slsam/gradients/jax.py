@@ -27,6 +27,8 @@ import numpy as np
 from jax.extend import core
 from jax.extend.core import primitives
 
+from keras_slsam.gradients.replay import Replay
+
 no_grad = contextlib.nullcontext  # JAX differentiates only what it is told to
 can_compile = True
 init_scope = contextlib.nullcontext
@@ -111,9 +113,17 @@ class Passes:
             least one will be true.
         twice: bool, whether there may be a second pass.
         jit_compile: Ignored, a traced step is compiled anyway.
+
+    Raises:
+        ValueError: with several processes.
     """
 
     def __init__(self, loss_fn, arms, active, twice=True, jit_compile=False):
+        if jax.process_count() > 1:
+            raise ValueError(
+                "Sharpness-aware steps in several processes of JAX are not supported "
+                f"yet. Received: {jax.process_count()} processes. Train in one process."
+            )
         self._loss_fn = loss_fn
         self._arms = arms
         self._active = active
@@ -132,8 +142,8 @@ class Passes:
             loss does not reach is zero.
         """
         if self._known:
-            wanted = [self._active[arm] for arm in self._arms]
-            return _of_known(self._loss_fn, weights, wanted)
+            self._replay = Replay(self._loss_fn.model)
+            return self._of_known(weights)
         self._trace(weights)
         self._values, sets = self._run(weights)
         return self._results(self._values, sets)
@@ -148,8 +158,13 @@ class Passes:
             List like the gradients of `first`.
         """
         if self._known:
-            return self.first(weights)[1]
+            return self._of_known(weights)[1]
         return self._results(*self._run(weights, self._values))[1]
+
+    def _of_known(self, weights):
+        wanted = [self._active[arm] for arm in self._arms]
+        with self._replay:
+            return _of_known(self._loss_fn, weights, wanted)
 
     def _trace(self, weights):
         """Traces the dense computation and sorts its parts."""

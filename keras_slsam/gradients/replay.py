@@ -61,7 +61,7 @@ def _owned(model):
     for holder in holders:
         if not type(holder).__module__.startswith(("keras.", "keras_hub.")):
             for x in vars(holder).values():
-                for part in x if type(x) in (list, tuple) else [x]:
+                for part in x if isinstance(x, (list, tuple)) else [x]:
                     found[id(part)] = part
     for x in found.values():
         if isinstance(x, np.random.Generator):

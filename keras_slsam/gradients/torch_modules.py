@@ -215,9 +215,9 @@ def is_written(model, variable, weight):
     """
     return ValueError(
         "The forward pass writes to the trainable weight "
-        f"{_name(model, variable, weight)}. It would write to a perturbed weight. Leave that out, or make the weight not "
-        "trainable: `requires_grad = False` before the module is wrapped, or "
-        "`trainable = False` on the layer."
+        f"{_name(model, variable, weight)}. It would write to a perturbed weight. "
+        "Leave that out, or make the weight not trainable: `requires_grad = False` "
+        "before the module is wrapped, or `trainable = False` on the layer."
     )
 
 
