@@ -25,11 +25,12 @@ class Loss:
 
     Attributes:
         model: The model.
+        variables: The variables.
     """
 
     def __init__(self, model, variables, x, y, sample_weight, scale=None):
         self.model = model
-        self._variables = variables
+        self.variables = variables
         self._data = x, y, sample_weight
         self._scale = scale
         self._given, self._record_own = backend.own_parameters(model, variables)
@@ -53,7 +54,7 @@ class Loss:
         model, (x, y, sample_weight) = self.model, self._data
         # Keras multiplies sample weights by masks in place on PyTorch.
         sample_weight = keras.tree.map_structure(_copy, sample_weight)
-        mapping = list(zip(self._variables, weights)) + self._state
+        mapping = list(zip(self.variables, weights)) + self._state
         with self._given(weights), _Scope(mapping) as scope:
             y_pred = call(model, x)
             # Keras' own way to call a `compute_loss` of any signature, not public.
@@ -72,7 +73,7 @@ class Loss:
         return scaled, (loss, tensors, masks, values)
 
     def _check_assigned(self):
-        trained = {id(v) for v in self._variables}
+        trained = {id(v) for v in self.variables}
         for variable in self._assigned:
             if id(variable) in trained:
                 raise ValueError(

@@ -62,7 +62,7 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
     with (
         contextlib.ExitStack() as at_the_end,
         backend.no_grad(),
-        backend.put_back_generators(variables),
+        backend.replay(model),
     ):
         scale = loss_scale.read(scaler)
         loss = Loss(model, variables, x, y, sample_weight, scale)

@@ -1,5 +1,7 @@
 """The train step does what Keras' own does, and what the methods add."""
 
+import random
+
 import keras
 import numpy as np
 import pytest
@@ -337,6 +339,51 @@ def test_random_numbers_without_a_seed(method):
     plain, ours = outputs("sgd"), outputs(methods(TINY)[method])
     assert len(set(np.round(plain, 3))) == 4
     np.testing.assert_allclose(ours, plain, rtol=1e-4)
+
+
+class DrawsOutside(keras.layers.Layer):
+    """Draws from the generators of Python and of NumPy, and from its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.own = np.random.default_rng(0)
+        self.several = [random.Random(0), np.random.RandomState(0)]
+
+    def call(self, x):
+        python, numpy = self.several
+        noise = random.random() + np.random.rand() + self.own.random()
+        return x * (noise + python.random() + numpy.rand())
+
+
+def test_random_numbers_of_python_and_numpy():
+    """New in each step, the same in both passes, and afterwards as after one."""
+
+    def trained(optimizer):
+        keras.utils.set_random_seed(0)
+        random.seed(0), np.random.seed(0)
+        layers = [keras.layers.Dense(3), DrawsOutside(), keras.layers.Dense(1)]
+        model = keras.Sequential([keras.Input((4,)), *layers])
+        model = keras_slsam.sharpness_aware(model)
+        model.compile(optimizer=optimizer, loss="mse", run_eagerly=True)
+        x, y = np.ones((8, 4), "float32"), np.ones((8, 1), "float32")
+        for _ in range(2):
+            model.train_on_batch(x, y)
+        return [*model.get_weights(), random.random(), np.random.rand()]
+
+    plain = trained("sgd")
+    for method in ("sam", "slsam"):
+        for one, other in zip(plain, trained(methods(TINY)[method])):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="test_torch_modules.py, test_errors.py")
+def test_several_processes_are_refused(monkeypatch):
+    import jax
+
+    model, x, y = compiled("dense", keras_slsam.SAM("sgd"))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="Received: 2 processes"):
+        model.train_on_batch(x, y)
 
 
 class Centred(keras.layers.Layer):

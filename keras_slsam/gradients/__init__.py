@@ -35,8 +35,8 @@ What each file holds:
   optimizer and metrics before it is traced, where Keras does not.
 - `after(*structures)`: context whose operations run after those that give the tensors
   in the structures, and after the checks in them.
-- `put_back_generators(variables)`: context that, if something raises in it, sets back
-  the generators of random numbers that are no variables.
+- `replay(model)`: context in which the generators of random numbers that are no
+  variables give the same each time. If something raises in it, they are set back.
 - `only_builds()`: whether this step is taken for that only, and not executed.
 - `multiply(gradient, factor)`: `factor * gradient`, a new tensor.
 - `squared_sum(gradient)`: sum of the squares of a gradient's entries.
@@ -58,8 +58,8 @@ if keras.config.backend() == "jax":
     from keras_slsam.gradients.jax import no_grad
     from keras_slsam.gradients.jax import only_builds
     from keras_slsam.gradients.jax import own_parameters
-    from keras_slsam.gradients.jax import put_back_generators
     from keras_slsam.gradients.jax import read
+    from keras_slsam.gradients.jax import replay
     from keras_slsam.gradients.jax import select
     from keras_slsam.gradients.jax import squared_sum
     from keras_slsam.gradients.jax import when
@@ -76,8 +76,8 @@ elif keras.config.backend() == "tensorflow":
     from keras_slsam.gradients.tensorflow import no_grad
     from keras_slsam.gradients.tensorflow import only_builds
     from keras_slsam.gradients.tensorflow import own_parameters
-    from keras_slsam.gradients.tensorflow import put_back_generators
     from keras_slsam.gradients.tensorflow import read
+    from keras_slsam.gradients.tensorflow import replay
     from keras_slsam.gradients.tensorflow import select
     from keras_slsam.gradients.tensorflow import squared_sum
     from keras_slsam.gradients.tensorflow import when
@@ -94,8 +94,8 @@ elif keras.config.backend() == "torch":
     from keras_slsam.gradients.torch import no_grad
     from keras_slsam.gradients.torch import only_builds
     from keras_slsam.gradients.torch import own_parameters
-    from keras_slsam.gradients.torch import put_back_generators
     from keras_slsam.gradients.torch import read
+    from keras_slsam.gradients.torch import replay
     from keras_slsam.gradients.torch import select
     from keras_slsam.gradients.torch import squared_sum
     from keras_slsam.gradients.torch import when

@@ -28,6 +28,7 @@ from jax.extend.core import primitives
 
 from keras_slsam.atomic import Staged
 from keras_slsam.atomic import assign_if
+from keras_slsam.gradients.replay import Replay
 
 no_grad = contextlib.nullcontext  # JAX differentiates only what it is told to
 can_compile = True
@@ -109,9 +110,17 @@ class Passes:
             least one will be true.
         twice: bool, whether there may be a second pass.
         jit_compile: Ignored, a traced step is compiled anyway.
+
+    Raises:
+        ValueError: with several processes.
     """
 
     def __init__(self, loss_fn, arms, active, twice=True, jit_compile=False):
+        if jax.process_count() > 1:
+            raise ValueError(
+                "Sharpness-aware steps in several processes of JAX are not supported "
+                f"yet. Received: {jax.process_count()} processes. Train in one process."
+            )
         self._loss_fn = loss_fn
         self._arms = arms
         self._active = active
@@ -130,8 +139,8 @@ class Passes:
             loss does not reach is zero.
         """
         if self._known:
-            wanted = [self._active[arm] for arm in self._arms]
-            return _of_known(self._loss_fn, weights, wanted)
+            self._replay = replay(self._loss_fn.model)
+            return self._of_known(weights)
         self._trace(weights)
         self._values, sets = self._run(weights)
         return self._results(self._values, sets)
@@ -146,8 +155,13 @@ class Passes:
             List like the gradients of `first`.
         """
         if self._known:
-            return self.first(weights)[1]
+            return self._of_known(weights)[1]
         return self._results(*self._run(weights, self._values))[1]
+
+    def _of_known(self, weights):
+        wanted = [self._active[arm] for arm in self._arms]
+        with self._replay:
+            return _of_known(self._loss_fn, weights, wanted)
 
     def _trace(self, weights):
         """Traces the dense computation and sorts its parts."""
@@ -472,9 +486,8 @@ def _always(values):
     return lambda *_: values
 
 
-def put_back_generators(variables):
-    """Nothing: Keras' generators are variables."""
-    return contextlib.nullcontext()
+# Keras' generators are variables, so there are no others but Python's and NumPy's.
+replay = Replay
 
 
 def after(*structures):

@@ -14,6 +14,8 @@ import keras
 import tensorflow as tf
 
 from keras_slsam.gradients import tensorflow_graph
+from keras_slsam.gradients.replay import Replay
+from keras_slsam.gradients.replay import Replay
 
 no_grad = contextlib.nullcontext
 can_compile = True
@@ -74,8 +76,8 @@ class Passes:
             bools and zero otherwise. Those of embeddings are `tf.IndexedSlices`.
         """
         if self._known:
-            wanted = [self._active[arm] for arm in self._arms]
-            return _record(self._loss_fn, weights, wanted)
+            self._replay = Replay(self._loss_fn.model)
+            return self._record(weights)
         self._trace(weights)
         return self._results(self._program.run(weights), weights)
 
@@ -92,8 +94,13 @@ class Passes:
             List like the gradients of `first`.
         """
         if self._known:
-            return self.first(weights)[1]
+            return self._record(weights)[1]
         return self._results(self._program.run_again(weights), weights)[1]
+
+    def _record(self, weights):
+        wanted = [self._active[arm] for arm in self._arms]
+        with self._replay:
+            return _record(self._loss_fn, weights, wanted)
 
     def _trace(self, weights):
         wanted = [True] * len(weights)
@@ -157,9 +164,8 @@ def own_parameters(model, variables):
 _builds = contextvars.ContextVar("builds", default=False)
 
 
-def put_back_generators(variables):
-    """Nothing: Keras' generators are variables."""
-    return contextlib.nullcontext()
+# Keras' generators are variables, so there are no others but Python's and NumPy's.
+replay = Replay
 
 
 def after(*structures):
