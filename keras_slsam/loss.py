@@ -27,16 +27,18 @@ class Loss:
 
     Attributes:
         model: The model.
+        variables: The variables.
+        state: List of the model's other `keras.Variable`s.
     """
 
     def __init__(self, model, variables, x, y, sample_weight, scale=None):
         self.model = model
-        self._variables = variables
+        self.variables = variables
         self._data = x, y, sample_weight
         self._scale = scale
         self._given, self._record_own = backend.own_parameters(model, variables)
-        known = model.non_trainable_variables + model.metrics_variables
-        self._state = [(v, backend.read(v)) for v in known]
+        self.state = model.non_trainable_variables + model.metrics_variables
+        self._state = [(v, backend.read(v)) for v in self.state]
         self._assigned = None
 
     def __call__(self, weights, differentiate=None):
@@ -54,7 +56,7 @@ class Loss:
         model, (x, y, sample_weight) = self.model, self._data
         # Keras multiplies sample weights by masks in place on PyTorch.
         sample_weight = keras.tree.map_structure(_copy, sample_weight)
-        mapping = list(zip(self._variables, weights)) + self._state
+        mapping = list(zip(self.variables, weights)) + self._state
         with self._given(weights), _Scope(mapping) as scope:
             y_pred = model(x, **training_argument(model.call))
             loss = model.compute_loss(
@@ -76,7 +78,7 @@ class Loss:
         return scaled, (loss, y_pred, masks, values)
 
     def _check_assigned(self):
-        trained = {id(v) for v in self._variables}
+        trained = {id(v) for v in self.variables}
         for variable in self._assigned:
             if id(variable) in trained:
                 raise ValueError(
@@ -120,7 +122,7 @@ class Loss:
                 variable.assign(value)
 
 
-class _Scope(keras.StatelessScope):
+class _Scope(backend.Scope):
     """A scope that lists the variables that were assigned to.
 
     Not all are the model's: a generator of random numbers may be anyone's. What was

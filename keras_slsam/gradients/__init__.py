@@ -20,6 +20,7 @@ What each file holds:
 - `Passes(loss_fn, arms, active, twice, jit_compile)`: the passes of a step. `first`
   gives loss, auxiliary outputs and the gradients of the active weights, `second` the
   gradients at other values of these, with the same random numbers.
+- `Scope`: the `keras.StatelessScope` that the loss is computed in.
 - `read(variable)`: the value of a `keras.Variable` as a tensor, not a copy.
 - `when(active, update)`: run an update, which assigns to Keras variables, only if
   `active`.
@@ -39,6 +40,7 @@ import keras
 
 if keras.config.backend() == "jax":
     from keras_slsam.gradients.jax import Passes
+    from keras_slsam.gradients.jax import Scope
     from keras_slsam.gradients.jax import add
     from keras_slsam.gradients.jax import build_first
     from keras_slsam.gradients.jax import can_compile
@@ -53,6 +55,7 @@ if keras.config.backend() == "jax":
     from keras_slsam.gradients.jax import when
 elif keras.config.backend() == "tensorflow":
     from keras_slsam.gradients.tensorflow import Passes
+    from keras_slsam.gradients.tensorflow import Scope
     from keras_slsam.gradients.tensorflow import add
     from keras_slsam.gradients.tensorflow import build_first
     from keras_slsam.gradients.tensorflow import can_compile
@@ -67,6 +70,7 @@ elif keras.config.backend() == "tensorflow":
     from keras_slsam.gradients.tensorflow import when
 elif keras.config.backend() == "torch":
     from keras_slsam.gradients.torch import Passes
+    from keras_slsam.gradients.torch import Scope
     from keras_slsam.gradients.torch import add
     from keras_slsam.gradients.torch import build_first
     from keras_slsam.gradients.torch import can_compile

@@ -30,6 +30,7 @@ from jax.extend.core import primitives
 no_grad = contextlib.nullcontext  # JAX differentiates only what it is told to
 can_compile = True
 init_scope = contextlib.nullcontext
+Scope = keras.StatelessScope
 
 # Calls of a traced function, by the name of the primitive (which changes with JAX), and
 # the parameter that holds its jaxpr. What `jax.checkpoint` recomputes stays apart from
