@@ -26,6 +26,7 @@ class Loss:
     Attributes:
         model: The model.
         variables: The variables.
+        state: List of the model's other `keras.Variable`s.
     """
 
     def __init__(self, model, variables, x, y, sample_weight, scale=None):
@@ -34,8 +35,8 @@ class Loss:
         self._data = x, y, sample_weight
         self._scale = scale
         self._given, self._record_own = backend.own_parameters(model, variables)
-        known = model.non_trainable_variables + model.metrics_variables
-        self._state = [(v, backend.read(v)) for v in known]
+        self.state = model.non_trainable_variables + model.metrics_variables
+        self._state = [(v, backend.read(v)) for v in self.state]
         self._assigned = None
 
     def __call__(self, weights, differentiate=None):
@@ -121,7 +122,7 @@ class Loss:
                 variable.assign(value)
 
 
-class _Scope(keras.StatelessScope):
+class _Scope(backend.Scope):
     """A scope that lists the variables that were assigned to.
 
     Not all are the model's: a generator of random numbers may be anyone's. What was

@@ -67,7 +67,7 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
         scale = loss_scale.read(scaler)
         loss = Loss(model, variables, x, y, sample_weight, scale)
         if not variables or backend.only_builds():
-            _, outputs = loss([backend.read(v) for v in variables])
+            _, outputs = loss([v.value for v in variables])
             logs = _update_metrics(
                 model, x, y, sample_weight, *loss.record_metrics(outputs)
             )

@@ -20,6 +20,7 @@ What each file holds:
 - `Passes(loss_fn, arms, active, twice, jit_compile)`: the passes of a step. `first`
   gives loss, auxiliary outputs and the gradients of the active weights, `second` the
   gradients at other values of these, with the same random numbers.
+- `Scope`: the `keras.StatelessScope` that the loss is computed in.
 - `read(variable)`: the value of a `keras.Variable` as a tensor, not a copy.
 - `when(active, update)`: run an update, which assigns to Keras variables, only if
   `active`.
@@ -47,6 +48,7 @@ import keras
 
 if keras.config.backend() == "jax":
     from keras_slsam.gradients.jax import Passes
+    from keras_slsam.gradients.jax import Scope
     from keras_slsam.gradients.jax import add
     from keras_slsam.gradients.jax import after
     from keras_slsam.gradients.jax import apply
@@ -65,6 +67,7 @@ if keras.config.backend() == "jax":
     from keras_slsam.gradients.jax import when
 elif keras.config.backend() == "tensorflow":
     from keras_slsam.gradients.tensorflow import Passes
+    from keras_slsam.gradients.tensorflow import Scope
     from keras_slsam.gradients.tensorflow import add
     from keras_slsam.gradients.tensorflow import after
     from keras_slsam.gradients.tensorflow import apply
@@ -83,6 +86,7 @@ elif keras.config.backend() == "tensorflow":
     from keras_slsam.gradients.tensorflow import when
 elif keras.config.backend() == "torch":
     from keras_slsam.gradients.torch import Passes
+    from keras_slsam.gradients.torch import Scope
     from keras_slsam.gradients.torch import add
     from keras_slsam.gradients.torch import after
     from keras_slsam.gradients.torch import apply

@@ -22,6 +22,7 @@ import operator
 
 import jax
 import jax.numpy as jnp
+import keras
 import numpy as np
 from jax.extend import core
 from jax.extend.core import primitives
@@ -33,6 +34,7 @@ from keras_slsam.gradients.replay import Replay
 no_grad = contextlib.nullcontext  # JAX differentiates only what it is told to
 can_compile = True
 init_scope = contextlib.nullcontext
+Scope = keras.StatelessScope
 
 # Calls of a traced function, by the name of the primitive (which changes with JAX), and
 # the parameter that holds its jaxpr. What `jax.checkpoint` recomputes stays apart from

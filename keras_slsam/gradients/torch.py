@@ -26,6 +26,7 @@ no_grad = torch.no_grad
 # `torch.compile` would specialise on each mask and compile again for the next.
 can_compile = False
 init_scope = contextlib.nullcontext
+Scope = keras.StatelessScope
 
 
 def concrete(mask):
