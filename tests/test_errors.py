@@ -124,13 +124,6 @@ def test_arms_that_are_not_hashable():
     again.build(small_model().trainable_variables)
 
 
-def test_model_without_trainable_weights():
-    model = keras_slsam.sharpness_aware(small_model())
-    model.trainable = False
-    with pytest.raises(ValueError, match=r"without trainable weights.*trainable"):
-        fit(model, keras_slsam.SAM("sgd"))
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_model_without_the_train_step(method):
     model = small_model()

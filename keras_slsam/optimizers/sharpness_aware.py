@@ -205,7 +205,7 @@ class SharpnessAware(keras.optimizers.Optimizer):
             owner=self,
         )
         # From here on the sampler's state is ours, for everything that saves it.
-        self._sampler_state = self.sampler.variables
+        self._sampler_variables = self.sampler.variables
         if restored is not None:
             self._restore(restored)
             self._restored = None
@@ -386,24 +386,19 @@ class SharpnessAware(keras.optimizers.Optimizer):
             ValueError: if they are others.
         """
         built_for = self._trainable_variables
-        if not variables:
-            raise ValueError(
-                f"`{type(self).__name__}` got a model without trainable weights. Set "
-                "`layer.trainable = True` on a layer before `compile`."
-            )
-        sampler = self.sampler
-        if [id(v) for v in sampler.variables] != [id(v) for v in self._sampler_state]:
-            raise ValueError(
-                "A sampler must make all its variables by the end of `build`: what it "
-                f"makes later is not saved. Received: {sampler!r} with "
-                f"{len(sampler.variables)} variables, {len(self._sampler_state)} then."
-            )
         if [id(v) for v in variables] != [id(v) for v in built_for]:
             raise ValueError(
                 f"`{type(self).__name__}` was built for other trainable weights than "
                 f"the model has now ({len(built_for)} then, {len(variables)} now). "
                 "After a change of `layer.trainable`, call `model.compile` again with "
                 "a new optimizer."
+            )
+        if self.built and len(self.sampler.variables) != len(self._sampler_variables):
+            raise ValueError(
+                "A sampler must make all its variables by the end of `build`: what it "
+                f"makes later is not saved. Received: {self.sampler!r}, with "
+                f"{len(self._sampler_variables)} variables then and "
+                f"{len(self.sampler.variables)} now."
             )
 
     def window(self):
