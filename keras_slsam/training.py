@@ -152,8 +152,7 @@ def stateless_step(
     """
     variables = _state_variables(model, optimizer)
     sizes, given = [len(vs) for vs in variables], [len(values) for values in state]
-    unbuilt = model.trainable_variables and not optimizer.built
-    if unbuilt or sizes != given:
+    if not optimizer.built or sizes != given:
         raise ValueError(
             "Argument `state` of `stateless_step` must hold the values of "
             "`model.trainable_variables`, `model.non_trainable_variables`, "
