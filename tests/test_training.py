@@ -88,7 +88,8 @@ def test_sam_with_a_vanishing_radius_is_the_step_of_keras(name):
     assert_same_training(name, methods(TINY)["sam"])
 
 
-# RST's passes are those of SAM, and the one of SL+S2 that of SL-SAM's first.
+# RST's passes are those of SAM, and the one of SL+S2 that of SL-SAM's first. The dense
+# model with SL-SAM is in test_fit.py.
 @pytest.mark.parametrize(
     ("name", "method"),
     [
