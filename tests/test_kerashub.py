@@ -62,6 +62,7 @@ def causal_lm():
         hidden_dim=16,
         intermediate_dim=32,
         max_sequence_length=12,
+        dropout=0.0,
     )
     preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(
         tokenizer, sequence_length=12
@@ -140,9 +141,9 @@ def test_causal_lm_on_raw_strings(lora):
     ]
     before = [ops.convert_to_numpy(v) for v in frozen]
     loss, _ = task.evaluate(TEXTS, verbose=0)
-    task.fit(TEXTS * 8, batch_size=8, epochs=6, verbose=0)
+    history = task.fit(TEXTS * 8, batch_size=8, epochs=8, verbose=0).history["loss"]
     # A frozen network without training learns little by its low-rank factors.
-    assert task.evaluate(TEXTS, verbose=0)[0] < (0.99 if lora else 0.5) * loss
+    assert history[-1] < (0.99 if lora else 0.5) * loss
     paths = [path for arm in arm_names(task.optimizer) for path in arm]
     assert sorted(paths) == sorted(v.path for v in task.trainable_variables)
     # Only what is trainable is an arm: the low-rank factors, and biases beside them.
