@@ -52,7 +52,7 @@ class Staged(keras.StatelessScope):
         for variable in self.assigned:
             value = self.get_current_value(variable)
             if condition is not True:
-                value = ops.where(condition, value, variable)
+                value = ops.where(condition, value, ops.convert_to_tensor(variable))
             variable.assign(value)
 
 
