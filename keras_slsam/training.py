@@ -89,7 +89,8 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
             gradients, norms = backend.cond(
                 optimizer.draw_perturbed(), second, lambda: (first, squares + squares)
             )
-        finite = ops.isfinite(sum(norms))
+        # The root, or XLA would repeat the sum over the arms wherever this is read.
+        finite = ops.isfinite(ops.sqrt(sum(norms)))
         (finite,) = backend.concrete(ops.reshape(finite, (1,)))
 
         # All but the metrics moves last: where something raises, it has not.
