@@ -108,7 +108,8 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
             gradients, norms = backend.cond(
                 perturbs, second, lambda: (first, squares + squares)
             )
-        finite = ops.isfinite(sum(norms))
+        # The root, or XLA would repeat the sum over the arms wherever this is read.
+        finite = ops.isfinite(ops.sqrt(sum(norms)))
         (finite,) = backend.concrete(ops.reshape(finite, (1,)))
 
         # Until here nothing has moved. Assignments come last.

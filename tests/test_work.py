@@ -198,6 +198,18 @@ def test_rst_skips_the_second_pass(probability):
     assert executed(model, optimizer, x) == (1 + probability) * everything
 
 
+@pytest.mark.parametrize("method", ["SAM", "S2SAM", "SLSAM", "RST"])
+def test_rho_of_zero_has_no_second_pass(method):
+    model, products, x = dense_chain()
+    kwargs = {"sampler": Replay([[1] * 8])} if method == "SLSAM" else {}
+    if method == "RST":
+        kwargs = {"probability": 1, "seed": 0}
+    optimizer = getattr(keras_slsam, method)("sgd", rho=0.1, **kwargs)
+    optimizer.rho = 0.0
+    everything = products.flops({v.path for v in model.trainable_variables})
+    assert executed(model, optimizer, x) == everything
+
+
 class Block(layers.Layer):
     """A residual block that keeps a wide activation for the backward pass."""
 
