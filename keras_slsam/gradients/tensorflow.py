@@ -236,10 +236,10 @@ class Scope(keras.StatelessScope):
 
 
 _ASSIGNED = (
-    "The variable {0!r} is assigned to by a layer in a `tf.function` or in a loop "
-    "of its own, so the two passes of a step would not see the same state. Leave the "
-    "`tf.function` out, `fit` compiles the whole step, or take what assigns (Dropout, "
-    "BatchNormalization, a seed generator) out of the loop."
+    "The variable {0!r} is assigned to by a layer that runs in a `tf.function` or a "
+    "loop of its own, so the two passes of a step would not see the same state. Leave "
+    "the `tf.function` out, `fit` compiles the whole step, or take what assigns "
+    "(Dropout, BatchNormalization, a seed generator) out of the loop."
 )
 
 
