@@ -1,6 +1,5 @@
 """The train step: one text for all methods and all backends."""
 
-import contextlib
 import functools
 import warnings
 
@@ -53,7 +52,7 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
     scaler, optimizer = loss_scale.split(optimizer)
     variables = model.trainable_variables
     with (
-        contextlib.ExitStack() as at_the_end,
+        atomic.hold_back_interrupt(),
         backend.no_grad(),
         backend.put_back_generators(variables),
     ):
@@ -105,19 +104,19 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
             loss.record_state(outputs)
 
         # Until here nothing has moved. Assignments come last.
-        at_the_end.enter_context(atomic.hold_back_interrupt())
         with backend.after(outputs, gradients), atomic.put_back_metrics(model):
             logs = _update_metrics(
                 model, x, y, sample_weight, *loss.record_metrics(outputs)
             )
-            if scaler is None:
-                update()
-            else:
-                norms = squares
-                if not optimizer.single_step:  # whose gradients they are already
-                    norms = squares + optimizer.squared_norms(gradients, active)
-                loss_scale.update_if_finite(scaler, sum(norms), update)
-            drawn.commit()
+            with backend.after(logs):
+                if scaler is None:
+                    update()
+                else:
+                    norms = squares
+                    if not optimizer.single_step:  # whose gradients they are already
+                        norms = squares + optimizer.squared_norms(gradients, active)
+                    loss_scale.update_if_finite(scaler, sum(norms), update)
+                drawn.commit()
         return logs
 
 
