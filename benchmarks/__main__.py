@@ -5,6 +5,7 @@ memory    what each method holds, each in a process of its own
 cost      what forward, backward passes and update cost by kind of layer, and what
           a step of each method should cost by that
 scale     6 to 48 layers: time, conditions, compilation, memory
+long      thousands of steps: whether memory and step time stay flat, arms drawn
 report    writes docs/benchmarks.md's tables and picture from the files of --json
 """
 
@@ -31,6 +32,7 @@ COMMANDS = {
     "memory": "memory",
     "cost": "cost",
     "scale": "scale",
+    "long": "long_run",
 }
 
 
@@ -68,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
             "memory": [model, shared],
             "cost": [model, shared],
             "scale": [shared],
+            "long": [shared],
             "report": [],
         }.items()
     }
@@ -77,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     of["scale"].add_argument(
         "--depths", type=_count, nargs="+", default=[6, 12, 24, 48], help="layers"
     )
+    of["long"].set_defaults(steps=20_000)
     add = of["report"].add_argument
     add("files", nargs="+", type=pathlib.Path, metavar="FILE")
     add("--page", type=pathlib.Path, default=DOCS / "benchmarks.md")

@@ -56,7 +56,7 @@ class BaseStep:
             if isinstance(base_optimizer, keras.optimizers.Nadam):
                 self._own_products = add("own_products", variables[0].dtype, "ones")
 
-    def __call__(self, gradients, squares, active, last):
+    def __call__(self, gradients, squares, active, last, finite):
         """Updates the active arms, or adds up their gradients.
 
         Args:
@@ -64,24 +64,49 @@ class BaseStep:
             squares: List of float scalars, the squared norms of the arms' gradients.
             active: List of bools or scalar boolean tensors, one an arm.
             last: Whether this is the last step of a window, see `window`.
+            finite: Whether the gradients are finite; else nothing changes.
         """
         base = self._base
         steps = base.gradient_accumulation_steps
         if self._all_active and not (steps and self._applied):
-            base.apply(gradients, self._variables)
-            if self._applied:
-                for applied, gradient in zip(self._applied, gradients):
-                    applied.assign(gradient)
-                self._applied_squares.assign(ops.stack(squares))
+            backend.select(finite, lambda: self._apply(gradients, squares))
             return
+        # For a step that is left out it is as if no arm were active.
+        active = [backend.both(on, finite) for on in active]
         if steps:
             self._accumulate(gradients, active)
+            last = backend.both(last, finite)
             backend.when(last, lambda: self._apply_mean(active))
         else:
             self._update(gradients, squares, active)
-        if base.use_ema:
+        backend.when(finite, self._count)
+
+    def _apply(self, gradients, squares):
+        backend.apply(self._base, gradients, self._variables)
+        if self._applied:
+            for applied, gradient in zip(self._applied, gradients):
+                applied.assign(gradient)
+            self._applied_squares.assign(ops.stack(squares))
+
+    def _count(self):
+        if self._base.use_ema:
             self._average()
-        base._iterations.assign_add(1)
+        self._base._iterations.assign_add(1)
+
+    @contextlib.contextmanager
+    def counted(self, finite):
+        """Counts this step before it is made, for what metrics read of the count.
+
+        In Keras' own step metrics come after the update; here they come before it, so
+        that a metric that raises leaves the weights as they were.
+        """
+        count = self._base._iterations
+        before = ops.copy(count)
+        count.assign_add(ops.cast(finite, count.dtype))
+        try:
+            yield
+        finally:
+            count.assign(before)
 
     def applied(self):
         """The gradient last applied to each variable, or 0, and the arms' norms.
@@ -165,8 +190,10 @@ class BaseStep:
                         decayed = [v for v in variables if base._use_weight_decay(v)]
                         if decayed:
                             base._apply_weight_decay(decayed)
-                        for i, variable in zip(indices, variables):
-                            base.update_step(clipped[i], variable, learning_rate)
+                        base._backend_update_step(
+                            [clipped[i] for i in indices], variables, learning_rate
+                        )
+                        for variable in variables:
                             if variable.constraint is not None:
                                 variable.assign(variable.constraint(variable))
                     finally:
@@ -203,7 +230,9 @@ class BaseStep:
             step = ops.cast(own + 1, before.dtype)
             decay = ops.power(ops.cast(0.96, before.dtype), step)
             product = before * base.beta_1 * (1.0 - 0.5 * decay)
-            counts.append((base._u_product, product, ops.copy(base._u_product)))
+            counts.append(
+                (base._u_product, ops.copy(before), ops.copy(base._u_product))
+            )
             after.append((self._own_products, ops.where(mask, product, before)))
         return counts, after
 
@@ -281,12 +310,41 @@ def _not_an_optimizer(owner, received):
     )
 
 
+# What Keras' own step calls, and a step with arms switched off does not.
+_BYPASSED = (
+    "apply",
+    "apply_gradients",
+    "stateless_apply",
+    "_backend_apply_gradients",
+    "_backend_increment_gradient_accumulators",
+    "_backend_reset_gradient_accumulators",
+    "_filter_empty_gradients",
+    "_overwrite_variables_directly_with_gradients",
+)
+
+
+def _is_overridden(optimizer, name):
+    """Whether a method is of a class of the user's, or was set on the optimizer."""
+    if name in vars(optimizer):
+        return True
+    owner = next(c for c in type(optimizer).__mro__ if name in vars(c))
+    return not owner.__module__.startswith("keras.")
+
+
 def check_can_skip_arms(owner, base_optimizer):
     """Checks that an optimizer can update one variable and leave out another.
 
     Raises:
         ValueError: if it cannot.
     """
+    for name in _BYPASSED:
+        if _is_overridden(base_optimizer, name):
+            raise ValueError(
+                f"Argument `base_optimizer` of `{owner}`, a "
+                f"`{type(base_optimizer).__name__}`, overrides `{name}`, which would "
+                "be lost: its `update_step` is called for each active variable. "
+                "Override `update_step` in its place, or use `SAM`, `S2SAM` or `RST`."
+            )
     if type(base_optimizer).update_step is keras.optimizers.Optimizer.update_step:
         raise ValueError(
             f"Argument `base_optimizer` of `{owner}` must update one variable at a "

@@ -1,7 +1,5 @@
 """The loss of a batch as a pure function of the weights."""
 
-import inspect
-
 import keras
 from keras import ops
 
@@ -27,16 +25,18 @@ class Loss:
 
     Attributes:
         model: The model.
+        variables: The variables.
+        state: List of the model's other `keras.Variable`s.
     """
 
     def __init__(self, model, variables, x, y, sample_weight, scale=None):
         self.model = model
-        self._variables = variables
+        self.variables = variables
         self._data = x, y, sample_weight
         self._scale = scale
         self._given, self._record_own = backend.own_parameters(model, variables)
-        known = model.non_trainable_variables + model.metrics_variables
-        self._state = [(v, backend.read(v)) for v in known]
+        self.state = model.non_trainable_variables + model.metrics_variables
+        self._state = [(v, backend.read(v)) for v in self.state]
         self._assigned = None
 
     def __call__(self, weights, differentiate=None):
@@ -48,22 +48,18 @@ class Loss:
                 read `weights`, for those that compute anew in the backward pass.
 
         Returns:
-            `(scaled loss, (loss, y_pred, masks, values))`; the last are those that
-            were assigned to variables.
+            `(scaled loss, (loss, tensors, masks, values))`: the tensors among the
+            model's outputs, their masks, and the values that were assigned to
+            variables.
         """
         model, (x, y, sample_weight) = self.model, self._data
         # Keras multiplies sample weights by masks in place on PyTorch.
         sample_weight = keras.tree.map_structure(_copy, sample_weight)
-        mapping = list(zip(self._variables, weights)) + self._state
+        mapping = list(zip(self.variables, weights)) + self._state
         with self._given(weights), _Scope(mapping) as scope:
-            y_pred = model(x, **training_argument(model.call))
-            loss = model.compute_loss(
-                x=x,
-                y=y,
-                y_pred=y_pred,
-                sample_weight=sample_weight,
-                **training_argument(model.compute_loss),
-            )
+            y_pred = call(model, x)
+            # Keras' own way to call a `compute_loss` of any signature, not public.
+            loss = model._compute_loss(x, y, y_pred, sample_weight, training=True)
             scaled = loss if self._scale is None else ops.multiply(loss, self._scale)
             assigned = list(scope.assigned.values())
             values = [scope.get_current_value(v) for v in assigned]
@@ -72,11 +68,13 @@ class Loss:
         if self._assigned is None:
             self._assigned = assigned
             self._check_assigned()
-        masks = keras.tree.map_structure(get_keras_mask, y_pred)
-        return scaled, (loss, y_pred, masks, values)
+            self._outputs = keras.tree.map_structure(_unless_tensor, y_pred)
+        tensors = [t for t in keras.tree.flatten(y_pred) if ops.is_tensor(t)]
+        masks = [get_keras_mask(t) for t in tensors]
+        return scaled, (loss, tensors, masks, values)
 
     def _check_assigned(self):
-        trained = {id(v) for v in self._variables}
+        trained = {id(v) for v in self.variables}
         for variable in self._assigned:
             if id(variable) in trained:
                 raise ValueError(
@@ -95,11 +93,15 @@ class Loss:
         Returns:
             `(loss, y_pred)`, with the masks that Keras attached to the outputs.
         """
-        loss, y_pred, masks, values = outputs
+        loss, tensors, masks, values = outputs
         self._assign(values, self.model.metrics_variables)
-        for tensor, mask in zip(keras.tree.flatten(y_pred), keras.tree.flatten(masks)):
+        for tensor, mask in zip(tensors, masks):
             if mask is not None:
                 set_keras_mask(tensor, mask)
+        tensors = iter(tensors)
+        y_pred = keras.tree.map_structure(
+            lambda output: next(tensors) if output is _TENSOR else output, self._outputs
+        )
         return loss, y_pred
 
     def record_state(self, outputs):
@@ -120,7 +122,7 @@ class Loss:
                 variable.assign(value)
 
 
-class _Scope(keras.StatelessScope):
+class _Scope(backend.Scope):
     """A scope that lists the variables that were assigned to.
 
     Not all are the model's: a generator of random numbers may be anyone's. What was
@@ -146,10 +148,17 @@ class _Scope(keras.StatelessScope):
         return value
 
 
-def training_argument(function):
-    """The argument `training`, for a method of a user's that may not take it."""
-    takes = "training" in inspect.signature(function).parameters
-    return {"training": True} if takes else {}
+def call(model, x):
+    """The model's outputs for a batch, called as Keras' train steps do."""
+    return model(x, training=True) if model._call_has_training_arg else model(x)
+
+
+# Stands for a tensor, in a structure of outputs that may hold anything else.
+_TENSOR = object()
+
+
+def _unless_tensor(output):
+    return _TENSOR if ops.is_tensor(output) else output
 
 
 def _copy(tensor):

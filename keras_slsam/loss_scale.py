@@ -3,9 +3,8 @@
 Keras wraps the optimizer of a model with the policy "mixed_float16" in a
 `LossScaleOptimizer`, which multiplies the loss by a scale, divides the gradients by it,
 leaves out a step whose gradients are not finite, and adapts the scale. Norms and
-perturbations are those of the unscaled gradients; a step is left out whole if the
-gradients of either pass are not finite, so that neither the base optimizer nor the
-sampler learns from it.
+perturbations are those of the unscaled gradients. Our steps are left out where the
+gradients of either pass are not finite, with a scale or without one.
 """
 
 import keras
@@ -30,20 +29,18 @@ def read(scaler):
     return None if scaler is None else backend.read(scaler.dynamic_scale)
 
 
-def update_if_finite(scaler, squared_norm, update):
-    """Makes an update where the gradients are finite, and adapts the scale.
+def adapt(scaler, finite):
+    """Adapts the scale after a step.
 
     The rule is that of Keras: half of the scale after a step that was left out, twice
     the scale after `dynamic_growth_steps` steps that were not.
 
     Args:
-        scaler: `keras.optimizers.LossScaleOptimizer`, built.
-        squared_norm: Float scalar, of all gradients together.
-        update: Function without arguments.
+        scaler: `keras.optimizers.LossScaleOptimizer`, built, or `None`.
+        finite: bool or scalar boolean tensor, whether the gradients were.
     """
-    finite = ops.isfinite(squared_norm)
-    (known,) = backend.concrete(ops.reshape(finite, (1,)))
-    backend.when(known, update)
+    if scaler is None:
+        return
     steps, scale = scaler.step_counter, scaler.dynamic_scale
     due = ops.equal(steps, scaler.dynamic_growth_steps - 1)
     factor = ops.where(finite, ops.where(due, 2.0, 1.0), 0.5)

@@ -77,7 +77,7 @@ def perturb(weights, directions, squared_norm, members, active, rho, adaptive=Fa
             `weights` too if adaptive.
         members: List of lists of int, the variables of each arm.
         active: List of bools or scalar boolean tensors, one an arm.
-        rho: Float, the radius.
+        rho: Float scalar, the radius.
         adaptive: bool, whether e is scaled by the squares of the weights.
 
     Returns:
@@ -86,7 +86,7 @@ def perturb(weights, directions, squared_norm, members, active, rho, adaptive=Fa
     norm = ops.sqrt(squared_norm)
     # Without a direction there is no ascent; 1 / eps would overflow in float16. Not
     # `squared_norm > 0`, which XLA does anew, with the sum over the arms, in each use.
-    scale = ops.where(norm > 0, rho / (norm + _EPSILON), 0.0)
+    scale = ops.where(norm > 0, ops.cast(rho, norm.dtype) / (norm + _EPSILON), 0.0)
 
     def ascended(i, weight):
         step = ops.cast(scale, weight.dtype)

@@ -1,15 +1,18 @@
 """The train step: one text for all methods and all backends."""
 
+import contextlib
 import functools
+import types
 import warnings
 
 import keras
 from keras import ops
 
+from keras_slsam import atomic
 from keras_slsam import gradients as backend
 from keras_slsam import loss_scale
 from keras_slsam.loss import Loss
-from keras_slsam.loss import training_argument
+from keras_slsam.loss import call
 from keras_slsam.optimizers.sharpness_aware import SharpnessAware
 
 
@@ -50,16 +53,33 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
     _prepare(model, optimizer, x)
     scaler, optimizer = loss_scale.split(optimizer)
     variables = model.trainable_variables
-    with backend.no_grad():
+    if not variables:
+        warnings.warn(
+            f"The model {model.name!r} does not have any trainable weights: nothing is "
+            "optimized.",
+            stacklevel=2,
+        )
+    with (
+        contextlib.ExitStack() as at_the_end,
+        backend.no_grad(),
+        backend.replay(model),
+    ):
         scale = loss_scale.read(scaler)
         loss = Loss(model, variables, x, y, sample_weight, scale)
-        if backend.only_builds():
-            _, outputs = loss([backend.read(v) for v in variables])
-            return _update_metrics(
+        if not variables or backend.only_builds():
+            _, outputs = loss([v.value for v in variables])
+            logs = _update_metrics(
                 model, x, y, sample_weight, *loss.record_metrics(outputs)
             )
+            if not backend.only_builds():
+                loss.record_state(outputs)
+            return logs
         first_of_window, last_of_window = optimizer.window()
-        active = optimizer.draw_active(first_of_window)
+        with atomic.Staged() as drawn:
+            active = optimizer.draw_active(first_of_window)
+            perturbs = optimizer.draw_perturbed()
+            if optimizer.single_step:
+                previous, squared_norm = optimizer.previous_gradients()
         passes = backend.Passes(
             loss,
             optimizer.arm_of,
@@ -70,11 +90,10 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
         weights = [backend.read(v) for v in variables]  # w
         if optimizer.single_step:
             # Up along the gradient of the last step: one pass, h = grad(w + e).
-            previous, squared_norm = optimizer.previous_gradients()
             perturbed = optimizer.perturb(weights, previous, squared_norm, active)
             (_, outputs), gradients = passes.first(perturbed)
             gradients = optimizer.unscale(gradients, active, scale)
-            squares = optimizer.squared_norms(gradients, active)
+            squares = norms = optimizer.squared_norms(gradients, active)
         else:
             # First pass, g = grad(w); second pass, h = grad(w + e).
             (_, outputs), first = passes.first(weights)
@@ -83,27 +102,32 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
 
             def second():
                 perturbed = optimizer.perturb(weights, first, sum(squares), active)
-                return optimizer.unscale(passes.second(perturbed), active, scale)
+                found = optimizer.unscale(passes.second(perturbed), active, scale)
+                return found, squares + optimizer.squared_norms(found, active)
 
-            gradients = backend.cond(optimizer.draw_perturbed(), second, lambda: first)
+            gradients, norms = backend.cond(
+                perturbs, second, lambda: (first, squares + squares)
+            )
+        finite = ops.isfinite(sum(norms))
+        (finite,) = backend.concrete(ops.reshape(finite, (1,)))
 
-        def update():
-            loss.record_state(outputs)
-            optimizer.learn(squares, last_of_window)
+        # Until here nothing has moved. Assignments come last.
+        at_the_end.enter_context(atomic.hold_back_interrupt())
+        with backend.after(outputs, gradients), atomic.put_back_metrics(model):
+            with optimizer.counted(finite):
+                logs = _update_metrics(
+                    model, x, y, sample_weight, *loss.record_metrics(outputs)
+                )
+            with drawn, atomic.Staged() as learned:
+                atomic.assign_if(
+                    finite, lambda: optimizer.learn(squares, last_of_window)
+                )
             # The base step at w, with h.
-            optimizer.descend(gradients, squares, active, last_of_window)
-
-        # All but the metrics moves last: where something raises, it has not.
-        logs = _update_metrics(
-            model, x, y, sample_weight, *loss.record_metrics(outputs)
-        )
-        if scaler is None:
-            update()
-        else:
-            norms = squares
-            if not optimizer.single_step:  # whose gradients they are already
-                norms = squares + optimizer.squared_norms(gradients, active)
-            loss_scale.update_if_finite(scaler, sum(norms), update)
+            optimizer.descend(gradients, squares, active, last_of_window, finite)
+            drawn.commit()
+            learned.commit()
+            backend.when(finite, lambda: loss.record_state(outputs))
+            loss_scale.adapt(scaler, finite)
         return logs
 
 
@@ -128,7 +152,8 @@ def stateless_step(
     """
     variables = _state_variables(model, optimizer)
     sizes, given = [len(vs) for vs in variables], [len(values) for values in state]
-    if not optimizer.built or sizes != given:
+    unbuilt = model.trainable_variables and not optimizer.built
+    if unbuilt or sizes != given:
         raise ValueError(
             "Argument `state` of `stateless_step` must hold the values of "
             "`model.trainable_variables`, `model.non_trainable_variables`, "
@@ -184,12 +209,13 @@ class SAMTrainStep:
 
     def train_step(self, *args):
         """The step of `fit`, with the arguments that the backend's Keras gives it."""
-        return _train_step(self, super().train_step, *args)
+        if _is_ours(self.optimizer):
+            return _step(self, *args)
+        return super().train_step(*args)
 
-    def make_train_function(self, *args, **kwargs):
+    def make_train_function(self, force=False):
         """What `fit` calls for the function that takes its steps."""
-        make = super().make_train_function
-        return _make_train_function(self, make, *args, **kwargs)
+        _make(self, super().make_train_function, force)
 
 
 def sharpness_aware(model: keras.Model) -> keras.Model:
@@ -207,7 +233,8 @@ def sharpness_aware(model: keras.Model) -> keras.Model:
         The same model.
 
     Raises:
-        ValueError: if `model` is no `keras.Model`, or overrides `train_step`.
+        ValueError: if `model` is no `keras.Model`, or overrides `train_step`, or with
+            KERAS_NNX_ENABLED, where the class must be a `SAMTrainStep`.
 
     Example:
 
@@ -230,41 +257,87 @@ def sharpness_aware(model: keras.Model) -> keras.Model:
         )
         model.jit_compile = False
     own = vars(model).get("train_step")
-    if getattr(own, "func", None) is _train_step:
+    if getattr(own, "__func__", None) is _train_step:
         return model
     if own is None and isinstance(model, SAMTrainStep):
         return model
     if own is not None or type(model).train_step is not keras.Model.train_step:
+        right = (
+            "stateless_step(self, self.optimizer, state, data)"
+            if keras.config.backend() == "jax"
+            else "step(self, self.optimizer, data)"
+        )
         raise ValueError(
             f"Argument `model` of `sharpness_aware`, a `{type(model).__name__}`, "
-            "overrides `train_step` itself, which would be lost. Call "
-            "`keras_slsam.step(self, self.optimizer, data)` there, or leave out the "
-            "override."
+            "overrides `train_step` itself, which would be lost. Return "
+            f"`keras_slsam.{right}` there, or leave out the override."
         )
-    make = model.make_train_function
-    model.train_step = functools.partial(_train_step, model, model.train_step)
-    model.make_train_function = functools.partial(_make_train_function, model, make)
+    if keras.config.is_nnx_enabled():
+        raise ValueError(
+            "With KERAS_NNX_ENABLED Keras takes the train step from the model's class, "
+            "which `sharpness_aware` leaves as it is. Derive the class from "
+            "`keras_slsam.SAMTrainStep`, or switch NNX off. "
+            f"Received: model={model!r} of type {type(model).__name__}"
+        )
+    model.train_step = types.MethodType(_train_step, model)
+    model.make_train_function = types.MethodType(_make_train_function, model)
     model.train_function = None  # what `fit` has compiled holds the old step
     return model
 
 
-def _train_step(model, keras_train_step, *args):
-    optimizer = model.optimizer
-    if not isinstance(loss_scale.split(optimizer)[1], SharpnessAware):
-        return keras_train_step(*args)
+def _is_ours(optimizer):
+    return isinstance(loss_scale.split(optimizer)[1], SharpnessAware)
+
+
+def _train_step(model, *args):
+    """The method `train_step` of a model that `sharpness_aware` was given."""
+    step = _step if _is_ours(model.optimizer) else type(model).train_step
+    return step(model, *args)
+
+
+def _make_train_function(model, force=False):
+    """Its method `make_train_function`."""
+    _make(model, functools.partial(type(model).make_train_function, model), force)
+
+
+def _step(model, *args):
+    """The step, with the arguments that the backend's Keras gives it."""
     if len(args) == 2:
         # The stateless trainer of the JAX backend gives `(state, data)`.
-        return stateless_step(model, optimizer, *args)
-    return step(model, optimizer, *args)
+        return stateless_step(model, model.optimizer, *args)
+    return step(model, model.optimizer, *args)
 
 
-def _make_train_function(model, keras_make_train_function, *args, **kwargs):
+def _make(model, keras_make, force):
+    """Has Keras make the train function, unless it has one for this optimizer.
+
+    Args:
+        model: `keras.Model`.
+        keras_make: Its method `make_train_function` without ours.
+        force: bool, whether to make it in any case.
+    """
+    _, optimizer = loss_scale.split(model.optimizer)
+    if not _is_ours(optimizer):
+        optimizer = None  # Keras compares nothing
+    elif optimizer.built:
+        optimizer.check_variables(model.trainable_variables)
     before = model.train_function
-    result = keras_make_train_function(*args, **kwargs)
-    made, (_, optimizer) = model.train_function, loss_scale.split(model.optimizer)
-    if made is not before and isinstance(optimizer, SharpnessAware):
-        model.train_function = backend.build_first(model, made)
-    return result
+    force = force or getattr(before, "made_for", optimizer) is not optimizer
+    own = vars(model).get("train_step")
+    # A function of its own for each that Keras makes: `jax.jit` knows its traces by it.
+    model.train_step = functools.partial(model.train_step)
+    try:
+        keras_make(force)
+    finally:
+        if own is None:
+            del model.train_step
+        else:
+            model.train_step = own
+    if model.train_function is before:
+        return
+    if optimizer is not None:
+        model.train_function = backend.build_first(model, model.train_function)
+    model.train_function.made_for = optimizer
 
 
 def _state_variables(model, optimizer):
@@ -283,7 +356,7 @@ def _prepare(model, optimizer, x):
             "Argument `model` must be a `keras.Model` that was compiled with a loss. "
             f"Received: model={model!r}. Call `model.compile(loss=...)` first."
         )
-    if not isinstance(loss_scale.split(optimizer)[1], SharpnessAware):
+    if not _is_ours(optimizer):
         raise ValueError(
             "Argument `optimizer` must be `SAM`, `S2SAM`, `SLSAM` or `RST` of "
             f"keras_slsam. Received: optimizer={optimizer!r}"
@@ -304,13 +377,12 @@ def _prepare(model, optimizer, x):
                 "gradients. Set its `trainable = False`, or write it with Keras layers."
             )
     if not optimizer.built:
+        if not all(layer.built for layer in model._flatten_layers()):
+            # TensorFlow's `fit` leaves it to the first step. The scope makes variables
+            # outside any graph, and keeps nothing else.
+            with keras.StatelessScope():
+                call(model, x)
         with backend.init_scope():
-            if not all(layer.built for layer in model._flatten_layers()):
-                # TensorFlow's `fit` leaves it to the first step.
-                model(
-                    keras.tree.map_structure(_symbolic, x),
-                    **training_argument(model.call),
-                )
             optimizer.build(model.trainable_variables)
     loss_scale.split(optimizer)[1].check_variables(model.trainable_variables)
 
@@ -319,13 +391,6 @@ def _update_metrics(model, x, y, sample_weight, loss, y_pred):
     # Keras has no public name for the metric of the loss itself.
     model._loss_tracker.update_state(loss, sample_weight=_batch_size(x))
     return model.compute_metrics(x, y, y_pred, sample_weight)
-
-
-def _symbolic(tensor):
-    if tensor is None:
-        return None
-    dtype = keras.backend.standardize_dtype(tensor.dtype)
-    return keras.KerasTensor(tensor.shape, dtype)
 
 
 def _batch_size(x):

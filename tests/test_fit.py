@@ -4,8 +4,11 @@ Most tests compare with Keras' own step: with a vanishing radius and all arms ac
 every method is the base optimizer, and what passes through `fit` must be the same.
 """
 
+import copy
 import os
 import pathlib
+import pickle
+import warnings
 
 import keras
 import matrix
@@ -492,6 +495,175 @@ def test_moving_average_and_swap(swap_on_epoch):
         )
 
 
+# --- What changes between two calls ------------------------------------------------
+
+
+class Adds(keras.layers.Layer):
+    """Adds a loss, once it is switched on."""
+
+    on = False
+
+    def call(self, x):
+        if self.on:
+            self.add_loss(ops.mean(x**2))
+        return x
+
+
+class AwareSequential(keras_slsam.SAMTrainStep, keras.Sequential):
+    pass
+
+
+def changing_model(kind=keras.Sequential):
+    keras.utils.set_random_seed(0)
+    layers = [
+        keras.layers.Dense(4, activation="tanh"),
+        keras.layers.Dropout(0.5, seed=0),
+        Adds(),
+        keras.layers.Dense(1),
+    ]
+    return kind([keras.Input((5,)), *layers])
+
+
+def compile_again(model, optimizer, loss="mse", **kwargs):
+    model.compile(optimizer=optimizer, loss=loss, **kwargs)
+
+
+def swap_a_layer(model):
+    model.pop()
+    model.add(keras.layers.Dense(1, kernel_initializer="ones"))
+
+
+SGD = keras.optimizers.SGD
+# Functions of the model, and of what is put around the base optimizer.
+CHANGES = {
+    "loss": lambda m, wrap: compile_again(m, wrap(SGD(0.1)), "mae"),
+    "loss, same optimizer": lambda m, wrap: compile_again(m, m.optimizer, "mae"),
+    "metrics": lambda m, wrap: compile_again(m, wrap(SGD(0.1)), metrics=["mae"]),
+    "optimizer": lambda m, wrap: compile_again(m, wrap(SGD(0.1, clipnorm=0.01))),
+    "other optimizer": lambda m, wrap: compile_again(m, wrap("adam")),
+    "trainable": lambda m, wrap: (
+        setattr(m.layers[0], "trainable", False),
+        compile_again(m, wrap(SGD(0.1))),
+    ),
+    "learning rate": lambda m, wrap: setattr(m.optimizer, "learning_rate", 0.01),
+    "run_eagerly": lambda m, wrap: setattr(m, "run_eagerly", True),
+    "added loss": lambda m, wrap: setattr(m.layers[2], "on", True),
+    "added loss, compiled": lambda m, wrap: (
+        setattr(m.layers[2], "on", True),
+        compile_again(m, wrap(SGD(0.1))),
+    ),
+    "dropout": lambda m, wrap: setattr(m.layers[1], "rate", 0.0),
+    "dropout, compiled": lambda m, wrap: (
+        setattr(m.layers[1], "rate", 0.0),
+        compile_again(m, wrap(SGD(0.1))),
+    ),
+    "policy": lambda m, wrap: setattr(m.layers[0], "dtype_policy", "mixed_bfloat16"),
+    "policy, compiled": lambda m, wrap: (
+        setattr(m.layers[0], "dtype_policy", "mixed_bfloat16"),
+        compile_again(m, wrap(SGD(0.1))),
+    ),
+    "layer, compiled": lambda m, wrap: (
+        swap_a_layer(m),
+        compile_again(m, wrap(SGD(0.1))),
+    ),
+}
+if BACKEND != "torch":  # where a compiled step is refused
+    CHANGES["jit_compile"] = lambda m, wrap: setattr(
+        m, "jit_compile", not m.jit_compile
+    )
+
+
+def train_and_change(model, change, wrap=lambda base: base):
+    """Trains, changes something, trains by `fit` and by `train_on_batch`."""
+    data = X[:8], np.full((8, 1), 5.0, "float32")
+    compile_again(model, wrap(SGD(0.1)))
+    keras.utils.set_random_seed(1)  # PyTorch's dropout
+    fit(model, *data, epochs=1)
+    change(model, wrap)
+    history = fit(model, *data, epochs=1)
+    model.reset_metrics()
+    logs = model.train_on_batch(data[0][:4], data[1][:4], return_dict=True)
+    return {**history, **logs}, model.get_weights()
+
+
+def tiny_sam(base):
+    return keras_slsam.SAM(base, rho=TINY)
+
+
+def assert_same_results(actual, expected):
+    assert sorted(actual[0]) == sorted(expected[0])
+    for key, value in expected[0].items():
+        np.testing.assert_allclose(actual[0][key], value, rtol=1e-3)
+    for one, other in zip(actual[1], expected[1]):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
+
+
+NOTE = "as in Keras; after other weights became trainable, compile again"
+
+
+@row("changes between two calls of `fit`", NOTE)
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_step_follows_a_change_as_in_keras(change):
+    change = CHANGES[change]
+    expected = train_and_change(changing_model(), change)
+    model = keras_slsam.sharpness_aware(changing_model())
+    assert_same_results(train_and_change(model, change, tiny_sam), expected)
+
+
+@row("changes between two calls of `fit`", NOTE)
+@pytest.mark.parametrize("change", ["loss", "dropout, compiled"])
+@pytest.mark.parametrize("wrap", [None, tiny_sam])
+@pytest.mark.parametrize("mixin", [False, True])
+def test_a_plain_step_and_that_of_a_mixin_follow_too(change, wrap, mixin):
+    change = CHANGES[change]
+    expected = train_and_change(changing_model(), change)
+    model = changing_model(AwareSequential if mixin else keras.Sequential)
+    # Whoever keeps a compiled step, like a traceback, does not keep it in use.
+    kept = []
+
+    def keep_and_change(model, wrap):
+        kept.append(model.train_function)
+        change(model, wrap)
+
+    wrap = wrap or (lambda base: base)
+    model = keras_slsam.sharpness_aware(model)
+    assert_same_results(train_and_change(model, keep_and_change, wrap), expected)
+
+
+@row("changes between two calls of `fit`", NOTE)
+@pytest.mark.parametrize("kinds", ["ours, ours", "ours, plain", "plain, ours"])
+def test_an_optimizer_that_is_assigned_makes_the_next_step(kinds):
+    wraps = {"ours": tiny_sam, "plain": lambda base: base}
+    first, second = (wraps[kind] for kind in kinds.split(", "))
+    expected = train_and_change(changing_model(), CHANGES["optimizer"])
+    model = keras_slsam.sharpness_aware(changing_model())
+
+    def assign(model, wrap):
+        # TensorFlow's `fit` leaves a plain optimizer to be built in a graph.
+        model.optimizer = second(SGD(0.1, clipnorm=0.01))
+        model.optimizer.build(model.trainable_variables)
+
+    assert_same_results(train_and_change(model, assign, first), expected)
+
+
+@row("changes between two calls of `fit`", NOTE)
+@pytest.mark.parametrize("change", ["trainable", "trainable, same optimizer", "layer"])
+def test_other_trainable_weights_need_another_optimizer(change):
+    def change_weights(model, wrap):
+        if change == "layer":
+            swap_a_layer(model)
+        else:
+            model.layers[0].trainable = False
+        if change == "trainable, same optimizer":
+            compile_again(model, model.optimizer)
+
+    model = keras_slsam.sharpness_aware(changing_model())
+    with pytest.raises(ValueError, match=r"other trainable weights.*`model.compile`"):
+        train_and_change(model, change_weights, tiny_sam)
+    _, weights = train_and_change(model, lambda model, wrap: None, tiny_sam)
+    assert np.isfinite(np.concatenate([w.ravel() for w in weights])).all()
+
+
 # --- Callbacks ---------------------------------------------------------------------
 
 
@@ -646,6 +818,69 @@ def test_cloned_and_loaded_models(tmp_path):
     loaded = keras_slsam.sharpness_aware(loaded)
     fit(loaded), fit(model)
     assert_same(loaded, model)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.copy, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
+    ids=["copy", "deepcopy", "pickle"],
+)
+def test_a_copy_trains_itself(copied):
+    model = compiled(half_the_arms(), loss="mse")
+    y = np.zeros((14, 3))
+    fit(model, y=y)
+    before = values(model)
+    other = copied(model)
+    for first, second in ((other, model), (model, other)):
+        still = [value.copy() for value in values(second)]
+        moved = [value.copy() for value in values(first)]
+        fit(compiled(half_the_arms(), first, loss="mse"), y=y)
+        assert any((a != b).any() for a, b in zip(moved, values(first)))
+        for old, new in zip(still, values(second)):
+            np.testing.assert_array_equal(old, new)
+    assert_same(model, other)
+    assert any((a != b).any() for a, b in zip(before, values(model)))
+
+
+def methods():
+    return {
+        "sam": keras_slsam.SAM("sgd"),
+        "s2sam": keras_slsam.S2SAM("sgd"),
+        "slsam": half_the_arms(),
+        "sl+s2": half_the_arms(single_step=True),
+        "rst": keras_slsam.RST("sgd", seed=0),
+    }
+
+
+@row("a model without trainable weights", "with a warning; state and metrics move")
+@pytest.mark.parametrize("method", methods())
+def test_a_model_without_trainable_weights(method):
+    def trained(optimizer):
+        keras.utils.set_random_seed(0)
+        layers = [
+            keras.layers.BatchNormalization(center=False, scale=False),
+            keras.layers.Dropout(0.5, seed=0),
+            keras.layers.Dense(3, trainable=False),
+        ]
+        model = keras.Sequential([keras.Input((5,)), *layers])
+        model = compiled(optimizer, model, metrics=["accuracy"])
+        keras.utils.set_random_seed(1)  # PyTorch's dropout
+        return fit(model), model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected, plain = trained("sgd")
+    with pytest.warns(UserWarning, match="not have any trainable weights"):
+        history, model = trained(methods()[method])
+    for key in expected:
+        np.testing.assert_allclose(history[key], expected[key], rtol=1e-5)
+    assert_same(model, plain)
+    assert int(model.optimizer.iterations) == 0
+    # It can be given some later.
+    model.layers[-1].trainable = True
+    before = model.layers[-1].get_weights()[0]
+    fit(compiled(methods()[method], model))
+    assert (model.layers[-1].get_weights()[0] != before).any()
 
 
 @row("`TorchModuleWrapper`", jax="-", tensorflow="-")

@@ -136,14 +136,17 @@ def test_stateful_operations_run_once(compile_step):
 
     seen = []
 
-    def loss_fn(weights):
+    variables = [keras.Variable([1.0, 2.0]), keras.Variable([3.0, 4.0])]
+
+    def function(weights):
         scale = tf.random.uniform([])
         tf.numpy_function(lambda n: seen.append(int(n)), [tf.shape(weights[0])[0]], [])
-        return scale * tf.reduce_sum(weights[0] * weights[1]), ()
+        return scale * tf.reduce_sum(weights[0] * weights[1])
 
     def run(mask):
+        loss_fn = zoo.loss_of(function, variables)
         passes = backend.Passes(loss_fn, [0, 1], backend.concrete(mask), twice=False)
-        return passes.first([tf.constant([1.0, 2.0]), tf.constant([3.0, 4.0])])
+        return passes.first([backend.read(v) for v in variables])
 
     (loss, _), (first, second) = compile_step(run)(tf.constant([True, False]))
     scale = float(loss) / 11

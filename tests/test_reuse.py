@@ -428,11 +428,15 @@ def test_a_shape_that_hangs_on_the_weights(compile_step):
 
     table = np.arange(16, dtype="float32").reshape(4, 4)
 
-    def loss_fn(weights):
+    def function(weights):
         entries, column = weights
         shape = tf.where(column > 0, [4, 1], [1, 4])
         sums = tf.reshape(entries, shape) + tf.ones((4, 4))
-        return tf.reduce_sum(sums * table) + column, ()
+        return tf.reduce_sum(sums * table) + column
+
+    loss_fn = zoo.loss_of(
+        function, [keras.Variable(np.ones(4, "float32")), keras.Variable(0.0)]
+    )
 
     @compile_step
     def gradients():

@@ -198,3 +198,15 @@ def build(name):
 
 def loss():
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def loss_of(function, variables):
+    """A function of the weights, in the form of the `Loss` that TensorFlow's passes take."""
+
+    def loss_fn(weights, differentiate):
+        loss = function(weights)
+        differentiate(loss)
+        return loss, ()
+
+    loss_fn.variables, loss_fn.state = variables, []
+    return loss_fn

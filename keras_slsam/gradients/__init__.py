@@ -20,15 +20,24 @@ What each file holds:
 - `Passes(loss_fn, arms, active, twice, jit_compile)`: the passes of a step. `first`
   gives loss, auxiliary outputs and the gradients of the active weights, `second` the
   gradients at other values of these, with the same random numbers.
+- `Scope`: the `keras.StatelessScope` that the loss is computed in.
 - `read(variable)`: the value of a `keras.Variable` as a tensor, not a copy.
 - `when(active, update)`: run an update, which assigns to Keras variables, only if
   `active`.
+- `select(active, update)`: the same for an update of all weights. JAX executes it and
+  keeps the old values, which takes less than a condition around it.
+- `apply(optimizer, gradients, variables)`: the step of a Keras optimizer, by the method
+  that Keras' own train step calls.
 - `cond(active, true_fn, false_fn)` (in this file): a value, by `active`.
 - `own_parameters(model, variables)`: contexts in which layers that do not read their
   weights as Keras variables compute with other weights, and what takes over their
   state.
 - `build_first(model, train_function)`: a train function that makes the variables of
   optimizer and metrics before it is traced, where Keras does not.
+- `after(*structures)`: context whose operations run after those that give the tensors
+  in the structures, and after the checks in them.
+- `replay(model)`: context in which the generators of random numbers that are no
+  variables give the same each time. If something raises in it, they are set back.
 - `only_builds()`: whether this step is taken for that only, and not executed.
 - `multiply(gradient, factor)`: `factor * gradient`, a new tensor.
 - `squared_sum(gradient)`: sum of the squares of a gradient's entries.
@@ -39,7 +48,10 @@ import keras
 
 if keras.config.backend() == "jax":
     from keras_slsam.gradients.jax import Passes
+    from keras_slsam.gradients.jax import Scope
     from keras_slsam.gradients.jax import add
+    from keras_slsam.gradients.jax import after
+    from keras_slsam.gradients.jax import apply
     from keras_slsam.gradients.jax import build_first
     from keras_slsam.gradients.jax import can_compile
     from keras_slsam.gradients.jax import concrete
@@ -49,11 +61,16 @@ if keras.config.backend() == "jax":
     from keras_slsam.gradients.jax import only_builds
     from keras_slsam.gradients.jax import own_parameters
     from keras_slsam.gradients.jax import read
+    from keras_slsam.gradients.jax import replay
+    from keras_slsam.gradients.jax import select
     from keras_slsam.gradients.jax import squared_sum
     from keras_slsam.gradients.jax import when
 elif keras.config.backend() == "tensorflow":
     from keras_slsam.gradients.tensorflow import Passes
+    from keras_slsam.gradients.tensorflow import Scope
     from keras_slsam.gradients.tensorflow import add
+    from keras_slsam.gradients.tensorflow import after
+    from keras_slsam.gradients.tensorflow import apply
     from keras_slsam.gradients.tensorflow import build_first
     from keras_slsam.gradients.tensorflow import can_compile
     from keras_slsam.gradients.tensorflow import concrete
@@ -63,11 +80,16 @@ elif keras.config.backend() == "tensorflow":
     from keras_slsam.gradients.tensorflow import only_builds
     from keras_slsam.gradients.tensorflow import own_parameters
     from keras_slsam.gradients.tensorflow import read
+    from keras_slsam.gradients.tensorflow import replay
+    from keras_slsam.gradients.tensorflow import select
     from keras_slsam.gradients.tensorflow import squared_sum
     from keras_slsam.gradients.tensorflow import when
 elif keras.config.backend() == "torch":
     from keras_slsam.gradients.torch import Passes
+    from keras_slsam.gradients.torch import Scope
     from keras_slsam.gradients.torch import add
+    from keras_slsam.gradients.torch import after
+    from keras_slsam.gradients.torch import apply
     from keras_slsam.gradients.torch import build_first
     from keras_slsam.gradients.torch import can_compile
     from keras_slsam.gradients.torch import concrete
@@ -77,6 +99,8 @@ elif keras.config.backend() == "torch":
     from keras_slsam.gradients.torch import only_builds
     from keras_slsam.gradients.torch import own_parameters
     from keras_slsam.gradients.torch import read
+    from keras_slsam.gradients.torch import replay
+    from keras_slsam.gradients.torch import select
     from keras_slsam.gradients.torch import squared_sum
     from keras_slsam.gradients.torch import when
 else:
@@ -101,3 +125,20 @@ def cond(active, true_fn, false_fn):
     if isinstance(active, bool):
         return true_fn() if active else false_fn()
     return keras.ops.cond(active, true_fn, false_fn)
+
+
+def both(one, other):
+    """Whether two conditions hold.
+
+    Args:
+        one: bool or scalar boolean tensor.
+        other: bool or scalar boolean tensor.
+
+    Returns:
+        bool if that is known, else a scalar boolean tensor.
+    """
+    if isinstance(one, bool):
+        return other if one else False
+    if isinstance(other, bool):
+        return one if other else False
+    return keras.ops.logical_and(one, other)

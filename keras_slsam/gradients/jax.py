@@ -10,9 +10,9 @@ the lowest active layer, and the weight gradients of the active layers.
 A loop (`scan`, `while`) or a `cond` of the model is one equation and runs whole if
 any of the gradients that it yields is wanted.
 
-The second pass differs from the first in the active weights only. What hangs on none
-of them has the value that it had: equations are also marked with the arms upstream of
-them, and give the first pass's value where none of these is active.
+The second pass reuses from the first what depends on no weight, like a frozen prefix
+and the noise of dropout. Everything else is computed again: a value kept for the second
+pass takes memory, also where the model asks for it to be recomputed.
 """
 
 import collections
@@ -27,9 +27,14 @@ import numpy as np
 from jax.extend import core
 from jax.extend.core import primitives
 
+from keras_slsam.atomic import Staged
+from keras_slsam.atomic import assign_if
+from keras_slsam.gradients.replay import Replay
+
 no_grad = contextlib.nullcontext  # JAX differentiates only what it is told to
 can_compile = True
 init_scope = contextlib.nullcontext
+Scope = keras.StatelessScope
 
 # Calls of a traced function, by the name of the primitive (which changes with JAX), and
 # the parameter that holds its jaxpr. What `jax.checkpoint` recomputes stays apart from
@@ -44,10 +49,6 @@ _CALLS = {
 
 # One of so many arms is active in nearly every step: a condition would cost more.
 _MANY = 64
-
-# A part is given its first pass's value by a condition only where so few arms are
-# upstream of it that often none of them is active.
-_FEW = 12
 
 # A light equation is one of a chain of so many at most that are done anew.
 _LIGHT_CHAIN = 16
@@ -111,9 +112,17 @@ class Passes:
             least one will be true.
         twice: bool, whether there may be a second pass.
         jit_compile: Ignored, a traced step is compiled anyway.
+
+    Raises:
+        ValueError: with several processes.
     """
 
     def __init__(self, loss_fn, arms, active, twice=True, jit_compile=False):
+        if jax.process_count() > 1:
+            raise ValueError(
+                "Sharpness-aware steps in several processes of JAX are not supported "
+                f"yet. Received: {jax.process_count()} processes. Train in one process."
+            )
         self._loss_fn = loss_fn
         self._arms = arms
         self._active = active
@@ -132,8 +141,8 @@ class Passes:
             loss does not reach is zero.
         """
         if self._known:
-            wanted = [self._active[arm] for arm in self._arms]
-            return _of_known(self._loss_fn, weights, wanted)
+            self._replay = replay(self._loss_fn.model)
+            return self._of_known(weights)
         self._trace(weights)
         self._values, sets = self._run(weights)
         return self._results(self._values, sets)
@@ -148,8 +157,13 @@ class Passes:
             List like the gradients of `first`.
         """
         if self._known:
-            return self.first(weights)[1]
+            return self._of_known(weights)[1]
         return self._results(*self._run(weights, self._values))[1]
+
+    def _of_known(self, weights):
+        wanted = [self._active[arm] for arm in self._arms]
+        with self._replay:
+            return _of_known(self._loss_fn, weights, wanted)
 
     def _trace(self, weights):
         """Traces the dense computation and sorts its parts."""
@@ -167,10 +181,8 @@ class Passes:
         own = [1 << arm for arm in self._arms]
         demands = [everyone] * (len(self._outputs) - len(own)) + own
         demand = _demand(jaxpr, demands, everyone)
-        upstream = dict.fromkeys(equations, everyone)
-        if self._twice:
-            upstream = _upstream(equations, dict(zip(self._inputs, own)), everyone)
-        keys = {e: (demand[e], upstream[e]) for e in equations}
+        fixed = _fixed(equations, self._inputs) if self._twice else set()
+        keys = {e: (demand[e], e not in fixed) for e in equations}
         self._parts = _partition(jaxpr, keys, _light(jaxpr, demand, everyone), everyone)
 
     def _run(self, weights, before=None):
@@ -298,47 +310,33 @@ def _demand(jaxpr, outputs, everyone):
     found = {}
     for equation in reversed(jaxpr.eqns):
         arms = functools.reduce(operator.or_, (needs[v] for v in equation.outvars), 0)
-        arms = _or_everyone(arms, equation, _MANY, everyone)
+        without_zeros = arms and not _have_zeros(equation.outvars)
+        # A condition cannot be, or would not pay.
+        if equation.effects or without_zeros or arms.bit_count() > _MANY:
+            arms = everyone
         found[equation] = arms
         for v in _variables(equation.invars):
             needs[v] |= arms
     return found
 
 
-def _upstream(equations, own, everyone):
-    """Finds the arms whose weights each equation hangs on.
+def _fixed(equations, weights):
+    """The equations that depend on no weight.
 
     Args:
         equations: List of equations.
-        own: Dict from the variables of weights to sets of arms.
-        everyone: int, the set of all arms, and what stands for more than a few.
+        weights: List of variables.
 
     Returns:
-        Dict from equations to sets of arms.
+        Set of equations.
     """
-    found, sets = {}, dict(own)
+    found, dependent = set(), set(weights)
     for equation in equations:
-        read = (sets.get(v, 0) for v in _variables(equation.invars))
-        arms = functools.reduce(operator.or_, read, 0)
-        arms = _or_everyone(arms, equation, _FEW, everyone)
-        found[equation] = arms
-        sets.update(dict.fromkeys(equation.outvars, arms))
+        if equation.effects or not dependent.isdisjoint(_variables(equation.invars)):
+            dependent.update(equation.outvars)
+        else:
+            found.add(equation)
     return found
-
-
-def _or_everyone(arms, equation, most, everyone):
-    """A set of arms, or that of all where a condition cannot be or would not pay.
-
-    Args:
-        arms: int, a set of arms.
-        equation: The equation that it is of.
-        most: int, the most arms that pay.
-        everyone: int, the set of all arms.
-    """
-    without_zeros = arms and not _have_zeros(equation.outvars)
-    if equation.effects or without_zeros or arms.bit_count() > most:
-        return everyone
-    return arms
 
 
 def _light(jaxpr, demand, everyone):
@@ -385,22 +383,23 @@ def _light(jaxpr, demand, everyone):
 
 
 def _partition(jaxpr, keys, light, everyone):
-    """Sorts the equations of a jaxpr by the arms that need them, and those upstream.
+    """Sorts the equations of a jaxpr by the arms that need them.
 
-    Two equations with the same two sets have none with others between them, since
-    along the data flow the first only shrinks and the second only grows. So they are
-    one function, and in order of these sizes each comes after what it reads.
+    Along the data flow the set of arms only shrinks, and what depends on a weight is
+    never followed by what does not. So no other equation lies between two with the
+    same key, which are one function, and in the order of the keys each comes after
+    what it reads.
 
     Args:
         jaxpr: `Jaxpr`.
-        keys: Dict from equations to `(demand, upstream)`: the set of arms that needs
-            it, 0 if nobody does, and the set of arms that it hangs on.
+        keys: Dict from equations to `(demand, dependent)`: the set of arms that needs
+            it, 0 if none does, and whether it depends on a weight.
         light: Set of equations that are part of whatever reads them.
         everyone: int, the set of all arms.
 
     Returns:
-        Dict from pairs of sets to `Jaxpr`, in the order of computation. The jaxpr takes
-        what its equations read and returns what is read elsewhere.
+        Dict from keys to `Jaxpr`, in the order of computation. The jaxpr takes what its
+        equations read and returns what is read elsewhere.
     """
     readers = collections.defaultdict(set)
     for v in _variables(jaxpr.outvars):
@@ -417,7 +416,7 @@ def _partition(jaxpr, keys, light, everyone):
                 readers[v].add(part)
 
     parts = {}
-    for part in sorted(members, key=lambda k: (-k[0].bit_count(), k[1].bit_count())):
+    for part in sorted(members, key=lambda key: (-key[0].bit_count(), key[1])):
         body = members[part][::-1]
         made = dict.fromkeys(v for equation in body for v in equation.outvars)
         read = dict.fromkeys(v for e in body for v in _variables(e.invars))
@@ -432,43 +431,37 @@ def _partition(jaxpr, keys, light, everyone):
 
 
 def _run(parts, values, active, before=None):
-    """Evaluates each part that has an active arm in both of its sets.
+    """Evaluates each part that an active arm needs.
 
     Args:
-        parts: Dict from pairs of sets of arms to `Jaxpr`, see `_partition`.
+        parts: Dict from keys to `Jaxpr`, see `_partition`.
         values: Dict from variables to arrays, the inputs and constants.
         active: List of scalar boolean arrays, one an arm.
-        before: Dict of the values of an earlier run, at weights of which the inactive
-            ones were the same. Without it the sets upstream do not count.
+        before: Dict of the values of an earlier run, at other weights.
 
     Returns:
         `(values, sets)`: dicts from variables to arrays, zero where skipped, and
         from variables to the set of arms under whose condition they were made.
     """
     everyone = (1 << len(active)) - 1
-    chosen = list({arms for part in parts for arms in part} - {0, everyone})
+    chosen = list({demand for demand, _ in parts} - {everyone})
     membership = [[arms >> arm & 1 for arm in range(len(active))] for arms in chosen]
     membership = np.array(membership, bool).reshape(-1, len(active))
     wanted = dict(zip(chosen, jnp.any(jnp.array(active) & membership, axis=1)))
     values, sets = dict(values), {}
-    for (demand, upstream), jaxpr in parts.items():
+    for (demand, dependent), jaxpr in parts.items():
         work = functools.partial(jax.core.eval_jaxpr, jaxpr, ())
         arguments = [values[v] for v in jaxpr.invars]
-        conditions, otherwise = {demand} - {everyone}, _zeros_like(jaxpr.outvars)
-        # The zero gradient of a single arm is there already: XLA copies nothing.
-        if before is not None and (upstream != everyone or demand.bit_count() == 1):
-            kept = [before[v] for v in jaxpr.outvars]
-            conditions, otherwise = {demand, upstream} - {everyone}, _always(kept)
-        used = {equation.primitive for equation in jaxpr.eqns}
-        if used <= _CHEAP:
+        if before is not None and not dependent:
+            results = [before[v] for v in jaxpr.outvars]
+        elif demand == everyone or all(e.primitive in _CHEAP for e in jaxpr.eqns):
             demand, results = everyone, work(*arguments)
-        elif 0 in conditions:
-            results = kept
-        elif not conditions or (demand == everyone and used <= _LIGHT):
-            results = work(*arguments)
         else:
-            on = functools.reduce(operator.and_, map(wanted.get, conditions))
-            results = jax.lax.cond(on, work, otherwise, *arguments)
+            otherwise = _zeros_like(jaxpr.outvars)
+            if before is not None and demand.bit_count() == 1:
+                # The zero gradient of a single arm is there already: nothing is copied.
+                otherwise = _always([before[v] for v in jaxpr.outvars])
+            results = jax.lax.cond(wanted[demand], work, otherwise, *arguments)
         values.update(zip(jaxpr.outvars, results))
         sets.update(dict.fromkeys(jaxpr.outvars, demand))
     return values, sets
@@ -495,6 +488,15 @@ def _always(values):
     return lambda *_: values
 
 
+# Keras' generators are variables, so there are no others but Python's and NumPy's.
+replay = Replay
+
+
+def after(*structures):
+    """Nothing: what was computed was computed."""
+    return contextlib.nullcontext()
+
+
 def only_builds():
     """Never: Keras makes all variables before the first step."""
     return False
@@ -503,25 +505,6 @@ def only_builds():
 def build_first(model, train_function):
     """The same function."""
     return train_function
-
-
-class _BranchScope(keras.StatelessScope):
-    """The scope of a branch, which reads from the scope around it."""
-
-    def __init__(self):
-        super().__init__()
-        self.assigned = {}
-
-    def add_update(self, update):
-        variable, _ = update
-        self.assigned[id(variable)] = variable
-        super().add_update(update)
-
-    def get_current_value(self, variable):
-        value = super().get_current_value(variable)
-        if value is None and self.original_scope is not None:
-            value = self.original_scope.get_current_value(variable)
-        return value
 
 
 def when(active, update):
@@ -538,16 +521,21 @@ def when(active, update):
     assigned = []
 
     def updated():
-        with _BranchScope() as scope:
+        with Staged() as staged:
             update()
-        assigned.extend(scope.assigned.values())
-        return [scope.get_current_value(v) for v in assigned]
+        assigned.extend(staged.assigned)
+        return [staged.get_current_value(v) for v in assigned]
 
     # Traced before the condition, which must know what is assigned.
     update_fn = core.jaxpr_as_fun(jax.make_jaxpr(updated)())
     values = jax.lax.cond(active, update_fn, lambda: [v.value for v in assigned])
     for variable, value in zip(assigned, values):
         variable.assign(value)
+
+
+# XLA makes one loop of an update of all weights and of the choice, where a condition
+# takes memory for the old weights and the new ones.
+select = assign_if
 
 
 def squared_sum(gradient):
@@ -578,6 +566,23 @@ def add(weight, gradient, scale):
 def own_parameters(model, variables):
     """Nothing: all layers read their weights as Keras variables."""
     return lambda weights: contextlib.nullcontext(), lambda: None
+
+
+def apply(optimizer, gradients, variables):
+    """The step of a Keras optimizer, as Keras' own train step asks for it.
+
+    Args:
+        optimizer: `keras.optimizers.Optimizer`, built for `variables`.
+        gradients: List of arrays.
+        variables: List of `keras.Variable`s.
+    """
+    state = optimizer.variables
+    values = optimizer.stateless_apply(
+        [v.value for v in state], gradients, [v.value for v in variables]
+    )
+    for group, new in zip((variables, state), values):
+        for variable, value in zip(group, new):
+            variable.assign(value)
 
 
 def read(variable):

@@ -3,25 +3,28 @@
 A step is traced once for all masks, so its graph holds the work of every gradient;
 `tensorflow_graph` puts it under conditions. Run eagerly, the tape watches the active
 weights only.
+
+The forward pass reads its weights as `tf.Variable`s, as in a step of Keras: code that
+looks for these, like inner tapes and custom gradients, finds them. In a graph they are
+the model's own, and the values of the pass take the place of what is read. Run
+eagerly, others stand in for them.
 """
 
 import contextlib
 import contextvars
-import threading
-import unittest.mock
 
 import keras
 import tensorflow as tf
 
+# TensorFlow has no public name for what tells which variables are read, by anyone.
+from tensorflow.python.eager.record import VariableWatcher
+
 from keras_slsam.gradients import tensorflow_graph
+from keras_slsam.gradients.replay import Replay
 
 no_grad = contextlib.nullcontext
 can_compile = True
 init_scope = tf.init_scope
-
-
-# Held while a name of TensorFlow's is replaced.
-_ONE_THREAD = threading.RLock()
 
 
 def concrete(mask):
@@ -33,8 +36,7 @@ class Passes:
     """The two passes of a step: one loss and its gradients, at two sets of weights.
 
     Args:
-        loss_fn: Pure function from a list of tensors to `(loss, aux)` with a scalar
-            `loss` and any structure `aux`.
+        loss_fn: `Loss`.
         arms: List of int, the arm of each weight.
         active: List with one entry an arm: bools, or scalar boolean tensors of
             the surrounding graph, of which at least one is true.
@@ -42,25 +44,34 @@ class Passes:
         jit_compile: bool, whether XLA compiles the surrounding graph.
 
     Raises:
-        ValueError: with several replicas, whose gradients would have to be exchanged.
+        ValueError: with several replicas, whose gradients would have to be exchanged,
+            and under a strategy that assigns to no variable in a condition.
     """
 
     def __init__(self, loss_fn, arms, active, twice=True, jit_compile=False):
-        replicas = tf.distribute.get_strategy().num_replicas_in_sync
-        if replicas > 1:
+        strategy = tf.distribute.get_strategy()
+        replicas = strategy.num_replicas_in_sync
+        one_device = isinstance(strategy, tf.distribute.OneDeviceStrategy)
+        # Other strategies assign to their variables in no condition.
+        dense = all(on is True for on in active)
+        if replicas > 1 or (
+            tf.distribute.has_strategy() and not one_device and not dense
+        ):
             raise ValueError(
                 "Sharpness-aware steps under a `tf.distribute` strategy are not "
-                f"supported yet. Received: {replicas} replicas. Train on one device."
+                f"supported yet. Received: {replicas} replicas of a "
+                f"{type(strategy).__name__}. Train on one device, without a strategy "
+                "or under `tf.distribute.OneDeviceStrategy`."
             )
-        if twice and all(on is True for on in active) and not tf.executing_eagerly():
-            # Dense, but what hangs on no weight, like noise, is not done twice.
+        self._eager = tf.executing_eagerly()
+        if dense and not self._eager:
+            # Dense, but what depends on no weight, like noise, is not computed twice.
             arms, active = [0] * len(arms), [tf.constant(True)]
         self._loss_fn = loss_fn
         self._arms = arms
         self._active = active
         self._twice = twice
         self._jit_compile = jit_compile
-        self._known = all(isinstance(on, bool) for on in active)
 
     def first(self, weights):
         """Value of the loss and the gradients of the active weights.
@@ -73,10 +84,10 @@ class Passes:
             does not reach is zero, that of an inactive weight `None` if `active` holds
             bools and zero otherwise. Those of embeddings are `tf.IndexedSlices`.
         """
-        if self._known:
-            wanted = [self._active[arm] for arm in self._arms]
-            return _record(self._loss_fn, weights, wanted)
-        self._trace(weights)
+        if self._eager:
+            self._replay = replay(self._loss_fn.model)
+            return self._run(weights)
+        self._trace()
         return self._results(self._program.run(weights), weights)
 
     def second(self, weights):
@@ -91,21 +102,42 @@ class Passes:
         Returns:
             List like the gradients of `first`.
         """
-        if self._known:
-            return self.first(weights)[1]
+        if self._eager:
+            return self._run(weights)[1]
         return self._results(self._program.run_again(weights), weights)[1]
 
-    def _trace(self, weights):
-        wanted = [True] * len(weights)
+    def _run(self, weights):
+        own = [v.value for v in self._loss_fn.variables]
+        weights = [tf.Variable(w, name=v.name) for w, v in zip(weights, own)]
+        wanted = [self._active[arm] for arm in self._arms]
+        with self._replay, VariableWatcher() as watcher:
+            results = _record(self._loss_fn, weights, wanted)
+        read = {id(v) for v in watcher.watched_variables()}
+        for variable, value in zip(self._loss_fn.variables, own):
+            if id(value) in read:
+                raise ValueError(
+                    f"The weight {variable.path!r} is read by a `tf.function` that a "
+                    "layer or the loss calls, or in another way that is not Keras': "
+                    "when a step runs eagerly, perturbed values do not get there. "
+                    "Received: run_eagerly=True. Compile the model with "
+                    "run_eagerly=False, or call "
+                    "`tf.config.run_functions_eagerly(True)` as well."
+                )
+        return results
+
+    def _trace(self):
+        variables = [v.value for v in self._loss_fn.variables]
+        wanted = [True] * len(variables)
         traced = tf.function(
-            lambda weights: _record(self._loss_fn, weights, wanted), autograph=False
-        ).get_concrete_function(weights)
+            lambda: _record(self._loss_fn, variables, wanted), autograph=False
+        ).get_concrete_function()
         self._outputs = value, gradients = traced.structured_outputs
+        _check_state(traced, self._loss_fn.state)
 
         everyone = (1 << len(self._active)) - 1
         needs = [(t, everyone) for t in tf.nest.flatten(value, True) if tf.is_tensor(t)]
         own = [1 << arm for arm in self._arms]
-        for weight, arms, gradient in zip(weights, own, gradients):
+        for weight, arms, gradient in zip(variables, own, gradients):
             if isinstance(gradient, tf.IndexedSlices):
                 gradient.values.set_shape([None, *weight.shape[1:]])
                 needs += [(gradient.values, arms), (gradient.indices, arms)]
@@ -113,7 +145,13 @@ class Passes:
                 gradient.set_shape(weight.shape)
                 needs.append((gradient, arms))
         self._program = tensorflow_graph.Program(
-            traced, own, needs, self._active, self._twice, self._jit_compile
+            traced,
+            self._loss_fn.variables,
+            own,
+            needs,
+            self._active,
+            self._twice,
+            self._jit_compile,
         )
 
     def _results(self, tensors, weights):
@@ -132,9 +170,81 @@ class Passes:
         ]
 
 
+def apply(optimizer, gradients, variables):
+    """The step of a Keras optimizer, as Keras' own train step asks for it.
+
+    Args:
+        optimizer: `keras.optimizers.Optimizer`, built for `variables`.
+        gradients: List of tensors.
+        variables: List of `keras.Variable`s.
+    """
+    optimizer.apply_gradients(zip(gradients, variables))
+
+
 def read(variable):
     """The value of a `keras.Variable` as a tensor."""
     return tf.convert_to_tensor(variable.value)
+
+
+class Scope(keras.StatelessScope):
+    """A stateless scope that may give `tf.Variable`s as values of weights.
+
+    The body of a loop or of a branch gets tensors that are read outside of it. A
+    `tf.function` that a layer calls keeps its trace after the step, so it reads the
+    variables themselves, and must not assign.
+
+    Args:
+        state_mapping: List of `(keras.Variable, tf.Variable or tensor)`.
+        **kwargs: As for `keras.StatelessScope`.
+    """
+
+    def __init__(self, state_mapping, **kwargs):
+        weights = [(k, v) for k, v in state_mapping if isinstance(v, tf.Variable)]
+        tensors = [(k, v) for k, v in state_mapping if not isinstance(v, tf.Variable)]
+        super().__init__(tensors, **kwargs)
+        self.state_mapping.update((id(k), v) for k, v in weights)
+        self._graph = _current_graph()
+        self._changed = set()
+
+    def get_current_value(self, variable):
+        value = super().get_current_value(variable)
+        if self._is_in_function():
+            if id(variable) in self._changed:
+                raise ValueError(_ASSIGNED.format(variable.path))
+            return None
+        if isinstance(value, tf.Variable) and _current_graph() is not self._graph:
+            with self._graph.as_default():
+                return tf.convert_to_tensor(value)
+        return value
+
+    def add_update(self, update):
+        variable, _ = update
+        if _current_graph() is not self._graph:
+            raise ValueError(_ASSIGNED.format(variable.path))
+        self._changed.add(id(variable))
+        super().add_update(update)
+
+    def _is_in_function(self):
+        """Whether a `tf.function` is traced that the forward pass calls."""
+        graph = _current_graph()
+        while graph is not self._graph:
+            # Bodies of loops and of branches are of classes of their own.
+            if graph is None or type(graph) is tf.__internal__.FuncGraph:
+                return True
+            graph = graph.outer_graph
+        return False
+
+
+_ASSIGNED = (
+    "The variable {0!r} is assigned to by a layer in a `tf.function` or in a loop "
+    "of its own, so the two passes of a step would not see the same state. Leave the "
+    "`tf.function` out, `fit` compiles the whole step, or take what assigns (Dropout, "
+    "BatchNormalization, a seed generator) out of the loop."
+)
+
+
+def _current_graph():
+    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
 
 
 def own_parameters(model, variables):
@@ -144,6 +254,22 @@ def own_parameters(model, variables):
 
 # Whether what is traced now is the trace of `build_first`.
 _builds = contextvars.ContextVar("builds", default=False)
+
+
+# Keras' generators are variables, so there are no others but Python's and NumPy's.
+replay = Replay
+
+
+def after(*structures):
+    """Context whose operations run after those that give the tensors in a graph.
+
+    Args:
+        *structures: Structures of tensors.
+    """
+    tensors = [t for t in tf.nest.flatten(structures, True) if tf.is_tensor(t)]
+    if tf.executing_eagerly():
+        return contextlib.nullcontext()
+    return tf.control_dependencies([tf.group(*tensors)])
 
 
 def only_builds():
@@ -205,6 +331,9 @@ def when(active, update):
         update()
 
 
+select = when
+
+
 def squared_sum(gradient):
     """Sum of the squares of the entries of `gradient`, at least in float32."""
     dtype = keras.backend.result_type(gradient.dtype.name, "float32")
@@ -240,27 +369,43 @@ def add(weight, gradient, scale):
     return weight + scale * gradient
 
 
+def _check_state(traced, variables):
+    """Refuses a `tf.function`, traced before, that assigns to what both passes read."""
+    known = {id(v.value.handle): v for v in variables}
+    for inner, outer in zip(traced.graph.inputs, traced.captured_inputs):
+        variable = known.get(id(outer))
+        for op in inner.consumers() if variable is not None else []:
+            # TensorFlow notes there which variables a call reads only.
+            noted = "_read_only_resource_inputs" in op.node_def.attr
+            read = op.get_attr("_read_only_resource_inputs") if noted else []
+            places = [i for i, tensor in enumerate(op.inputs) if tensor is inner]
+            if op.type != "ReadVariableOp" and not set(places) <= set(read):
+                raise ValueError(_ASSIGNED.format(variable.path))
+
+
 def _record(loss_fn, weights, wanted):
-    """Value and gradients, by a tape that watches the wanted weights only."""
-    # A tape knows tensors: two weights may be the same one, until copied.
-    weights = [tf.identity(w) for w in weights]
+    """Value and gradients, by a tape that watches the wanted weights only.
+
+    Args:
+        loss_fn: `Loss`.
+        weights: List of `tf.Variable`s that the loss is to read.
+        wanted: List of bool.
+
+    Returns:
+        `((loss, aux), gradients)`.
+    """
     watched = [w for w, on in zip(weights, wanted) if on]
-    refused = unittest.mock.patch.object(tf, "recompute_grad", _refuse_recomputation)
-    with tf.GradientTape(watch_accessed_variables=False) as tape, _ONE_THREAD, refused:
+    found = []
+
+    def differentiate(loss):
+        gradients = tape.gradient(loss, watched, None, tf.UnconnectedGradients.ZERO)
+        found.extend(map(_sum_duplicates, gradients))
+
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(watched)
-        loss, aux = loss_fn(weights)
-    found = tape.gradient(loss, watched, None, tf.UnconnectedGradients.ZERO)
-    found = map(_sum_duplicates, found)
-    return (loss, aux), [next(found) if on else None for on in wanted]
-
-
-def _refuse_recomputation(function):
-    """Stands in for `tf.recompute_grad`, which differentiates by variables only."""
-    raise ValueError(
-        "Rematerialisation (`keras.remat`, `keras.RematScope`) is not supported on the "
-        f"TensorFlow backend: the gradients of {function!r} would be lost. Leave it "
-        "out, or use another backend."
-    )
+        value = loss_fn(weights, differentiate)
+    found = iter(found)
+    return value, [next(found) if on else None for on in wanted]
 
 
 def _sum_duplicates(gradient):

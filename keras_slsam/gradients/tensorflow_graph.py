@@ -18,6 +18,9 @@ import typing
 
 import tensorflow as tf
 
+# TensorFlow has no public name for a variable that lives as long as its handle.
+from tensorflow.python.eager.context import anonymous_name
+
 # Operations that read only sizes, and those that do not touch the data.
 _SHAPES = {"Rank", "Shape", "ShapeN", "Size"}
 _VIEWS = {"ExpandDims", "Identity", "Reshape", "Squeeze"}
@@ -57,7 +60,8 @@ class Program:
     """A traced function of weights, to be put into the surrounding graph.
 
     Args:
-        traced: The function, of a list of tensors; what else it reads was captured.
+        traced: The function, without arguments; what it reads was captured.
+        variables: List of `keras.Variable`, the weights.
         own: List of int, the set of arms of each weight, which holds one. A set of
             arms is an int with one bit an arm.
         needs: List of `(tensor, arms)`: tensors of the function, and the set of
@@ -67,12 +71,13 @@ class Program:
         jit_compile: bool, whether XLA compiles the surrounding graph.
     """
 
-    def __init__(self, traced, own, needs, active, twice, jit_compile):
+    def __init__(self, traced, variables, own, needs, active, twice, jit_compile):
         self._traced = traced
         self._needs = needs
         self._active = active
         self._jit_compile = jit_compile
-        self._source = _Source(traced.graph)
+        self._weights, self._shadows = _find_weights(traced, variables)
+        self._source = _Source(traced.graph, self._weights)
         self._everyone = (1 << len(active)) - 1
         self._sets, copied = _plan(self._source, needs, self._everyone)
         upstream = dict.fromkeys(self._source.operations, self._everyone)
@@ -82,8 +87,7 @@ class Program:
         )
         self._again, self._kept = {}, []
         if twice:
-            weights = [tensor.op for tensor in traced.graph.inputs[: len(own)]]
-            weights = dict(zip(weights, own))
+            weights = {read: own[i] for read, i in self._weights.items()}
             upstream = _upstream(self._source, weights, self._everyone)
             same = _same_again(self._source, weights)
             self._again = split(results, upstream=upstream, given=same)
@@ -113,11 +117,16 @@ class Program:
         surrounding = tf.compat.v1.get_default_graph()
         # Keeps alive what it calls, like the bodies of loops.
         self._traced.add_to_graph(surrounding)
-        outer = [*weights, *self._traced.captured_inputs]
-        values = {
-            inner.name: surrounding.capture(tensor)
-            for inner, tensor in zip(self._traced.graph.inputs, outer)
-        }
+        values = {}
+        for inner, tensor in zip(
+            self._traced.graph.inputs, self._traced.captured_inputs
+        ):
+            if inner.name in self._shadows:
+                i, tensor = self._shadows[inner.name]
+                tf.raw_ops.AssignVariableOp(resource=tensor, value=weights[i])
+            values[inner.name] = surrounding.capture(tensor)
+        for read, i in self._weights.items():
+            values[read.outputs[0].name] = weights[i]
         if before:
             values.update((tensor.name, before[tensor.name]) for tensor in self._kept)
         for (arms, upstream), part in parts.items():
@@ -158,9 +167,10 @@ class _Source:
 
     Args:
         graph: `tf.Graph`.
+        weights: The operations that give the weights.
     """
 
-    def __init__(self, graph):
+    def __init__(self, graph, weights):
         definition = graph.as_graph_def()
         self._versions = definition.versions
         self._nodes = {node.name: node for node in definition.node}
@@ -170,7 +180,7 @@ class _Source:
             for op in graph.get_operations()
         }
         self.operations = list(graphlib.TopologicalSorter(reads).static_order())
-        self.inputs = {tensor.op for tensor in graph.inputs}
+        self.inputs = {tensor.op for tensor in graph.inputs} | set(weights)
 
     def is_small_constant(self, op):
         return op.type == "Const" and self._nodes[op.name].ByteSize() < _LARGE
@@ -209,6 +219,40 @@ class _Source:
         for tensor, copy in zip(part.outputs, found):
             copy.set_shape(tensor.shape)
         return {tensor.name: copy for tensor, copy in zip(part.outputs, found)}
+
+
+def _find_weights(traced, variables):
+    """Finds what reads the weights in a traced function.
+
+    Args:
+        traced: The function.
+        variables: List of `keras.Variable`, the weights.
+
+    Returns:
+        `(reads, shadows)`: a dict from the operations that give a weight's value to
+        its index, and a dict from names of captured variables that are read in other
+        ways, as by a `tf.function` that is called, to the index and the handle of a
+        variable to be read in its place.
+    """
+    indices = {id(v.value.handle): i for i, v in enumerate(variables)}
+    reads, shadows = {}, {}
+    for inner, outer in zip(traced.graph.inputs, traced.captured_inputs):
+        i = indices.get(id(outer))
+        if i is None:
+            continue
+        readers = inner.consumers()
+        plain = [op for op in readers if op.type == "ReadVariableOp"]
+        reads.update(dict.fromkeys(plain, i))
+        if len(plain) < len(readers):
+            # Not a `tf.Variable`, of which a `tf.function` may make none later on.
+            with tf.init_scope():
+                shadow = tf.raw_ops.VarHandleOp(
+                    dtype=variables[i].dtype,
+                    shape=variables[i].shape,
+                    shared_name=anonymous_name(),
+                )
+            shadows[inner.name] = i, shadow
+    return reads, shadows
 
 
 def _plan(source, needs, everyone):

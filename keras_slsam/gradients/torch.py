@@ -10,6 +10,14 @@ import contextlib
 import keras
 import torch
 
+# PyTorch's own `grad` leaves the modes of a thread out of the backward pass, in which
+# what is rematerialised needs them.
+from torch.autograd.graph import _engine_run_backward
+
+from keras_slsam.gradients.replay import Replay
+from keras_slsam.gradients.torch_modules import is_read_apart
+from keras_slsam.gradients.torch_modules import is_written
+from keras_slsam.gradients.torch_modules import own_parameters  # noqa: F401
 from keras_slsam.gradients.torch_reuse import CalledAgain
 from keras_slsam.gradients.torch_reuse import Reuse
 
@@ -18,6 +26,7 @@ no_grad = torch.no_grad
 # `torch.compile` would specialise on each mask and compile again for the next.
 can_compile = False
 init_scope = contextlib.nullcontext
+Scope = keras.StatelessScope
 
 
 def concrete(mask):
@@ -39,10 +48,20 @@ class Passes:
     """
 
     def __init__(self, loss_fn, arms, active, twice=True, jit_compile=False):
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized():
+            processes = distributed.get_world_size()
+            if processes > 1:
+                raise ValueError(
+                    "Sharpness-aware steps in a `torch.distributed` process group are "
+                    f"not supported yet. Received: {processes} processes. Train in one "
+                    "process."
+                )
         self._loss_fn = loss_fn
         self._wanted = [active[arm] for arm in arms]
         self._twice = twice
-        self._generators = []
+        self._own = [variable.value for variable in loss_fn.variables]
+        self._replay = None
         self._reuse = None
 
     def first(self, weights):
@@ -54,16 +73,16 @@ class Passes:
         Returns:
             `((loss, aux), gradients)`; the gradient of an inactive weight is `None`,
             that of an active weight that the loss does not reach is zero.
+
+        Raises:
+            ValueError: if the loss depends on a weight in a way that the second pass
+                would not follow, or writes to it.
         """
         if not self._twice:
             return self._differentiate(weights)
-        # Layers without a seed of their own, like Keras' Dropout on PyTorch, draw from
-        # the global generators.
-        kinds = {weight.device.type for weight in weights} - {"cpu"}
-        modules = [torch, *map(torch.get_device_module, kinds)]
-        self._generators = [(module, module.get_rng_state()) for module in modules]
-        self._reuse = Reuse(self._loss_fn.model, modules)
-        with self._reuse.recording() as begin_backward:
+        self._replay = replay(self._loss_fn.model)
+        self._reuse = Reuse(self._loss_fn.model, _generators(self._loss_fn.model))
+        with self._replay, self._reuse.recording() as begin_backward:
             return self._differentiate(weights, begin_backward)
 
     def second(self, weights):
@@ -75,17 +94,13 @@ class Passes:
         Returns:
             List like the gradients of `first`.
         """
-        try:
-            self._reset_generators()
-            with self._reuse.replaying() as begin_backward:
-                return self._differentiate(weights, begin_backward)[1]
-        except CalledAgain:
-            self._reset_generators()
-            return self._differentiate(weights)[1]
-
-    def _reset_generators(self):
-        for module, state in self._generators:
-            module.set_rng_state(state)
+        with self._replay:
+            try:
+                with self._reuse.replaying() as begin_backward:
+                    return self._differentiate(weights, begin_backward)[1]
+            except CalledAgain:
+                self._replay.rewind()
+                return self._differentiate(weights)[1]
 
     def _differentiate(self, weights, begin_backward=lambda: None):
         # An inactive weight is itself the leaf: the same tensor in both passes.
@@ -93,111 +108,85 @@ class Passes:
             w.detach().requires_grad_(on) if on or w.requires_grad else w
             for w, on in zip(weights, self._wanted)
         ]
-        wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        found = []
+        for leaf, own in zip(leaves, self._own):
+            # Hooks that are called with the gradient.
+            for hook in (own._backward_hooks or {}).values():
+                if leaf.requires_grad:
+                    leaf.register_hook(hook)
+        versions = [leaf._version for leaf in leaves]
+        gradients = [None] * len(leaves)
 
         def differentiate(loss):
             begin_backward()
-            if not loss.requires_grad:
-                found.extend(map(torch.zeros_like, wanted))
-                return
-            # In this thread: what is rematerialised must find the weights given.
-            with torch.autograd.set_multithreading_enabled(False):
-                found.extend(torch.autograd.grad(loss, wanted, materialize_grads=True))
+            self._check_unwritten(leaves, versions)
+            gradients[:] = self._gradients(loss, leaves)
 
         with torch.enable_grad():
             loss, aux = self._loss_fn(leaves, differentiate)
-        found = iter(found)
-        gradients = [next(found) if leaf.requires_grad else None for leaf in leaves]
         aux = keras.tree.map_structure(
             lambda t: t.detach() if torch.is_tensor(t) else t, aux
         )
         return (loss.detach(), aux), gradients
 
+    def _gradients(self, loss, leaves):
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        own = [i for i, weight in enumerate(self._own) if weight.requires_grad]
+        found = [None] * (len(wanted) + len(own))
+        if loss.requires_grad:
+            inputs = *wanted, *(self._own[i] for i in own)
+            # In this thread: what is rematerialised must find the weights given.
+            with torch.autograd.set_multithreading_enabled(False):
+                found = _engine_run_backward(
+                    (loss,),
+                    (torch.ones_like(loss),),
+                    False,  # nor keep the graph,
+                    False,  # nor make one
+                    inputs,
+                    True,  # some may be unused
+                    accumulate_grad=False,
+                )
+        # A gradient of the weight itself is one that no leaf gets.
+        for i, gradient in zip(own, found[len(wanted) :]):
+            if gradient is not None:
+                raise is_read_apart(
+                    self._loss_fn.model, self._loss_fn.variables[i], self._own[i]
+                )
+        found = iter(found)
+        gradients = [next(found) if leaf.requires_grad else None for leaf in leaves]
+        return [
+            torch.zeros_like(leaf) if on and gradient is None else gradient
+            for leaf, gradient, on in zip(leaves, gradients, self._wanted)
+        ]
 
-def own_parameters(model, variables):
-    """Lets modules of PyTorch in a model compute with other weights than their own.
+    def _check_unwritten(self, leaves, versions):
+        for i, (leaf, version) in enumerate(zip(leaves, versions)):
+            if leaf._version != version:
+                raise is_written(
+                    self._loss_fn.model, self._loss_fn.variables[i], self._own[i]
+                )
 
-    A `TorchModuleWrapper` does not read its weights as Keras variables. What the
-    forward pass does to the module's buffers, like the statistics of a BatchNorm,
-    stays after the first pass only.
+
+def replay(model):
+    """Context in which generators of random numbers give the same each time.
+
+    Layers without a seed of their own, like Keras' Dropout on PyTorch, draw from the
+    global generators of the devices.
 
     Args:
         model: `keras.Model`.
-        variables: List of its `keras.Variable`s that `weights` stand for.
-
-    Returns:
-        Tuple of two functions. The first makes of a list of tensors, like the values of
-        `variables`, a context in which the model's modules compute with them; the
-        second, without arguments, takes over what the first pass did to the buffers.
-
-    Raises:
-        ValueError: if a parameter belongs to two variables.
     """
-    # Keras has no public name for the layers at any depth.
-    layers = model._flatten_layers()
-    wrappers = [x for x in layers if isinstance(x, keras.layers.TorchModuleWrapper)]
-    modules = {id(wrapper.module): wrapper.module for wrapper in wrappers}.values()
-    index = {id(variable.value): i for i, variable in enumerate(variables)}
-    if len(index) < len(variables):
-        raise ValueError(
-            "Two of the model's variables are one parameter of PyTorch, which would be "
-            "updated twice. Wrap each module in one `TorchModuleWrapper` only."
-        )
-    passes = []
-
-    @contextlib.contextmanager
-    def given(weights):
-        buffers = []
-        with contextlib.ExitStack() as stack:
-            for module in modules:
-                tensors = {
-                    name: weights[index[id(parameter)]]
-                    for name, parameter in module.named_parameters()
-                    if id(parameter) in index
-                }
-                for name, buffer in module.named_buffers():
-                    tensors[name] = buffer.clone()
-                    buffers.append((buffer, tensors[name]))
-                stack.enter_context(_replaced(module, tensors))
-            yield
-        passes.append(buffers)
-
-    def record():
-        for buffer, value in passes[0]:
-            buffer.copy_(value)
-
-    return given, record
+    modules = _generators(model)
+    return Replay(model, [(m.get_rng_state, m.set_rng_state) for m in modules])
 
 
-@contextlib.contextmanager
-def _replaced(module, tensors):
-    """A module that computes with `tensors` in the place of its own, by name."""
-    own = vars(module).get("forward")
-    holder = _Holder(module)
-    tensors = {f"module.{name}": tensor for name, tensor in tensors.items()}
-    module.forward = lambda *args, **kwargs: torch.func.functional_call(
-        holder, tensors, args, kwargs
-    )
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
+def _generators(model):
+    kinds = {variable.value.device.type for variable in model.variables} - {"cpu"}
+    return [torch, *map(torch.get_device_module, kinds)]
 
 
-class _Holder(torch.nn.Module):
-    """Calls a module's own `forward`, without its hooks, which its caller runs."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-        self.run = module.forward
-
-    def forward(self, *args, **kwargs):
-        return self.run(*args, **kwargs)
+def after(*structures):
+    """Nothing: what was computed was computed."""
+    return contextlib.nullcontext()
 
 
 def only_builds():
@@ -219,6 +208,9 @@ def when(active, update):
     """
     if active:
         update()
+
+
+select = when
 
 
 def squared_sum(gradient):
@@ -244,6 +236,17 @@ def add(weight, gradient, scale):
         Tensor of the shape of `weight`.
     """
     return torch.addcmul(weight, gradient, scale)
+
+
+def apply(optimizer, gradients, variables):
+    """The step of a Keras optimizer, as Keras' own train step asks for it.
+
+    Args:
+        optimizer: `keras.optimizers.Optimizer`, built for `variables`.
+        gradients: List of tensors.
+        variables: List of `keras.Variable`s.
+    """
+    optimizer.apply(gradients, variables)
 
 
 def read(variable):

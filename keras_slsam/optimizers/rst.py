@@ -5,9 +5,12 @@ import numbers
 import keras
 from keras import ops
 
+from keras_slsam import gradients as backend
 from keras_slsam import samplers
 from keras_slsam import threefry
 from keras_slsam.optimizers.sharpness_aware import SharpnessAware
+from keras_slsam.optimizers.sharpness_aware import as_float
+from keras_slsam.optimizers.sharpness_aware import as_number
 
 
 @keras.saving.register_keras_serializable("keras_slsam")
@@ -21,7 +24,7 @@ class RST(SharpnessAware):
 
     Args:
         base_optimizer: What `keras.optimizers.get` takes, see `keras_slsam.SAM`.
-        rho: Float > 0, the radius of the perturbation.
+        rho: Float >= 0, the radius of the perturbation.
         probability: Float in [0, 1], the probability of a SAM step.
         adaptive: bool, whether the perturbation is scaled by the weights (ASAM).
         seed: int, or `None` for a fresh one. The same seed chooses the same steps
@@ -55,15 +58,7 @@ class RST(SharpnessAware):
         seed: int | None = None,
         name: str = "rst",
     ) -> None:
-        if (
-            isinstance(probability, bool)
-            or not isinstance(probability, numbers.Real)
-            or not 0 <= probability <= 1
-        ):
-            raise ValueError(
-                "Argument `probability` of `RST` is the share of SAM steps and must "
-                f"be a number in [0, 1]. Received: probability={probability!r}"
-            )
+        probability = _checked_probability(probability)
         first_seed = threefry.make_seed(seed, "RST")
         super().__init__(
             base_optimizer,
@@ -72,26 +67,46 @@ class RST(SharpnessAware):
             sampler=samplers.All(),
             name=name,
         )
-        self.probability = float(probability)
+        self._probability = self._add_setting("probability", probability)
         self.seed = None if seed is None else int(seed)
-        self._first_seed = first_seed
-
-    def build(self, variables):
-        if self.built:
-            return
-        super().build(variables)
         self._seed_state = self.add_variable((2,), dtype="int32", name="seed_state")
-        self._seed_state.assign([self._first_seed, 0])
+        self._seed_state.assign([first_seed, 0])
+
+    @property
+    def probability(self):
+        """The probability of a SAM step, a scalar `keras.Variable`.
+
+        It may be set between two steps, like the learning rate.
+        """
+        return self._probability
+
+    @probability.setter
+    def probability(self, probability):
+        self._probability.assign(_checked_probability(probability))
 
     def draw_perturbed(self):
         seed, draw = self._seed_state[0], self._seed_state[1]
-        perturbed = threefry.uniform(seed, draw, 1)[0] < self.probability
+        perturbed = threefry.uniform(seed, draw, 1)[0] < backend.read(self._probability)
         self._seed_state.assign(ops.stack([seed, draw + 1]))
-        return perturbed
+        return ops.logical_and(perturbed, backend.read(self._rho) > 0)
 
     def get_config(self):
         return {
             **super().get_config(),
-            "probability": self.probability,
+            "probability": as_float(self._probability),
             "seed": self.seed,
         }
+
+
+def _checked_probability(probability):
+    number = as_number(probability)
+    if (
+        isinstance(number, bool)
+        or not isinstance(number, numbers.Real)
+        or not 0 <= number <= 1
+    ):
+        raise ValueError(
+            "Argument `probability` of `RST` is the share of SAM steps and must "
+            f"be a number in [0, 1]. Received: probability={probability!r}"
+        )
+    return float(number)

@@ -19,7 +19,7 @@ class S2SAM(SharpnessAware):
 
     Args:
         base_optimizer: What `keras.optimizers.get` takes, see `keras_slsam.SAM`.
-        rho: Float > 0, the radius of the perturbation.
+        rho: Float >= 0, the radius of the perturbation.
         adaptive: bool, whether the perturbation is scaled by the weights (ASAM).
         name: String, the optimizer's name.
 

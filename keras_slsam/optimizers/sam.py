@@ -20,7 +20,7 @@ class SAM(SharpnessAware):
         base_optimizer: What `keras.optimizers.get` takes: the optimizer that makes
             the step. Learning rate, schedule, weight decay, clipping, EMA and
             gradient accumulation are its arguments.
-        rho: Float > 0, the radius of the perturbation.
+        rho: Float >= 0, the radius of the perturbation.
         adaptive: bool, whether the perturbation is scaled by the weights (ASAM,
             arXiv 2102.11600). Its `rho` is about ten times larger.
         name: String, the optimizer's name.

@@ -1,17 +1,46 @@
 """The base of all our optimizers: a wrapper around a Keras optimizer."""
 
+import json
 import math
 import numbers
 import warnings
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_slsam import arms as arms_module
+from keras_slsam import atomic
 from keras_slsam import base_step
 from keras_slsam import gradients as backend
 from keras_slsam import perturbation
 from keras_slsam import samplers
+
+# What an optimizer is made with, and keeps.
+_FIXED = {"adaptive", "base_optimizer", "sampler", "single_step"}
+
+_WAY_OUT = (
+    "Make the optimizer as it was when its state was saved. To begin with a fresh one, "
+    "leave the state out, with `model.load_weights(path, skip_mismatch=True)`, and "
+    "compile with a new optimizer."
+)
+
+
+class _OfBase:
+    """An attribute of a Keras optimizer that is the base optimizer's."""
+
+    def __set_name__(self, owner, name):
+        self._name = name
+
+    def __get__(self, optimizer, owner=None):
+        if optimizer is None:
+            return self
+        return getattr(optimizer.base_optimizer, self._name)
+
+    def __set__(self, optimizer, value):
+        # Keras' constructor sets its own defaults, before there is a base optimizer.
+        if "base_optimizer" in vars(optimizer):
+            setattr(optimizer.base_optimizer, self._name, value)
 
 
 class SharpnessAware(keras.optimizers.Optimizer):
@@ -27,9 +56,13 @@ class SharpnessAware(keras.optimizers.Optimizer):
     global norm is over the active variables, schedules and EMA follow the global
     steps, and moments, step counts and weight decay a variable's own updates.
 
+    Attributes:
+        ascends: bool, whether `rho` was set to more than 0. A step that was compiled
+            then has both passes, without a condition.
+
     Args:
         base_optimizer: What `keras.optimizers.get` takes.
-        rho: Float > 0, the radius of the perturbation.
+        rho: Float >= 0, the radius of the perturbation.
         adaptive: bool, whether the perturbation is scaled by the weights (ASAM).
         sampler: `keras_slsam.samplers.Sampler`, draws the active arms.
         arms: `"variable"`, `"layer"`, `"block"`, or a function from a variable to
@@ -43,6 +76,24 @@ class SharpnessAware(keras.optimizers.Optimizer):
             cannot be used.
     """
 
+    # What Keras' trainers, callbacks and savers read from an optimizer, or set on it.
+    # `optimizers` is that of a `MultiOptimizer`; the others have none.
+    clipnorm = _OfBase()
+    clipvalue = _OfBase()
+    ema_momentum = _OfBase()
+    ema_overwrite_frequency = _OfBase()
+    global_clipnorm = _OfBase()
+    gradient_accumulation_steps = _OfBase()
+    iterations = _OfBase()
+    learning_rate = _OfBase()
+    optimizers = _OfBase()
+    use_ema = _OfBase()
+    weight_decay = _OfBase()
+    _accumulated_gradients = _OfBase()
+    _iterations = _OfBase()
+    _learning_rate = _OfBase()
+    _model_variables_moving_average = _OfBase()
+
     def __init__(
         self,
         base_optimizer,
@@ -54,15 +105,7 @@ class SharpnessAware(keras.optimizers.Optimizer):
         name=None,
     ):
         owner = type(self).__name__
-        if (
-            isinstance(rho, bool)
-            or not isinstance(rho, numbers.Real)
-            or not (rho > 0 and math.isfinite(rho))
-        ):
-            raise ValueError(
-                f"Argument `rho` of `{owner}` is the radius of the perturbation and "
-                f"must be a finite number > 0. Received: rho={rho!r}"
-            )
+        rho = _checked_rho(owner, rho)
         switches = {"adaptive": adaptive, "single_step": single_step}
         for argument, value in switches.items():
             if not isinstance(value, bool):
@@ -82,34 +125,52 @@ class SharpnessAware(keras.optimizers.Optimizer):
         # The learning rate that counts is the base optimizer's.
         super().__init__(learning_rate=0.0, name=name)
         self.base_optimizer = base_optimizer
-        self.rho = float(rho)
+        self._rho = self._add_setting("rho", rho)
+        self.ascends = rho > 0
         self.adaptive = adaptive
         self.sampler = sampler
         self.single_step = single_step
         self._grouping = arms
+        self._restored = None  # what was loaded before `build`, which takes it over
         self._all_active = type(sampler) is samplers.All
         accumulates = bool(base_optimizer.gradient_accumulation_steps)
         if not self._all_active or (single_step and accumulates):
             base_step.check_can_skip_arms(owner, base_optimizer)
 
+    def __setattr__(self, name, value):
+        if name in _FIXED and name in vars(self):
+            owner = type(self).__name__
+            raise ValueError(
+                f"`{name}` of `{owner}` cannot be replaced: arms, state and compiled "
+                f"steps are made with it. Received: {name}={value!r}. Make a new "
+                f"`{owner}`, and call `model.compile` with it."
+            )
+        super().__setattr__(name, value)
+
+    def _add_setting(self, name, value):
+        """A variable for a number that may be set between two steps."""
+        dtype = "float64" if keras.config.floatx() == "float64" else "float32"
+        variable = self.add_variable((), dtype=dtype, name=name)
+        variable.assign(value)
+        return variable
+
     def build(self, variables):
         """Makes the state: the sampler's, the base optimizer's and ours.
 
+        State that was loaded before is put into it.
+
         Args:
-            variables: List of `keras.Variable`s, the model's trainable ones.
+            variables: List of `keras.Variable`s, the model's trainable ones. Without
+                any, as Keras' reader of `.h5` files has them, nothing is built yet.
 
         Raises:
-            ValueError: if there are none, if `base_optimizer` or the sampler belongs
-                to others already, or if `arms` returns something unhashable.
+            ValueError: if `base_optimizer` or the sampler belongs to others already,
+                if `arms` returns something unhashable, or if loaded state does not
+                fit.
         """
-        if self.built:
+        if self.built or not variables:
             return
         owner = type(self).__name__
-        if not variables:
-            raise ValueError(
-                f"`{owner}` got a model without trainable weights. Set "
-                "`layer.trainable = True` on a layer before `compile`."
-            )
         if self.base_optimizer.built:
             raise ValueError(
                 f"Argument `base_optimizer` of `{owner}` has been built for other "
@@ -135,18 +196,25 @@ class SharpnessAware(keras.optimizers.Optimizer):
                 f"is saved. Received: arms={self._grouping!r}.",
                 stacklevel=2,
             )
-        super().build(variables)
+        restored, layout = self._restored or (None, None)
+        self._check_layout(layout, arms)
+        # Not Keras' `build`, which would make the base optimizer's averages and sums
+        # of gradients a second time.
+        self._trainable_variables.extend(variables)
+        self.built = True
         self.base_optimizer.build(variables)
         self.arm_of = arms
         self._members = [
             [i for i, arm in enumerate(arms) if arm == number]
             for number in range(num_arms)
         ]
-        self.sampler.build(num_arms)
+        with keras.name_scope(self.name):
+            self.sampler.build(num_arms)
         self.sampler._in_use = True
         dtype = keras.backend.result_type("float32", *(v.dtype for v in variables))
         self._active = self.add_variable((num_arms,), dtype="bool", name="active")
         self._norms = self.add_variable((num_arms,), dtype=dtype, name="norms")
+        self._skipped_steps = self.add_variable((), dtype="int", name="skipped_steps")
         self._base_step = base_step.BaseStep(
             self.base_optimizer,
             variables,
@@ -155,11 +223,114 @@ class SharpnessAware(keras.optimizers.Optimizer):
             remember=self.single_step,
             owner=self,
         )
+        # From here on the sampler's state is ours, for everything that saves it.
+        self._sampler_state = self.sampler.variables
+        if restored is not None:
+            self._restore(restored)
+            self._restored = None
 
     @property
     def variables(self):
-        """List of all state: ours, the sampler's and the base optimizer's."""
-        return self._variables + self.sampler.variables + self.base_optimizer.variables
+        """List of all state: ours, with the sampler's, and the base optimizer's."""
+        return self._variables + self.base_optimizer.variables
+
+    def __dir__(self):
+        # Keras' savers look here for what has state of its own to save. The base
+        # optimizer's is among `variables`.
+        hidden = {"base_optimizer", "optimizers"}
+        return [name for name in super().__dir__() if name not in hidden]
+
+    def set_weights(self, weights):
+        """Sets all state. Before `build` it is kept for `build`.
+
+        Args:
+            weights: List of arrays, one for each of `variables`.
+
+        Raises:
+            ValueError: if they do not fit.
+        """
+        self._restore(weights)
+
+    def save_own_variables(self, store):
+        """Writes all state to `store`, and what it is the state of."""
+        if self.built:
+            values, layout = self.variables, self._layout(self.arm_of)
+        elif self._restored is not None:
+            values, layout = self._restored
+        else:
+            return
+        for i, value in enumerate(values):
+            store[str(i)] = ops.convert_to_numpy(value)
+        store["layout"] = np.frombuffer(json.dumps(layout).encode(), "uint8")
+
+    def load_own_variables(self, store):
+        """Sets all state from `store`. Before `build` it is kept for `build`.
+
+        Raises:
+            ValueError: if it does not fit, or is that of another method, sampler or
+                base optimizer, or of other arms.
+        """
+        keys = set(store.keys())
+        if "layout" in keys:
+            layout = json.loads(np.array(store["layout"]).tobytes())
+            self._restore([store[str(i)] for i in range(len(keys) - 1)], layout)
+        elif keys and self.built:
+            raise ValueError(
+                f"The state given to `{type(self).__name__}` was not saved by it. "
+                f"Received: {len(keys)} values. {_WAY_OUT}"
+            )
+        else:
+            # There is none, or that of a Keras optimizer before ours has begun, as
+            # where training goes on from a file of weights: Keras warns.
+            super().load_own_variables(store)
+
+    def _restore(self, values, layout=None):
+        self._check_layout(layout, self.arm_of if self.built else None)
+        if not self.built:
+            self._restored = [ops.convert_to_numpy(v) for v in values], layout
+            return
+        variables = self.variables
+        unlike = [
+            f"{variable.path} {tuple(np.shape(value))}, not {tuple(variable.shape)}"
+            for variable, value in zip(variables, values)
+            if tuple(np.shape(value)) != tuple(variable.shape)
+        ]
+        if unlike or len(values) != len(variables):
+            raise ValueError(
+                f"The state of `{type(self).__name__}` is {len(variables)} values, "
+                "with the shapes of `optimizer.variables`. "
+                f"Received: {'; '.join([f'{len(values)} values', *unlike])}. {_WAY_OUT}"
+            )
+        for variable, value in zip(variables, values):
+            variable.assign(value)
+
+    def _check_layout(self, saved, arm_of):
+        """Refuses state that was saved by an optimizer unlike this one.
+
+        Args:
+            saved: What `_layout` returned there, or `None` where it is not known.
+            arm_of: List of int, or `None` before `build`.
+        """
+        unlike = [
+            f"{key}={saved.get(key)!r}, not {own!r}"
+            for key, own in self._layout(arm_of).items()
+            if saved is not None and own is not None and own != saved.get(key)
+        ]
+        if unlike:
+            raise ValueError(
+                f"The state given to `{type(self).__name__}` was saved by an optimizer "
+                f"with other arguments. Received: {'; '.join(unlike)}. {_WAY_OUT}"
+            )
+
+    def _layout(self, arm_of):
+        """What saved state must have in common with this optimizer."""
+        return {
+            "method": type(self).__name__,
+            "base_optimizer": type(self.base_optimizer).__name__,
+            "sampler": type(self.sampler).__name__,
+            "single_step": self.single_step,
+            "arms": arm_of,
+        }
 
     @property
     def arms(self):
@@ -190,6 +361,32 @@ class SharpnessAware(keras.optimizers.Optimizer):
         probabilities = self.sampler.probabilities
         return None if probabilities is None else ops.copy(probabilities)
 
+    @property
+    def rho(self):
+        """The radius of the perturbation, a scalar `keras.Variable`.
+
+        It may be set between two steps, like the learning rate. With 0 a step is the
+        base optimizer's, and has no second pass.
+        """
+        return self._rho
+
+    @rho.setter
+    def rho(self, rho):
+        rho = _checked_rho(type(self).__name__, rho)
+        self._rho.assign(rho)
+        self.ascends = rho > 0
+
+    @property
+    def skipped_steps(self):
+        """The number of steps left out since their gradients were not finite.
+
+        Such a step leaves weights, moments, `iterations` and the sampler as they
+        were. In a window of accumulated gradients it is the micro-batch that is left
+        out, and the window waits for another.
+        """
+        self._check_built()
+        return self._skipped_steps
+
     def _check_built(self):
         if not self.built:
             raise ValueError(
@@ -199,23 +396,19 @@ class SharpnessAware(keras.optimizers.Optimizer):
             )
 
     @property
-    def iterations(self):
-        """The number of steps, the base optimizer's count."""
-        return self.base_optimizer.iterations
+    def loss_scale_factor(self):
+        """`None`: a `LossScaleOptimizer` around this one scales the loss."""
+        return self.base_optimizer.loss_scale_factor
 
-    @property
-    def learning_rate(self):
-        """The base optimizer's learning rate."""
-        return self.base_optimizer.learning_rate
-
-    @learning_rate.setter
-    def learning_rate(self, learning_rate):
-        self.base_optimizer.learning_rate = learning_rate
-
-    @property
-    def _model_variables_moving_average(self):
-        # What `keras.callbacks.SwapEMAWeights` looks for.
-        return self.base_optimizer._model_variables_moving_average
+    @loss_scale_factor.setter
+    def loss_scale_factor(self, factor):
+        if factor is not None:
+            raise ValueError(
+                f"Attribute `loss_scale_factor` of `{type(self).__name__}` must be "
+                "None: the perturbation needs the true gradients. "
+                f"Received: loss_scale_factor={factor!r}. Put a "
+                "`keras.optimizers.LossScaleOptimizer` around the optimizer."
+            )
 
     def previous_gradients(self):
         """The ascent of `single_step`: the gradient last applied to each variable.
@@ -245,6 +438,15 @@ class SharpnessAware(keras.optimizers.Optimizer):
                 "After a change of `layer.trainable`, call `model.compile` again with "
                 "a new optimizer."
             )
+        if not self.built:
+            return
+        sampler, state = self.sampler, self._sampler_state
+        if [id(v) for v in sampler.variables] != [id(v) for v in state]:
+            raise ValueError(
+                "A sampler must make all its variables by the end of `build`: what it "
+                f"makes later is not saved. Received: {sampler!r} with "
+                f"{len(sampler.variables)} variables, {len(state)} then."
+            )
 
     def window(self):
         """Where this step is in a window of accumulated gradients.
@@ -270,7 +472,7 @@ class SharpnessAware(keras.optimizers.Optimizer):
             ValueError: if the sampler's mask has another shape, or is seen to have
                 no active arm.
         """
-        backend.when(first, self._draw)
+        atomic.assign_if(first, self._draw)
         if self._all_active:
             return [True] * len(self._members)
         active = backend.concrete(backend.read(self._active))
@@ -294,7 +496,12 @@ class SharpnessAware(keras.optimizers.Optimizer):
 
     def draw_perturbed(self):
         """Whether this step has an ascent: a bool or a scalar boolean tensor."""
-        return True
+        if self.ascends:
+            # No condition, which would cost time: where `rho` was loaded as 0 since,
+            # the second pass is at w and gives the same gradients.
+            return True
+        (perturbed,) = backend.concrete(ops.reshape(backend.read(self._rho) > 0, (1,)))
+        return perturbed
 
     def perturb(self, weights, directions, squared_norm, active):
         """The weights of the second pass, `w + e` on the active arms.
@@ -320,7 +527,7 @@ class SharpnessAware(keras.optimizers.Optimizer):
             squared_norm,
             self._members,
             active,
-            self.rho,
+            backend.read(self._rho),
             self.adaptive,
         )
 
@@ -336,7 +543,7 @@ class SharpnessAware(keras.optimizers.Optimizer):
             directions, self._members, active, self._norms.dtype
         )
 
-    def descend(self, gradients, squares, active, last):
+    def descend(self, gradients, squares, active, last, finite):
         """The base optimizer's step with `gradients`, on the active arms only.
 
         Args:
@@ -344,8 +551,17 @@ class SharpnessAware(keras.optimizers.Optimizer):
             squares: List of float scalars, the squared norms of the arms' gradients.
             active: What `draw_active` returned.
             last: What `window` returned.
+            finite: Whether all gradients are finite: else the step is left out, and
+                counted.
         """
-        self._base_step(gradients, squares, active, last)
+        self._base_step(gradients, squares, active, last, finite)
+        if finite is not True:
+            skipped = ops.cast(ops.logical_not(finite), self._skipped_steps.dtype)
+            self._skipped_steps.assign_add(skipped)
+
+    def counted(self, finite):
+        """Context in which this step is counted already, see `BaseStep.counted`."""
+        return self._base_step.counted(finite)
 
     def learn(self, squares, last):
         """Records the arms' norms and lets the sampler learn from them.
@@ -365,7 +581,7 @@ class SharpnessAware(keras.optimizers.Optimizer):
             squares = (before + squares) / (position + 1)
         norms = ops.sqrt(squares)
         self._norms.assign(norms)
-        backend.when(
+        atomic.assign_if(
             last,
             lambda: self.sampler.update(backend.read(self._active), norms),
         )
@@ -398,7 +614,7 @@ class SharpnessAware(keras.optimizers.Optimizer):
         return {
             "name": self.name,
             "base_optimizer": keras.saving.serialize_keras_object(self.base_optimizer),
-            "rho": self.rho,
+            "rho": as_float(self._rho),
             "adaptive": self.adaptive,
         }
 
@@ -406,7 +622,49 @@ class SharpnessAware(keras.optimizers.Optimizer):
     def from_config(cls, config, custom_objects=None):
         """Makes an optimizer from the dict that `get_config` returned."""
         config = dict(config)
-        config["base_optimizer"] = keras.saving.deserialize_keras_object(
-            config["base_optimizer"], custom_objects=custom_objects
-        )
+        for argument in ("base_optimizer", "sampler", "arms"):
+            if isinstance(config.get(argument), dict):
+                config[argument] = cls._deserialize(
+                    argument, config[argument], custom_objects
+                )
         return cls(**config)
+
+    @classmethod
+    def _deserialize(cls, argument, config, custom_objects):
+        try:
+            return keras.saving.deserialize_keras_object(
+                config, custom_objects=custom_objects
+            )
+        except TypeError as error:  # of which Keras would hide the message
+            raise ValueError(
+                f"Argument `{argument}` of `{cls.__name__}` was saved by name and "
+                f"cannot be found. {error}. Or name it when you load: `custom_objects="
+                "{name: object}`."
+            ) from error
+
+
+def as_float(variable):
+    """The value of a scalar variable, in few digits: 0.05, not 0.0500000007."""
+    return float(str(ops.convert_to_numpy(variable)[()]))
+
+
+def as_number(value):
+    """A scalar tensor or variable as a Python number, anything else as it is."""
+    if isinstance(value, keras.Variable) or ops.is_tensor(value):
+        value = ops.convert_to_numpy(value)
+        return value.item() if value.ndim == 0 else value
+    return value
+
+
+def _checked_rho(owner, rho):
+    number = as_number(rho)
+    if (
+        isinstance(number, bool)
+        or not isinstance(number, numbers.Real)
+        or not (number >= 0 and math.isfinite(number))
+    ):
+        raise ValueError(
+            f"Argument `rho` of `{owner}` is the radius of the perturbation and "
+            f"must be a finite number >= 0. Received: rho={rho!r}"
+        )
+    return float(number)

@@ -40,7 +40,7 @@ class SLSAM(SharpnessAware):
 
     Args:
         base_optimizer: What `keras.optimizers.get` takes, see `keras_slsam.SAM`.
-        rho: Float > 0, the radius of the perturbation.
+        rho: Float >= 0, the radius of the perturbation.
         active_fraction: Float in (0, 1], the expected share of active arms. 0.2
             unless given; not with a `Sampler` object, which brings its own.
         sampler: `"bandit"` (the paper's), `"proportional"`, `"uniform"`, `"all"`,
@@ -111,16 +111,6 @@ class SLSAM(SharpnessAware):
             "single_step": self.single_step,
             "seed": self.seed,
         }
-
-    @classmethod
-    def from_config(cls, config, custom_objects=None):
-        config = dict(config)
-        for key in ("sampler", "arms"):
-            if isinstance(config.get(key), dict):
-                config[key] = keras.saving.deserialize_keras_object(
-                    config[key], custom_objects=custom_objects
-                )
-        return super().from_config(config, custom_objects=custom_objects)
 
 
 def _get_sampler(sampler, active_fraction, seed):

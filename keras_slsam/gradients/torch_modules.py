@@ -1,0 +1,257 @@
+"""Modules of PyTorch that compute with other weights than their own.
+
+A `TorchModuleWrapper` does not read its weights as Keras variables. So a mode of
+PyTorch, which holds in one thread only, gives every function of PyTorch other tensors
+in the place of the modules' own, wherever these were read. The modules themselves stay
+as they are, and other threads see nothing of a step.
+"""
+
+import contextlib
+
+import keras
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+_GET_DATA, _SET_DATA = torch.Tensor.data.__get__, torch.Tensor.data.__set__
+
+# These neither write to a tensor nor give an alias of it. Others get a copy.
+_READERS = {
+    torch.Tensor.dim,
+    torch.Tensor.numel,
+    torch.Tensor.size,
+    torch.addmm,
+    torch.bmm,
+    torch.matmul,
+    torch.mm,
+    torch.conv1d,
+    torch.conv2d,
+    torch.conv3d,
+    torch.conv_transpose1d,
+    torch.conv_transpose2d,
+    torch.conv_transpose3d,
+    torch.gru,
+    torch.lstm,
+    functional.embedding,
+    functional.group_norm,
+    functional.layer_norm,
+    functional.linear,
+    functional.multi_head_attention_forward,
+    functional.rms_norm,
+    *(
+        getattr(torch.Tensor, name).__get__
+        for name in ("device", "dtype", "is_leaf", "layout", "ndim", "requires_grad")
+    ),
+    torch.Tensor.shape.__get__,
+}
+_WRITE_NOTHING = ("requires_grad_", "retain_grad_")
+
+
+class _Given(TorchFunctionMode):
+    """Functions of PyTorch that are called in this thread get other tensors.
+
+    Args:
+        trained: Dict from the ids of parameters to the tensors in their place.
+        others: Dict from the ids of other parameters and buffers to themselves. A copy
+            takes their place as soon as a function may write to them.
+        refuse: Function that is called with the id of a trained parameter that a
+            function would write to.
+
+    Attributes:
+        copies: Dict from ids to copies.
+    """
+
+    def __init__(self, trained, others, refuse):
+        super().__init__()
+        self._trained = trained
+        self._others = others
+        self._refuse = refuse
+        self._own = {}
+        self.copies = {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        # Most functions get none of them, and should cost little.
+        for x in (*args, *kwargs.values()):
+            key = id(x)
+            if key in self._trained or key in self._others or type(x) in (list, tuple):
+                break
+        else:
+            return func(*args, **kwargs)
+        if _writes(func):
+            self._check(args[:1])
+        if "out" in kwargs:
+            self._check(kwargs["out"])
+        only_reads = (
+            func in _READERS
+            and kwargs.get("max_norm") is None  # by which an embedding is scaled
+            and "out" not in kwargs
+        )
+        if func == _GET_DATA and id(args[0]) in self._trained:
+            func = torch.Tensor.detach  # the same, but what is written is counted
+        args = [self._give(x, only_reads) for x in args]
+        kwargs = {name: self._give(x, only_reads) for name, x in kwargs.items()}
+        result = func(*args, **kwargs)
+        # What a function like `add_` gives back may become an attribute.
+        return self._own.get(id(result), result)
+
+    def _give(self, x, only_reads):
+        if isinstance(x, torch.Tensor):
+            key = id(x)
+            if key in self._trained:
+                return self._trained[key]
+            if key in self.copies:
+                return self.copies[key]
+            if key in self._others and not only_reads:
+                self.copies[key] = copy = x.detach().clone()
+                self._own[id(copy)] = x
+                return copy
+        elif type(x) in (list, tuple):
+            return type(x)([self._give(part, only_reads) for part in x])
+        return x
+
+    def _check(self, x):
+        if id(x) in self._trained:
+            self._refuse(id(x))
+        if type(x) in (list, tuple):
+            for part in x:
+                self._check(part)
+
+
+def _writes(func):
+    """Whether a function writes to its first argument, by its name."""
+    name = getattr(func, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return (
+        (in_place and name not in _WRITE_NOTHING)
+        or name == "__setitem__"
+        or func == _SET_DATA
+    )
+
+
+def own_parameters(model, variables):
+    """Lets modules of PyTorch in a model compute with other weights than their own.
+
+    What the forward pass does to the modules' buffers and to parameters that are not
+    trained, like the statistics of a BatchNorm or the weights of a momentum encoder,
+    stays after the first pass only.
+
+    Args:
+        model: `keras.Model`.
+        variables: List of its `keras.Variable`s that `weights` stand for.
+
+    Returns:
+        Tuple of two functions. The first makes of a list of tensors, like the values of
+        `variables`, a context in which the model's modules compute with them; the
+        second, without arguments, takes over what the first pass did to the rest.
+
+    Raises:
+        ValueError: if a parameter belongs to two variables, or a module cannot compute
+            with other weights.
+    """
+    index = {id(variable.value): i for i, variable in enumerate(variables)}
+    if len(index) < len(variables):
+        raise ValueError(
+            "Two of the model's variables are one parameter of PyTorch, which would be "
+            "updated twice. Wrap each module in one `TorchModuleWrapper` only."
+        )
+    others = {}
+    for wrapper in _wrappers(model):
+        _check_can_be_given(wrapper)
+        for tensor in (*wrapper.module.parameters(), *wrapper.module.buffers()):
+            if id(tensor) not in index:
+                others[id(tensor)] = tensor
+    if not _wrappers(model):
+        return lambda weights: contextlib.nullcontext(), lambda: None
+    own = [variable.value for variable in variables]
+    passes = []
+
+    def refuse(key):
+        raise is_written(model, variables[index[key]], own[index[key]])
+
+    def given(weights):
+        trained = {key: weights[i] for key, i in index.items()}
+        passes.append(_Given(trained, others, refuse))
+        return passes[-1]
+
+    def record():
+        for key, copy in passes[0].copies.items():
+            others[key].copy_(copy)
+
+    return given, record
+
+
+def _wrappers(model):
+    # Keras has no public name for the layers at any depth.
+    layers = model._flatten_layers()
+    return [x for x in layers if isinstance(x, keras.layers.TorchModuleWrapper)]
+
+
+def _check_can_be_given(wrapper):
+    for name, module in wrapper.module.named_modules():
+        where = f"Module {name or type(module).__name__!r} of layer {wrapper.path!r}"
+        if isinstance(
+            module,
+            (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel),
+        ):
+            raise ValueError(
+                f"{where} is a `{type(module).__name__}`, whose replicas would not see "
+                "the perturbed weights. Sharpness-aware steps on several devices are "
+                f"not supported yet: wrap the module that is in it, `module.module`."
+            )
+        if isinstance(module, torch.jit.ScriptModule) and (
+            list(module.buffers()) or any(p.requires_grad for p in module.parameters())
+        ):
+            raise ValueError(
+                f"{where} was compiled by `torch.jit`, which reads its weights where "
+                "they cannot be replaced by perturbed ones. Wrap the module that was "
+                "compiled, or freeze it and take its buffers out (`torch.jit.freeze`)."
+            )
+
+
+def is_written(model, variable, weight):
+    """An error: a forward pass writes to a trainable weight.
+
+    Args:
+        model: `keras.Model`.
+        variable: `keras.Variable`.
+        weight: Its own tensor.
+
+    Returns:
+        `ValueError`.
+    """
+    return ValueError(
+        "The forward pass writes to the trainable weight "
+        f"{_name(model, variable, weight)}. It would write to a perturbed weight. "
+        "Leave that out, or make the weight not trainable: `requires_grad = False` "
+        "before the module is wrapped, or `trainable = False` on the layer."
+    )
+
+
+def is_read_apart(model, variable, weight):
+    """An error: a loss hangs on a weight that it reads where it cannot be given.
+
+    Args:
+        model: `keras.Model`.
+        variable: `keras.Variable`.
+        weight: Its own tensor.
+
+    Returns:
+        `ValueError`.
+    """
+    return ValueError(
+        "The loss depends on the trainable weight "
+        f"{_name(model, variable, weight)} by a way "
+        "on which it cannot be replaced by a perturbed one. That is where its value "
+        "was kept from before the step, or goes to a `torch.autograd.Function` or a "
+        "transform of `torch.func` as it is. Read it in each call, and give a function "
+        "of your own `weight.view_as(weight)`."
+    )
+
+
+def _name(model, variable, weight):
+    for wrapper in _wrappers(model):
+        for name, parameter in wrapper.module.named_parameters():
+            if parameter is weight:
+                return f"{name!r} of layer {wrapper.path!r}"
+    return repr(variable.path)
