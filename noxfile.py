@@ -14,6 +14,7 @@ import nox
 nox.options.sessions = ["tests"]
 nox.options.reuse_existing_virtualenvs = True
 
+PARALLEL = ("--numprocesses=2", "--dist=worksteal")
 BACKENDS = ("jax", "tensorflow", "torch")
 # PyTorch's threads spin while they wait, which is slow where others want the cores.
 SETTINGS = {"TF_CPP_MIN_LOG_LEVEL": "3", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -24,6 +25,14 @@ SHARED_COMPILATION = {
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
 ROOT = pathlib.Path(__file__).parent
+# Folders of Keras' tests for each of our optimizers. Where tracing and compiling takes
+# long, each folder has one of them: SLSAM where the most is trained.
+KERAS_SPLIT = {
+    "sam": ("callbacks", "models", "saving"),
+    "slsam": ("optimizers", "trainers"),
+}
+KERAS_ALL = dict.fromkeys(KERAS_SPLIT, sum(KERAS_SPLIT.values(), ()))
+KERAS_TESTS = {"jax": KERAS_SPLIT, "tensorflow": KERAS_SPLIT, "torch": KERAS_ALL}
 
 
 @nox.session
@@ -46,12 +55,22 @@ def tests(session):
         for backend in BACKENDS:
             session.run(
                 "pytest",
-                "--numprocesses=2",
-                "--dist=worksteal",
+                *PARALLEL,
                 "--durations=10",
                 *session.posargs,
                 env={**settings, "KERAS_BACKEND": backend},
             )
+            if not session.posargs:
+                for optimizer, folders in KERAS_TESTS[backend].items():
+                    session.run(
+                        "python",
+                        "tests/keras_suite",
+                        f"--optimizer={optimizer}",
+                        "--fewest=50",
+                        *PARALLEL,
+                        *(f"keras/src/{folder}" for folder in folders),
+                        env={**settings, "KERAS_BACKEND": backend},
+                    )
 
 
 @nox.session

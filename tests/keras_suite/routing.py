@@ -69,6 +69,8 @@ class Routing:
             if type(model).train_step is BackendTrainer.train_step:
                 optimizer = self._wrap(optimizer)
                 keras_slsam.sharpness_aware(model)
+                if keras.config.backend() == "torch" and kwargs.get("jit_compile"):
+                    kwargs["jit_compile"] = False  # True is refused
             return compile_model(model, optimizer, *args, **kwargs)
 
         return compiled
@@ -143,9 +145,12 @@ class Routing:
 
     def _stateless_apply(self, optimizer, values, grads, trainable_values):
         model = self._model(optimizer, None)
-        states = (model.trainable_variables, trainable_values), (
-            optimizer.variables,
-            values,
+        states = (
+            (model.trainable_variables, trainable_values),
+            (
+                optimizer.variables,
+                values,
+            ),
         )
         for variables, given in states:
             for variable, value in zip(variables, given):
