@@ -6,6 +6,7 @@ reason that is not in the list.
 """
 
 import collections
+import importlib
 import os
 import pathlib
 import sys
@@ -70,8 +71,7 @@ def pytest_configure(config):
         return  # the workers run the tests
     # As in the configuration of Keras' tests, which its wheel lacks.
     os.environ.setdefault("JAX_DEFAULT_DTYPE_BITS", "32")
-    import torch  # noqa: F401, before TensorFlow
-
+    importlib.import_module("torch")  # crashes after TensorFlow
     import keras
 
     sys.modules["conftest"] = types.SimpleNamespace(
