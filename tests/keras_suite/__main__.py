@@ -1,0 +1,22 @@
+"""Keras' own tests, through our step.
+
+KERAS_BACKEND=jax python tests/keras_suite --optimizer=sam
+KERAS_BACKEND=jax python tests/keras_suite --optimizer=slsam keras/src/optimizers
+KERAS_BACKEND=jax python tests/keras_suite --optimizer=none -k test_fit
+
+The other arguments are pytest's; files are named relative to Keras' installation.
+"""
+
+import importlib.util
+import os
+import pathlib
+import sys
+
+import pytest
+
+HERE = pathlib.Path(__file__).resolve().parent
+
+if __name__ == "__main__":
+    os.chdir(pathlib.Path(importlib.util.find_spec("keras").origin).parents[1])
+    own = [f"--config-file={HERE / 'pytest.ini'}", "--rootdir=.", "-p", "plugin"]
+    sys.exit(pytest.main([*own, *sys.argv[1:]]))

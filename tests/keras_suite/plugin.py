@@ -1,0 +1,184 @@
+"""Pytest plugin: sends Keras' tests through our step, and accounts for each of them.
+
+A test passes, or stands in `listed.txt` with the reason why it cannot. A listed test
+that passes or does not exist is an error too, and so is a test that Keras skips for a
+reason that is not in the list.
+"""
+
+import collections
+import importlib
+import os
+import pathlib
+import sys
+import types
+
+import pytest
+
+BACKEND = os.environ["KERAS_BACKEND"]
+OPTIMIZERS = ("sam", "slsam")
+
+
+def make(name, base):
+    import keras_slsam
+
+    if name == "sam":
+        return keras_slsam.SAM(base, rho=0)
+    return keras_slsam.SLSAM(
+        base, rho=0, sampler="uniform", active_fraction=1.0, seed=0
+    )
+
+
+def read_list(kind):
+    """The tests, or reasons to skip, that are listed for this backend.
+
+    Args:
+        kind: String, one of `OPTIMIZERS`, "skip" or "without".
+
+    Returns:
+        Dict from an entry to its reason.
+    """
+    entries, reason = {}, None
+    for line in pathlib.Path(__file__).with_name("listed.txt").open(encoding="utf-8"):
+        if line.startswith(" "):
+            if reason is not None:
+                entries[line.strip()] = reason
+        elif line.strip() and not line.startswith("#"):
+            backends, kinds, reason = (part.strip() for part in line.split("|"))
+            if BACKEND not in backends.split() or kind not in kinds.split():
+                reason = None
+    return entries
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--optimizer",
+        choices=[*OPTIMIZERS, "none"],
+        required=True,
+        help="what is put around the tests' optimizers",
+    )
+    parser.addoption(
+        "--fewest",
+        type=int,
+        default=0,
+        help="the fewest tests that have to go through our step",
+    )
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Account(config))
+    if config.getoption("numprocesses", None):
+        return  # the workers run the tests
+    # As in the configuration of Keras' tests, which its wheel lacks.
+    os.environ.setdefault("JAX_DEFAULT_DTYPE_BITS", "32")
+    importlib.import_module("torch")  # crashes after TensorFlow
+    import keras
+
+    sys.modules["conftest"] = types.SimpleNamespace(
+        skip_if_backend=lambda backend, reason: pytest.mark.skipif(
+            keras.config.backend() == backend, reason=reason
+        )
+    )
+    if config.option.optimizer != "none":
+        from routing import Routing
+
+        routing = Routing(lambda base: make(config.option.optimizer, base))
+        routing.install()
+        config.pluginmanager.register(Steps(routing))
+
+
+def pytest_ignore_collect(collection_path):
+    """Leaves out the files that neither train a model nor use an optimizer."""
+    if collection_path.name.endswith("_test.py"):
+        text = collection_path.read_text(encoding="utf-8")
+        used = ("compile(", "apply(", "apply_gradients(")
+        return None if any(word in text for word in used) else True
+    return None
+
+
+def pytest_collection_modifyitems(config, items):
+    listed, without = read_list(config.option.optimizer), read_list("without")
+    items[:] = [item for item in items if item.nodeid not in without]
+    for item in items:
+        if item.get_closest_marker("multi_device"):
+            item.add_marker(pytest.mark.skip("needs several devices"))
+        if item.nodeid in listed:
+            item.add_marker(pytest.mark.xfail(reason=listed[item.nodeid], strict=True))
+
+
+class Steps:
+    """Counts our steps in each test."""
+
+    def __init__(self, routing):
+        self._routing = routing
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item):
+        self._routing.start(of_optimizers="/optimizers/" in item.nodeid)
+        try:
+            return (yield)
+        finally:
+            item.user_properties.append(("steps", self._routing.steps))
+
+
+class Account:
+    """What became of each test, and what is wrong with the list."""
+
+    def __init__(self, config):
+        self._config = config
+        self._outcomes = {}
+        self._skips = {}
+        self._stepped = set()
+        self._errors = []
+
+    def pytest_runtest_logreport(self, report):
+        outcome = "listed" if hasattr(report, "wasxfail") else report.outcome
+        if outcome != "passed" or report.when == "call":
+            self._outcomes.setdefault(report.nodeid, outcome)
+        if outcome == "skipped":
+            self._skips[report.nodeid] = report.longrepr[2].removeprefix("Skipped: ")
+        if dict(report.user_properties).get("steps"):
+            self._stepped.add(report.nodeid)
+
+    def pytest_sessionfinish(self, session):
+        option = self._config.option
+        if option.optimizer == "none" or option.collectonly:
+            return
+        seen = self._outcomes.get
+        listed, skips = read_list(option.optimizer), read_list("skip")
+        for test, reason in self._skips.items():
+            if reason not in skips:
+                self._errors.append(f"skipped for an unlisted reason: {test}: {reason}")
+        if (
+            option.keyword
+            or option.markexpr
+            or session.shouldfail
+            or session.shouldstop
+        ):
+            return
+        for test in filter(self._is_chosen, listed):
+            if seen(test) not in ("listed", "failed"):
+                self._errors.append(f"listed, but {seen(test, 'not there')}: {test}")
+        if len(self._stepped) < option.fewest:
+            self._errors.append(f"fewer than {option.fewest} through our step")
+        if self._errors and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def _is_chosen(self, test):
+        return any(
+            f"{test}/".startswith((f"{argument}/", f"{argument}::"))
+            or test.startswith(f"{argument.rstrip('/')}/")
+            for argument in self._config.args
+        )
+
+    def pytest_terminal_summary(self, terminalreporter):
+        count = collections.Counter(self._outcomes.values())
+        stepped = [t for t in self._stepped if self._outcomes[t] == "passed"]
+        for error in self._errors:
+            terminalreporter.write_line(f"ERROR {error}", red=True)
+        terminalreporter.write_line(
+            f"Keras' tests on {BACKEND} with {self._config.option.optimizer}: "
+            f"{count['passed']} passed, {len(stepped)} of them through our step; "
+            f"{count['listed']} listed; {count['skipped']} skipped by Keras; "
+            f"{count['failed']} failed."
+        )
