@@ -152,7 +152,7 @@ def stateless_step(
     """
     variables = _state_variables(model, optimizer)
     sizes, given = [len(vs) for vs in variables], [len(values) for values in state]
-    if not optimizer.built or sizes != given:
+    if (variables[0] and not optimizer.built) or sizes != given:
         raise ValueError(
             "Argument `state` of `stateless_step` must hold the values of "
             "`model.trainable_variables`, `model.non_trainable_variables`, "

@@ -318,6 +318,7 @@ def test_keras_parts_that_have_no_public_name():
         "_update_model_variables_moving_average",
         "_overwrite_model_variables_with_average_value",
         "_learning_rate",
+        "_track_variable",
     ):
         assert hasattr(base, name), name
     base.build([keras.Variable([1.0])])

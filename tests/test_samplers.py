@@ -170,7 +170,7 @@ def test_bandit_moves_towards_the_norms():
     norms = np.linspace(0.1, 3.0, 8).astype("float32")
     for _ in range(3000):
         mask = sampler.draw()
-        sampler.update(mask, ops.cast(mask, "float32") * norms)
+        sampler.update(mask, ops.cast(mask, "float32") * ops.convert_to_tensor(norms))
     p = numpy(sampler.probabilities)
     np.testing.assert_allclose(p.sum(), 2.0, rtol=1e-4)
     assert np.corrcoef(p, norms)[0, 1] > 0.9
@@ -183,7 +183,7 @@ def test_proportional_finds_the_norms_and_keeps_the_budget():
     seen = np.zeros(8, bool)
     for _ in range(60):
         mask = sampler.draw()
-        sampler.update(mask, ops.cast(mask, "float32") * norms)
+        sampler.update(mask, ops.cast(mask, "float32") * ops.convert_to_tensor(norms))
         seen |= numpy(mask)
         p = numpy(sampler.probabilities)
         np.testing.assert_allclose(p.sum(), 2.0, rtol=1e-5)

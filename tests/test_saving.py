@@ -445,3 +445,13 @@ def test_a_lambda_loads_where_the_file_is_trusted(tmp_path):
         keras.saving.load_model(tmp_path / "model.keras")
     other = keras.saving.load_model(tmp_path / "model.keras", safe_mode=False)
     assert len(other.optimizer.arms) == 2
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_loss_scale_leaves_no_state_out(kind):
+    model = built(kind)
+    scaled = keras.optimizers.LossScaleOptimizer(OPTIMIZERS[kind]())
+    scaled.build(model.trainable_variables)
+    shapes = [v.shape for v in model.optimizer.variables]
+    assert [v.shape for v in scaled.inner_optimizer.variables] == shapes
+    assert [v.shape for v in scaled.variables][-len(shapes) :] == shapes

@@ -452,10 +452,12 @@ def _run(parts, values, active, before=None):
     for (demand, dependent), jaxpr in parts.items():
         work = functools.partial(jax.core.eval_jaxpr, jaxpr, ())
         arguments = [values[v] for v in jaxpr.invars]
+        if all(equation.primitive in _CHEAP for equation in jaxpr.eqns):
+            demand = everyone
         if before is not None and not dependent:
             results = [before[v] for v in jaxpr.outvars]
-        elif demand == everyone or all(e.primitive in _CHEAP for e in jaxpr.eqns):
-            demand, results = everyone, work(*arguments)
+        elif demand == everyone:
+            results = work(*arguments)
         else:
             otherwise = _zeros_like(jaxpr.outvars)
             if before is not None and demand.bit_count() == 1:

@@ -223,8 +223,11 @@ class SharpnessAware(keras.optimizers.Optimizer):
             remember=self.single_step,
             owner=self,
         )
-        # From here on the sampler's state is ours, for everything that saves it.
-        self._sampler_variables = self.sampler.variables
+        # From here on the sampler's state is ours, for everything that saves it. Keras
+        # has no public name for that, and a `LossScaleOptimizer` around this one
+        # switches the tracking of attributes off.
+        for variable in self.sampler.variables:
+            self._track_variable(variable)
         if restored is not None:
             self._restore(restored)
             self._restored = None
@@ -622,10 +625,15 @@ class SharpnessAware(keras.optimizers.Optimizer):
 
     @classmethod
     def _deserialize(cls, argument, config, custom_objects):
+        # On PyTorch Keras' optimizers have classes of their own, which other backends
+        # cannot use: `keras.optimizers` finds them by their names.
+        deserialize = (
+            keras.optimizers.deserialize
+            if argument == "base_optimizer"
+            else keras.saving.deserialize_keras_object
+        )
         try:
-            return keras.saving.deserialize_keras_object(
-                config, custom_objects=custom_objects
-            )
+            return deserialize(config, custom_objects=custom_objects)
         except TypeError as error:  # of which Keras would hide the message
             raise ValueError(
                 f"Argument `{argument}` of `{cls.__name__}` was saved by name and "
