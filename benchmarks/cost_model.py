@@ -100,7 +100,7 @@ def predict(method: str, costs: Costs, shares: Shares) -> float:
 def rule(method: str, active_share: float, lowest: float) -> float:
     """The cost by the rule: 1:1:1, and all is done above the lowest active arm.
 
-    With an arm a variable that is taken to be at the input.
+    With one arm per variable that is taken to be at the input.
 
     Args:
         method: The method's name.

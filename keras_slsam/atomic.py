@@ -102,8 +102,10 @@ def hold_back_interrupt():
 
     def hold(*args):
         if received:
+            received.clear()
             handler(*args)
-        received.append(args)
+        else:
+            received.append(args)
 
     signal.signal(signal.SIGINT, hold)
     try:

@@ -178,8 +178,11 @@ class BaseStep:
         clipped = dict(zip(present, clipped))
         mask = ops.convert_to_tensor(active, dtype="bool")
         own_counts, counts_after = self._own_counts(mask)
+        members = self._members
+        if self._all_active:
+            members = [range(len(self._variables))]  # Nadam counts the updates
         with _fixed_learning_rate(base) as learning_rate:
-            for arm, indices in enumerate(self._members):
+            for arm, indices in enumerate(members):
                 variables = [self._variables[i] for i in indices]
                 slots = [self._applied[i] for i in indices] if self._applied else []
 

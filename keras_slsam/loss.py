@@ -45,7 +45,7 @@ class Loss:
         Args:
             weights: List of tensors, one a trainable variable.
             differentiate: Function that is called with the loss while layers still
-                read `weights`, for those that compute anew in the backward pass.
+                read `weights`, for those that recompute in the backward pass.
 
         Returns:
             `(scaled loss, (loss, tensors, masks, values))`: the tensors among the

@@ -85,7 +85,7 @@ def perturb(weights, directions, squared_norm, members, active, rho, adaptive=Fa
     """
     norm = ops.sqrt(squared_norm)
     # Without a direction there is no ascent; 1 / eps would overflow in float16. Not
-    # `squared_norm > 0`, which XLA does anew, with the sum over the arms, in each use.
+    # `squared_norm > 0`, which XLA repeats, with the sum over the arms, in each use.
     scale = ops.where(norm > 0, ops.cast(rho, norm.dtype) / (norm + _EPSILON), 0.0)
 
     def ascended(i, weight):

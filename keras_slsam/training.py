@@ -321,7 +321,9 @@ def _make(model, keras_make, force):
     elif optimizer.built:
         optimizer.check_variables(model.trainable_variables)
     before = model.train_function
-    force = force or getattr(before, "made_for", optimizer) is not optimizer
+    made_for, ascends = getattr(before, "made_for", (optimizer, False))
+    # With `rho` above 0 both passes were compiled, without a condition.
+    force = force or made_for is not optimizer or (ascends and not optimizer.ascends)
     own = vars(model).get("train_step")
     # A function of its own for each that Keras makes: `jax.jit` knows its traces by it.
     model.train_step = functools.partial(model.train_step)
@@ -336,7 +338,7 @@ def _make(model, keras_make, force):
         return
     if optimizer is not None:
         model.train_function = backend.build_first(model, model.train_function)
-    model.train_function.made_for = optimizer
+    model.train_function.made_for = optimizer, getattr(optimizer, "ascends", False)
 
 
 def _state_variables(model, optimizer):
@@ -375,15 +377,18 @@ def _prepare(model, optimizer, x):
                 "cannot replace by perturbed ones, so it would be trained with wrong "
                 "gradients. Set its `trainable = False`, or write it with Keras layers."
             )
-    if not optimizer.built:
+    inner = loss_scale.split(optimizer)[1]
+    # A `LossScaleOptimizer` may have been built when no weight was trainable.
+    unbuilt = inner if optimizer.built else optimizer
+    if not unbuilt.built:
         if not all(layer.built for layer in model._flatten_layers()):
             # TensorFlow's `fit` leaves it to the first step. The scope makes variables
             # outside any graph, and keeps nothing else.
             with keras.StatelessScope():
                 call(model, x)
         with backend.init_scope():
-            optimizer.build(model.trainable_variables)
-    loss_scale.split(optimizer)[1].check_variables(model.trainable_variables)
+            unbuilt.build(model.trainable_variables)
+    inner.check_variables(model.trainable_variables)
 
 
 def _update_metrics(model, x, y, sample_weight, loss, y_pred):

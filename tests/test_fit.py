@@ -390,7 +390,7 @@ def assert_as_eager(**kwargs):
     assert_same(model, reference, atol=1e-5)
 
 
-@row("`jit_compile=True`", "would be compiled anew for each mask", torch="refused")
+@row("`jit_compile=True`", "would be compiled again for each mask", torch="refused")
 def test_jit_compile():
     assert_as_eager(jit_compile=True)
 

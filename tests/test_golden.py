@@ -14,7 +14,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
 class ReplayedBandit(samplers.Bandit):
-    """A bandit whose draws are given: they hang on the authors' generator."""
+    """A bandit whose draws are given: they depend on the authors' generator."""
 
     def __init__(self, masks, active_fraction):
         super().__init__(active_fraction, seed=0)

@@ -23,7 +23,7 @@ MASKS = [
 
 
 class Inner(keras.layers.Layer):
-    """Inner product of the input and all weights: gradients do not hang on them."""
+    """Inner product of the input and all weights: gradients do not depend on them."""
 
     def build(self, input_shape):
         self.parts = [
@@ -163,7 +163,7 @@ def test_every_arm_on_is_the_base_optimizer(name):
 
 @pytest.mark.parametrize("name", ["momentum", "adamw", "nadam", "ftrl"])
 def test_all_active_is_the_base_optimizer(name):
-    # The gradient does not hang on the weights, so no method changes it.
+    # The gradient does not depend on the weights, so no method changes it.
     plain = keras.Sequential([keras.Input((sum(SIZES),)), Inner()])
     plain.compile(optimizer=BASES[name](), loss=mean_output)
     expected = train(plain)
@@ -732,3 +732,16 @@ def test_metrics_read_the_learning_rate_of_after_the_step(method):
         # As with Keras' own step on TensorFlow and PyTorch.
         np.testing.assert_allclose(logs["rate"], 0.1 * 0.5 ** (step + 1), rtol=1e-5)
     assert int(optimizer.iterations) == 3
+
+
+def test_nadam_counts_a_window_once():
+    """All arms are active, and each window is one update of Nadam."""
+
+    def trained(wrap):
+        optimizer = wrap(optimizers.Nadam(0.1, gradient_accumulation_steps=2))
+        return train(inner_model(optimizer))[-1]
+
+    expected = trained(lambda base: keras_slsam.SAM(base, rho=0.0))
+    found = trained(lambda base: keras_slsam.S2SAM(base, rho=0.0))
+    for one, other in zip(found, expected):
+        np.testing.assert_allclose(one, other, rtol=1e-5)

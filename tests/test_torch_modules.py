@@ -426,3 +426,10 @@ def test_a_process_group_of_more_than_one_is_refused():
                 step(model)
         finally:
             distributed.destroy_process_group()
+
+
+def test_a_layer_may_have_the_name_of_a_generator():
+    class Generator(nn.Linear):
+        pass
+
+    step(compiled(nn.Sequential(Generator(5, 5))))

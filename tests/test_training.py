@@ -891,3 +891,19 @@ def test_rst_perturbs_a_share_of_the_steps():
     is_plain = abs(mixed - plain).max(axis=(1, 2)) < 1e-6
     assert (is_sam ^ is_plain).all()
     assert 2 <= is_sam.sum() <= 10
+
+
+def test_a_thread_that_loads_data_draws_each_number_once():
+    """A step does not set back the global generators where no layer may draw."""
+    model, x, y = compiled("dense", keras_slsam.SAM("sgd"))
+    numbers = []
+    loss = model.compute_loss
+
+    def drawing(*args, **kwargs):
+        numbers.append(np.random.random())
+        return loss(*args, **kwargs)
+
+    model.compute_loss = drawing
+    model.run_eagerly = True
+    model.train_on_batch(x, y)
+    assert len(set(numbers)) == len(numbers)

@@ -21,13 +21,13 @@ FEW = {"jax": 0, "tensorflow": 12, "torch": 1000}[BACKEND]
 
 
 class Products:
-    """The products of a model, with the arms that each operand hangs on."""
+    """The products of a model, with the arms that each operand depends on."""
 
     def __init__(self):
         self.products = []
 
     def dense(self, layer, upstream, rows, width):
-        """A Dense layer; returns what its output hangs on."""
+        """A Dense layer; returns what its output depends on."""
         kernel, bias = layer.kernel.path, layer.bias.path
         flops = 2 * rows * width * layer.units
         # On PyTorch a layer is taken over as a whole.
@@ -45,7 +45,7 @@ class Products:
         Args:
             active: Set of the paths of the active variables.
             arm_of: Dict from the paths of variables to their arms, for the second pass:
-                what hangs on no active arm is not computed again, if it hangs on few.
+                what depends on few arms, and on no active one, is not computed again.
         """
         total = 0
         for flops, operands, whole in self.products:
@@ -208,6 +208,22 @@ def test_rho_of_zero_has_no_second_pass(method):
     optimizer.rho = 0.0
     everything = products.flops({v.path for v in model.trainable_variables})
     assert executed(model, optimizer, x) == everything
+
+
+def test_rho_of_zero_after_a_step_has_no_second_pass_either():
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(1)])
+    model = keras_slsam.sharpness_aware(model)
+    optimizer = keras_slsam.SAM("sgd", rho=0.1)
+    model.compile(optimizer=optimizer, loss="mse")
+
+    def made(rho):
+        optimizer.rho = rho
+        model.train_on_batch(np.ones((2, 3)), np.ones((2, 1)))
+        return model.train_function
+
+    with_both, with_a_condition = made(0.1), made(0.0)
+    assert with_both is not with_a_condition
+    assert made(0.1) is made(0.0) is with_a_condition
 
 
 class Block(layers.Layer):

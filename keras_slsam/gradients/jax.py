@@ -50,7 +50,7 @@ _CALLS = {
 # One of so many arms is active in nearly every step: a condition would cost more.
 _MANY = 64
 
-# A light equation is one of a chain of so many at most that are done anew.
+# A light equation is one of a chain of so many at most that are recomputed.
 _LIGHT_CHAIN = 16
 
 # What is smaller than a result by this factor does not count beside it.
@@ -340,7 +340,7 @@ def _fixed(equations, weights):
 
 
 def _light(jaxpr, demand, everyone):
-    """The equations that are done anew wherever their results are read.
+    """The equations that are recomputed wherever their results are read.
 
     What one condition keeps for another takes memory, and time to write and to copy.
     A light equation is not worth that if what it reads is there anyway: weights, data,

@@ -15,7 +15,8 @@ class Replay:
     """A context in which generators give the same random numbers each time.
 
     Where it ends with an exception they are as they were before the first time. A
-    generator that did not move is left alone: another thread may draw from it.
+    generator that did not move is left alone. Where all layers are Keras' own, so are
+    the global generators of Python and NumPy: a thread that loads data may draw there.
 
     Args:
         model: `keras.Model`.
@@ -23,12 +24,13 @@ class Replay:
     """
 
     def __init__(self, model, more=()):
-        generators = [
-            (random.getstate, random.setstate),
-            (np.random.get_state, np.random.set_state),
-            *more,
-            *_owned(model),
-        ]
+        holders = _of_users(model)
+        generators = [*more, *_owned(holders)]
+        if holders:
+            generators += [
+                (random.getstate, random.setstate),
+                (np.random.get_state, np.random.set_state),
+            ]
         self._before = [(get, set, get()) for get, set in generators]
 
     def __enter__(self):
@@ -46,23 +48,31 @@ class Replay:
                 set(state)
 
 
-def _owned(model):
-    """The generators that layers, and modules of PyTorch in them, have as attributes.
-
-    Yields:
-        Pairs of functions, which get and set the state of a generator.
-    """
+def _of_users(model):
+    """The layers, and modules of PyTorch in them, that are not Keras' own."""
     # Keras has no public name for the layers at any depth.
     holders = model._flatten_layers()
     wrappers = [x for x in holders if isinstance(x, keras.layers.TorchModuleWrapper)]
     for wrapper in wrappers:
         holders += wrapper.module.modules()
+    return [
+        holder
+        for holder in holders
+        if not type(holder).__module__.startswith(("keras.", "keras_hub.", "torch.nn"))
+    ]
+
+
+def _owned(holders):
+    """The generators that layers and modules have as attributes.
+
+    Yields:
+        Pairs of functions, which get and set the state of a generator.
+    """
     found = {}
     for holder in holders:
-        if not type(holder).__module__.startswith(("keras.", "keras_hub.")):
-            for x in vars(holder).values():
-                for part in x if isinstance(x, (list, tuple)) else [x]:
-                    found[id(part)] = part
+        for x in vars(holder).values():
+            for part in x if isinstance(x, (list, tuple)) else [x]:
+                found[id(part)] = part
     for x in found.values():
         if isinstance(x, np.random.Generator):
             bits = x.bit_generator
@@ -72,8 +82,12 @@ def _owned(model):
             )
         elif isinstance(x, random.Random):
             yield x.getstate, x.setstate
-        elif type(x).__name__ in ("RandomState", "Generator"):  # NumPy's, PyTorch's
+        elif isinstance(x, np.random.RandomState) or _is_of_torch(x):
             yield x.get_state, x.set_state
+
+
+def _is_of_torch(x):
+    return type(x).__module__.startswith("torch") and type(x).__name__ == "Generator"
 
 
 def _same(state, other):

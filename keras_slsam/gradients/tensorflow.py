@@ -53,10 +53,7 @@ class Passes:
         replicas = strategy.num_replicas_in_sync
         one_device = isinstance(strategy, tf.distribute.OneDeviceStrategy)
         # Other strategies assign to their variables in no condition.
-        dense = all(on is True for on in active)
-        if replicas > 1 or (
-            tf.distribute.has_strategy() and not one_device and not dense
-        ):
+        if replicas > 1 or (tf.distribute.has_strategy() and not one_device):
             raise ValueError(
                 "Sharpness-aware steps under a `tf.distribute` strategy are not "
                 f"supported yet. Received: {replicas} replicas of a "
@@ -64,7 +61,7 @@ class Passes:
                 "or under `tf.distribute.OneDeviceStrategy`."
             )
         self._eager = tf.executing_eagerly()
-        if dense and not self._eager:
+        if all(on is True for on in active) and not self._eager:
             # Dense, but what depends on no weight, like noise, is not computed twice.
             arms, active = [0] * len(arms), [tf.constant(True)]
         self._loss_fn = loss_fn

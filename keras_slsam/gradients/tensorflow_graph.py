@@ -6,8 +6,8 @@ need stays outside. This skips the weight gradients of inactive layers and the b
 chain below the lowest active one.
 
 A second run differs in the active weights only. So a walk forwards finds the arms that
-each operation hangs on, and where none of them is active it gives what the first gave.
-What hangs on no weight, or like noise on the sizes of values only, is not run again.
+each operation depends on. Where none of them is active it gives what the first gave.
+What depends on no weight, or like noise on the sizes of values only, is not run again.
 """
 
 import collections
@@ -266,7 +266,7 @@ def _plan(source, needs, everyone):
 
     Returns:
         `(sets, copied)`: a dict from operations to sets of arms, and the set of
-        those operations that are done anew wherever they are read.
+        those operations that are recomputed wherever they are read.
     """
     sets = dict.fromkeys(source.operations, 0)
     given = {tensor.op for tensor, _ in needs}
@@ -310,7 +310,7 @@ def _plan(source, needs, everyone):
 
 
 def _upstream(source, own, everyone):
-    """Finds for each operation the arms whose weights it hangs on.
+    """Finds for each operation the arms whose weights it depends on.
 
     Args:
         source: `_Source`.
@@ -387,8 +387,8 @@ def _partition(source, results, sets, upstream, copied, given):
         source: `_Source`.
         results: List of tensors, to be among the outputs of their parts.
         sets: Dict from operations to the sets of arms that need them.
-        upstream: Dict from operations to the sets of arms that they hang on.
-        copied: Set of the operations that are done anew wherever they are read.
+        upstream: Dict from operations to the sets of arms that they depend on.
+        copied: Set of the operations that are recomputed wherever they are read.
         given: Set of operations whose results are known, and in no part.
 
     Returns:

@@ -30,7 +30,7 @@ Scope = keras.StatelessScope
 
 
 def concrete(mask):
-    """The entries of `mask` as Python bools: the step's one synchronisation."""
+    """The entries of `mask` as Python bools: a synchronisation."""
     return mask.tolist()
 
 

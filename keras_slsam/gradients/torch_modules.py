@@ -229,7 +229,7 @@ def is_written(model, variable, weight):
 
 
 def is_read_apart(model, variable, weight):
-    """An error: a loss hangs on a weight that it reads where it cannot be given.
+    """An error: a loss depends on a weight that it reads where it cannot be given.
 
     Args:
         model: `keras.Model`.

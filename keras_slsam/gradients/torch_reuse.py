@@ -6,10 +6,10 @@ on none of them computes the same again, so its outputs are kept and given back.
 A layer of Keras or KerasHub is a function of its arguments and their masks, of its
 attributes, of the variables that it reads, and of the random numbers that it draws.
 Where the second pass calls it with the same of these, bit for bit, the kept outputs are
-what it would compute. Layers of users, or with functions of users in them, may hang on
-more, and are computed; the layers inside them are looked at one by one.
+what it would compute. Layers of users, or with functions of users in them, may depend
+on more, and are computed; the layers inside them are looked at one by one.
 
-Where Keras' Dropout hangs on an active weight, its random numbers are taken over.
+Where Keras' Dropout depends on an active weight, its random numbers are taken over.
 """
 
 import collections
@@ -242,10 +242,10 @@ def _is_unseeded_dropout(operation, args, kwargs):
 
 @dataclasses.dataclass
 class _Record:
-    """One call of a layer: what it hangs on, and what came of it."""
+    """One call of a layer: what it depends on, and what came of it."""
 
     operation: keras.Operation
-    inputs: "_Tensors"  # all those that it hangs on
+    inputs: "_Tensors"  # all those that it depends on
     arguments: tuple
     attributes: list
     reads: list

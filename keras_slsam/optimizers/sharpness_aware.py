@@ -229,7 +229,11 @@ class SharpnessAware(keras.optimizers.Optimizer):
         for variable in self.sampler.variables:
             self._track_variable(variable)
         if restored is not None:
-            self._restore(restored)
+            try:
+                self._restore(restored)
+            except ValueError:
+                self.built = False  # another step is refused as well
+                raise
             self._restored = None
 
     @property
@@ -276,7 +280,13 @@ class SharpnessAware(keras.optimizers.Optimizer):
         keys = set(store.keys())
         if "layout" in keys:
             layout = json.loads(np.array(store["layout"]).tobytes())
-            self._restore([store[str(i)] for i in range(len(keys) - 1)], layout)
+            names = [str(i) for i in range(len(keys) - 1)]
+            if keys != {"layout", *names}:
+                raise ValueError(
+                    f"The state given to `{type(self).__name__}` is not complete. "
+                    f"Received: {sorted(keys)}. {_WAY_OUT}"
+                )
+            self._restore([store[name] for name in names], layout)
         elif keys and self.built:
             raise ValueError(
                 f"The state given to `{type(self).__name__}` was not saved by it. "
@@ -284,8 +294,13 @@ class SharpnessAware(keras.optimizers.Optimizer):
             )
         else:
             # There is none, or that of a Keras optimizer before ours has begun, as
-            # where training goes on from a file of weights: Keras warns.
-            super().load_own_variables(store)
+            # where training goes on from a file of weights. Keras warns with the same.
+            warnings.warn(
+                f"Skipping variable loading for optimizer {self.name!r}, because it "
+                f"has {len(self.variables)} variables whereas the saved optimizer has "
+                f"{len(keys)} variables.",
+                stacklevel=2,
+            )
 
     def _restore(self, values, layout=None):
         self._check_layout(layout, self.arm_of if self.built else None)
@@ -353,7 +368,8 @@ class SharpnessAware(keras.optimizers.Optimizer):
     def gradient_norms(self):
         """Float tensor of shape `(num_arms,)`, norms of the last step's arms.
 
-        They are those of the first pass's gradients, 0 where inactive.
+        They are those of the first pass's gradients, 0 where inactive. A step that is
+        left out leaves them as they were.
         """
         self._check_built()
         return ops.copy(self._norms)
@@ -369,7 +385,8 @@ class SharpnessAware(keras.optimizers.Optimizer):
         """The radius of the perturbation, a scalar `keras.Variable`.
 
         It may be set between two steps, like the learning rate. With 0 a step is the
-        base optimizer's, and has no second pass.
+        base optimizer's, and has no second pass. Where 0 is set during a `fit` that
+        began with more, the second pass is still computed, at the weights themselves.
         """
         return self._rho
 
