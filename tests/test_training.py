@@ -895,7 +895,7 @@ def test_rst_perturbs_a_share_of_the_steps():
 
 def test_a_thread_that_loads_data_draws_each_number_once():
     """A step does not set back the global generators where no layer may draw."""
-    model, x, y = compiled("dense", keras_slsam.SAM("sgd"))
+    model, x, y = compiled("shared", keras_slsam.SAM("sgd"))
     numbers = []
     loss = model.compute_loss
 
