@@ -2,9 +2,14 @@
 
 nox -s tests                    everything, as continuous integration runs it
 nox -s tests -- -k sampler      pytest with these arguments only, on each backend
+KERAS_BACKEND=jax nox -s tests -- -k sampler    on one backend
 nox -s lint                     ruff and mypy
+nox -s minima                   tests with the oldest versions in pyproject.toml
 """
 
+import concurrent.futures
+import hashlib
+import os
 import pathlib
 import shutil
 import tempfile
@@ -14,7 +19,6 @@ import nox
 nox.options.sessions = ["tests"]
 nox.options.reuse_existing_virtualenvs = True
 
-PARALLEL = ("--numprocesses=2", "--dist=worksteal")
 BACKENDS = ("jax", "tensorflow", "torch")
 # PyTorch's threads spin while they wait, which is slow where others want the cores.
 SETTINGS = {"TF_CPP_MIN_LOG_LEVEL": "3", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -33,50 +37,69 @@ KERAS_SPLIT = {
 }
 KERAS_ALL = dict.fromkeys(KERAS_SPLIT, sum(KERAS_SPLIT.values(), ()))
 KERAS_TESTS = {"jax": KERAS_SPLIT, "tensorflow": KERAS_SPLIT, "torch": KERAS_ALL}
+# What the oldest versions are tested with: the numbers, the work, the state, `fit`.
+OF_MINIMA = ("golden", "gradients", "work", "optimizers", "saving", "fit")
 
 
 @nox.session
 def tests(session):
-    session.install(
-        "-r",
-        "requirements-cpu.txt",
-        "-e",
-        ".[jax,tensorflow,torch,examples,test]",
-    )
-    if not session.posargs:
-        check(session)
-        run_quickstart(session)
-    with tempfile.TemporaryDirectory() as cache:
-        settings = {
-            **SETTINGS,
-            **SHARED_COMPILATION,
-            "JAX_COMPILATION_CACHE_DIR": cache,
-        }
-        for backend in BACKENDS:
-            session.run(
-                "pytest",
-                *PARALLEL,
-                "--durations=10",
-                *session.posargs,
-                env={**settings, "KERAS_BACKEND": backend},
-            )
-            if not session.posargs:
-                for optimizer, folders in KERAS_TESTS[backend].items():
-                    session.run(
-                        "python",
-                        "tests/keras_suite",
-                        f"--optimizer={optimizer}",
-                        "--fewest=50",
-                        *PARALLEL,
-                        *(f"keras/src/{folder}" for folder in folders),
-                        env={**settings, "KERAS_BACKEND": backend},
-                    )
+    needs = ["-r", "requirements-cpu.txt", "-e"]
+    needs += [".[jax,tensorflow,torch,examples,test]"]
+    if session.posargs:
+        install(session, *needs)
+    else:
+        # Installing keeps one core busy, so the README's command runs beside it.
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            quickstart = pool.submit(run_quickstart, session)
+            install(session, *needs)
+            check(session)
+            session.log(quickstart.result())
+    run_pytest(session, "--numprocesses=2", "--dist=worksteal", "--durations=10")
+
+
+@nox.session
+def minima(session):
+    project = nox.project.load_toml(ROOT / "pyproject.toml")["project"]
+    extras = project["optional-dependencies"]
+    needs = project["dependencies"] + [n for name in BACKENDS for n in extras[name]]
+    oldest = [need.replace(">=", "==") for need in needs]
+    install(session, "-r", "requirements-cpu.txt", *oldest, "flax", "pytest")
+    run_pytest(session, *(f"tests/test_{name}.py" for name in OF_MINIMA))
 
 
 @nox.session
 def lint(session):
     session.install("ruff", "mypy", "keras", "numpy")
     check(session)
+
+
+def install(session, *needs):
+    """Installs what is needed, unless that is what was installed last."""
+    declared = [ROOT / name for name in ("pyproject.toml", "requirements-cpu.txt")]
+    asked = repr([needs, *(file.read_bytes() for file in declared)])
+    digest = hashlib.sha256(asked.encode()).hexdigest()
+    stamp = pathlib.Path(session.virtualenv.location) / "installed"
+    if stamp.exists() and stamp.read_text("utf-8") == digest:
+        return
+    # Python compiles what it imports, which is a small part.
+    session.install("--no-compile", *needs)
+    # Left out, as the line above is, where nox is told to install nothing.
+    write = f"import pathlib; pathlib.Path({str(stamp)!r}).write_text({digest!r})"
+    session.run_install("python", "-c", write)
+
+
+def run_pytest(session, *args):
+    """On each backend, or on that of KERAS_BACKEND."""
+    chosen = os.environ.get("KERAS_BACKEND")
+    with tempfile.TemporaryDirectory() as cache:
+        settings = {
+            **SETTINGS,
+            **SHARED_COMPILATION,
+            "JAX_COMPILATION_CACHE_DIR": cache,
+        }
+        for backend in (chosen,) if chosen else BACKENDS:
+            env = {**settings, "KERAS_BACKEND": backend}
+            session.run("pytest", *args, *session.posargs, env=env)
 
 
 def check(session):
@@ -90,20 +113,18 @@ def check(session):
 
 
 def run_quickstart(session):
-    """The README's command, word for word, in a copy; then the other backends."""
-    few = "--limit=240"
+    """The README's command, word for word, in a copy; returns what it prints."""
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder) / "checkout"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*"))
-        with session.chdir(copy):
-            command = f"{readme_command('examples/quickstart.py')} {few}"
-            session.run("bash", "-c", command, external=True)
-    for backend in BACKENDS[1:]:
-        session.run(
-            "python",
-            "examples/quickstart.py",
-            few,
-            env={**SETTINGS, "KERAS_BACKEND": backend},
+        command = f"{readme_command('examples/quickstart.py')} --limit=240"
+        return session.run(
+            "bash",
+            "-c",
+            f"cd {copy} && {command}",
+            external=True,
+            silent=True,
+            env={"PIP_NO_COMPILE": "1", "KERAS_BACKEND": None},
         )
 
 

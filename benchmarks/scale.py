@@ -16,7 +16,7 @@ from benchmarks import probes
 from benchmarks import step_time
 
 DENSE, SPARSE = "SAM", "SL-SAM"
-WIDTH, BATCH, LENGTH = 64, 8, 32
+MODEL, WIDTH, BATCH, LENGTH = "bert", 64, 8, 32
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -30,7 +30,7 @@ def _row(depth, args):
     args = argparse.Namespace(
         **{
             **vars(args),
-            "model": "bert",
+            "model": MODEL,
             "layers": depth,
             "width": WIDTH,
             "length": LENGTH,

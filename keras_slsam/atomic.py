@@ -1,9 +1,9 @@
 """A step happens whole, or not at all.
 
 Assignments wait in `Staged` until all that may raise has been computed, metrics are put
-back by `put_back`, and a Ctrl-C does not fall between two assignments. What is left is
-the base optimizer's own update: where that raises, weights and moments are as Keras
-leaves them.
+back by `put_back_metrics`, and a Ctrl-C waits for the step's end. What is left is the
+base optimizer's own update: where that raises, weights and moments are as Keras leaves
+them.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ class Staged(keras.StatelessScope):
         for variable in self.assigned:
             value = self.get_current_value(variable)
             if condition is not True:
-                value = ops.where(condition, value, variable)
+                value = ops.where(condition, value, ops.convert_to_tensor(variable))
             variable.assign(value)
 
 
@@ -90,7 +90,8 @@ def put_back_metrics(model):
 def hold_back_interrupt():
     """Context in which Ctrl-C waits for the end; a second one does not.
 
-    Only the main thread receives it, and only there does it have to wait.
+    It would fall between two assignments, or in the exit of a scope. Only the main
+    thread receives it, and only there does it have to wait.
     """
     handler = signal.getsignal(signal.SIGINT)
     is_main = threading.current_thread() is threading.main_thread()

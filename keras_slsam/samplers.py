@@ -17,7 +17,7 @@ from keras_slsam import threefry
 class Sampler:
     """Draws the arms that are active in a step. Base class of all samplers.
 
-    A subclass makes its `keras.Variable`s in `build`, as attributes, and
+    A subclass makes all its `keras.Variable`s in `build`, as attributes, and
     overrides `draw`, and `update` and `get_config` where it needs to. It runs
     inside the compiled step, so it speaks `keras.ops` and changes state by
     `variable.assign` only.

@@ -1,6 +1,5 @@
 """The train step: one text for all methods and all backends."""
 
-import contextlib
 import functools
 import types
 import warnings
@@ -60,7 +59,7 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
             stacklevel=2,
         )
     with (
-        contextlib.ExitStack() as at_the_end,
+        atomic.hold_back_interrupt(),
         backend.no_grad(),
         backend.replay(model),
     ):
@@ -108,26 +107,27 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
             gradients, norms = backend.cond(
                 perturbs, second, lambda: (first, squares + squares)
             )
-        finite = ops.isfinite(sum(norms))
+        # The root, or XLA would repeat the sum over the arms wherever this is read.
+        finite = ops.isfinite(ops.sqrt(sum(norms)))
         (finite,) = backend.concrete(ops.reshape(finite, (1,)))
 
         # Until here nothing has moved. Assignments come last.
-        at_the_end.enter_context(atomic.hold_back_interrupt())
         with backend.after(outputs, gradients), atomic.put_back_metrics(model):
             with optimizer.counted(finite):
                 logs = _update_metrics(
                     model, x, y, sample_weight, *loss.record_metrics(outputs)
                 )
-            with drawn, atomic.Staged() as learned:
-                atomic.assign_if(
-                    finite, lambda: optimizer.learn(squares, last_of_window)
-                )
-            # The base step at w, with h.
-            optimizer.descend(gradients, squares, active, last_of_window, finite)
-            drawn.commit()
-            learned.commit()
-            backend.when(finite, lambda: loss.record_state(outputs))
-            loss_scale.adapt(scaler, finite)
+            with backend.after(logs):
+                with drawn, atomic.Staged() as learned:
+                    atomic.assign_if(
+                        finite, lambda: optimizer.learn(squares, last_of_window)
+                    )
+                # The base step at w, with h.
+                optimizer.descend(gradients, squares, active, last_of_window, finite)
+                drawn.commit()
+                learned.commit()
+                backend.when(finite, lambda: loss.record_state(outputs))
+                loss_scale.adapt(scaler, finite)
         return logs
 
 
@@ -152,8 +152,7 @@ def stateless_step(
     """
     variables = _state_variables(model, optimizer)
     sizes, given = [len(vs) for vs in variables], [len(values) for values in state]
-    unbuilt = model.trainable_variables and not optimizer.built
-    if unbuilt or sizes != given:
+    if not optimizer.built or sizes != given:
         raise ValueError(
             "Argument `state` of `stateless_step` must hold the values of "
             "`model.trainable_variables`, `model.non_trainable_variables`, "

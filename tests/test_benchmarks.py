@@ -175,13 +175,15 @@ def test_scale(tmp_path, monkeypatch):
     monkeypatch.setattr(
         memory, "of_method", lambda name, args: {"resident": {"later_steps": 1e6}}
     )
+    # Quickly compiled, with two weights a layer and a head.
+    monkeypatch.setattr(scale, "MODEL", "dense")
+    monkeypatch.setattr(scale, "WIDTH", 8)
     file = tmp_path / "scale.json"
     few = ["--rounds", "1", "--steps", "1", "--depths", "1", "2"]
     main(["scale", *few, "--json", str(file)])
     result = json.loads(file.read_text())["result"]
     shallow, deep = result["rows"]
-    # A block has 16 weights; 9 are those of embeddings and of the head.
-    assert (shallow["arms"], deep["arms"]) == (9 + 16, 9 + 2 * 16)
+    assert (shallow["arms"], deep["arms"]) == (2 + 2, 2 * 2 + 2)
     if BACKEND == "torch":
         assert shallow["conditions"] is None
     else:
@@ -192,6 +194,12 @@ def test_scale(tmp_path, monkeypatch):
 
     text, _ = reported(tmp_path, "scale")
     assert text.count("old") == 3
+
+
+def test_the_encoder_of_scale_has_the_depth_asked_for():
+    args = flags(model=scale.MODEL, layers=2, width=scale.WIDTH, length=scale.LENGTH)
+    # A block has 16 weights; 9 are those of embeddings and of the head.
+    assert len(models.make(args).trainable_variables) == 9 + 2 * 16
 
 
 def test_powers_of_the_depth():

@@ -32,6 +32,18 @@ def test_rho(method, rho):
         method("sgd", rho=rho)
 
 
+def test_settings_are_checked_when_they_are_set():
+    optimizer = keras_slsam.RST("sgd")
+    for rho in (-0.1, float("nan"), "big", True, keras.ops.ones(2)):
+        with pytest.raises(ValueError, match=r"`rho`.*>= 0.*Received"):
+            optimizer.rho = rho
+    for probability in (-0.1, 1.1, float("nan"), "half", True):
+        with pytest.raises(ValueError, match=r"`probability`.*\[0, 1\].*Received"):
+            optimizer.probability = probability
+    assert optimizer.get_config()["rho"] == 0.05
+    assert optimizer.get_config()["probability"] == 0.5
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("base", [None, "no such optimizer", 3, object(), {"a": 1}])
 def test_base_optimizer_is_none(method, base):

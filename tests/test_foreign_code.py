@@ -182,7 +182,9 @@ def optimizers(rho):
 
 @marked(EVERYWHERE + TENSORFLOW)
 def test_weights_read_in_other_ways_train_as_in_keras(cls):
-    expected = trained(around(cls), keras.optimizers.SGD(0.1), jit_compile=False)
+    # Of the usual layer: with `Custom`, Keras' own step on TensorFlow may read a weight
+    # in the backward pass after it was updated.
+    expected = trained(around(Weighted), keras.optimizers.SGD(0.1), jit_compile=False)
     found = trained(around(cls), optimizers(TINY)["sam"], jit_compile=False)
     assert_same(found, expected)
 

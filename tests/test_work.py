@@ -103,8 +103,8 @@ def transformer():
     return model, products, x.astype("float32")
 
 
-def executed(model, optimizer, x):
-    """FLOPs of one step's products."""
+def counter(model, optimizer, x):
+    """A function that takes a step, traced once, and returns its products' FLOPs."""
     model.compile(loss="mse")
     y = np.zeros((BATCH, 3), "float32")
     model.evaluate(x, y, verbose=0)
@@ -112,19 +112,21 @@ def executed(model, optimizer, x):
     data = ops.convert_to_tensor(x), ops.convert_to_tensor(y)
     count = importlib.import_module(f"benchmarks.work.{BACKEND}").executed_flops
     if BACKEND == "jax":
+        import jax
+
         variables = (
             model.trainable_variables,
             model.non_trainable_variables,
             optimizer.variables,
             model.metrics_variables,
         )
-        state = tuple([v.value for v in group] for group in variables)
-        return count(
+        step = jax.jit(
             lambda state, data: keras_slsam.stateless_step(
                 model, optimizer, state, data
-            ),
-            state,
-            data,
+            )
+        )
+        return lambda: count(
+            step, tuple([v.value for v in group] for group in variables), data
         )
 
     def step(x, y):
@@ -134,7 +136,12 @@ def executed(model, optimizer, x):
         import tensorflow as tf
 
         step = tf.function(step, autograph=False)
-    return count(step, *data)
+    return lambda: count(step, *data)
+
+
+def executed(model, optimizer, x):
+    """FLOPs of one step's products."""
+    return counter(model, optimizer, x)()
 
 
 def masks(num_arms):
@@ -148,14 +155,15 @@ def masks(num_arms):
 @pytest.mark.parametrize("single_step", [False, True])
 @pytest.mark.parametrize("make", [dense_chain, transformer])
 def test_a_step_executes_what_the_active_arms_need_and_no_more(make, single_step):
-    num_arms = len(make()[0].trainable_variables)
-    for mask in masks(num_arms):
-        model, products, x = make()
-        optimizer = keras_slsam.SLSAM(
-            "adamw", sampler=Replay([mask]), single_step=single_step
-        )
+    model, products, x = make()
+    chosen = masks(len(model.trainable_variables))
+    sampler = Replay(chosen)
+    optimizer = keras_slsam.SLSAM("adamw", sampler=sampler, single_step=single_step)
+    count = counter(model, optimizer, x)
+    for row, mask in enumerate(chosen):
+        sampler.row.assign(row)
         active = {v.path for v, on in zip(model.trainable_variables, mask) if on}
-        found = executed(model, optimizer, x)
+        found = count()
         if single_step:
             assert found == products.flops(active)
         else:
@@ -188,6 +196,18 @@ def test_rst_skips_the_second_pass(probability):
     everything = products.flops({v.path for v in model.trainable_variables})
     optimizer = keras_slsam.RST("sgd", probability=probability, seed=0)
     assert executed(model, optimizer, x) == (1 + probability) * everything
+
+
+@pytest.mark.parametrize("method", ["SAM", "S2SAM", "SLSAM", "RST"])
+def test_rho_of_zero_has_no_second_pass(method):
+    model, products, x = dense_chain()
+    kwargs = {"sampler": Replay([[1] * 8])} if method == "SLSAM" else {}
+    if method == "RST":
+        kwargs = {"probability": 1, "seed": 0}
+    optimizer = getattr(keras_slsam, method)("sgd", rho=0.1, **kwargs)
+    optimizer.rho = 0.0
+    everything = products.flops({v.path for v in model.trainable_variables})
+    assert executed(model, optimizer, x) == everything
 
 
 class Block(layers.Layer):

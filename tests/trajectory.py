@@ -1,9 +1,10 @@
 """Steps of SL-SAM with the library's own draws, for any backend.
 
-python trajectory.py run FILE                       twenty steps of each kind
-python trajectory.py resume KIND CHECKPOINT FILE    goes on from a checkpoint
+python trajectory.py resume FOLDER FILE    goes on from the checkpoints in FOLDER
+python trajectory.py all FOLDER FILE       twenty steps of each kind besides
 """
 
+import pathlib
 import sys
 
 import keras
@@ -19,6 +20,8 @@ KINDS = {
     "bandit, single step": {"sampler": "bandit", "single_step": True},
     "proportional, single step": {"sampler": "proportional", "single_step": True},
 }
+# What each kind adds to the state is saved and found again.
+CHECKPOINTS = {"proportional": "model.keras", "bandit, single step": "model.weights.h5"}
 
 
 def make_model():
@@ -60,25 +63,48 @@ def train(model, first=0, steps=STEPS):
     return {"masks": np.stack(masks), "weights": weights}
 
 
-def run_all():
+def run_all(folder=None):
+    """Twenty steps of each kind.
+
+    Args:
+        folder: Path, where to leave the checkpoints. The steps then go on after them.
+    """
     results = {}
     for kind in KINDS:
-        for key, value in train(start(kind)).items():
-            results[f"{kind}: {key}"] = value
+        model = start(kind)
+        results[kind] = train(model)
+        if folder and kind in CHECKPOINTS:
+            file = folder / CHECKPOINTS[kind]
+            model.save(file) if file.suffix == ".keras" else model.save_weights(file)
+            results[f"{kind}, resumed"] = train(model, first=STEPS)
     return results
 
 
-def resume(kind, file):
-    """Goes on after `STEPS` steps, from a file of a model or of weights."""
-    if file.endswith(".keras"):
-        model = keras_slsam.sharpness_aware(keras.saving.load_model(file))
-    else:
-        model = start(kind)
-        model.optimizer.build(model.trainable_variables)
-        model.load_weights(file)
-    return train(model, first=STEPS)
+def resume(folder):
+    """Twenty steps more of each checkpoint, of a model or of weights."""
+    results = {}
+    for kind, name in CHECKPOINTS.items():
+        file = folder / name
+        if file.suffix == ".keras":
+            model = keras_slsam.sharpness_aware(keras.saving.load_model(file))
+        else:
+            model = start(kind)
+            model.optimizer.build(model.trainable_variables)
+            model.load_weights(file)
+        results[f"{kind}, resumed"] = train(model, first=STEPS)
+    return results
 
 
 if __name__ == "__main__":
-    task, *arguments, result = sys.argv[1:]
-    np.savez(result, **{"run": run_all, "resume": resume}[task](*arguments))
+    task, folder, file = sys.argv[1:]
+    results = resume(pathlib.Path(folder))
+    if task == "all":
+        results.update(run_all())
+    np.savez(
+        file,
+        **{
+            f"{kind}: {key}": value
+            for kind, result in results.items()
+            for key, value in result.items()
+        },
+    )

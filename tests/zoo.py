@@ -201,7 +201,7 @@ def loss():
 
 
 def loss_of(function, variables):
-    """A function of the weights, in the form of the `Loss` that TensorFlow's passes take."""
+    """A function of the weights, in the form that TensorFlow's passes take."""
 
     def loss_fn(weights, differentiate):
         loss = function(weights)

@@ -16,6 +16,7 @@ _CALLS = {
     "checkpoint": "jaxpr",
     "remat2": "jaxpr",
 }
+_EMPTY = jax.make_jaxpr(lambda: ())().jaxpr
 
 
 def executed_flops(fn, *args):
@@ -74,9 +75,12 @@ def _evaluate(equation, inputs):
         return _while(params, inputs)
     if name == "scan":
         return _scan(params, inputs)
-    primitive = equation.primitive
-    results = primitive.bind(*inputs, **primitive.get_bind_params(params))
-    return results if primitive.multiple_results else [results], _flops(equation)
+    pairs = [(v, x) for v, x in zip(equation.invars, inputs) if isinstance(v, core.Var)]
+    alone = _EMPTY.replace(
+        invars=[v for v, _ in pairs], outvars=equation.outvars, eqns=[equation]
+    )
+    results = jax.core.eval_jaxpr(alone, (), *[x for _, x in pairs])
+    return results, _flops(equation)
 
 
 def _closed(jaxpr):

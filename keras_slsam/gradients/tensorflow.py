@@ -236,10 +236,10 @@ class Scope(keras.StatelessScope):
 
 
 _ASSIGNED = (
-    "The variable {0!r} is assigned to by a layer in a `tf.function` or in a loop "
-    "of its own, so the two passes of a step would not see the same state. Leave the "
-    "`tf.function` out, `fit` compiles the whole step, or take what assigns (Dropout, "
-    "BatchNormalization, a seed generator) out of the loop."
+    "The variable {0!r} is assigned to by a layer that runs in a `tf.function` or a "
+    "loop of its own, so the two passes of a step would not see the same state. Leave "
+    "the `tf.function` out, `fit` compiles the whole step, or take what assigns "
+    "(Dropout, BatchNormalization, a seed generator) out of the loop."
 )
 
 
@@ -263,13 +263,20 @@ replay = Replay
 def after(*structures):
     """Context whose operations run after those that give the tensors in a graph.
 
+    And after the graph's checks, like `tf.debugging.assert_equal`, which give none.
+
     Args:
         *structures: Structures of tensors.
     """
-    tensors = [t for t in tf.nest.flatten(structures, True) if tf.is_tensor(t)]
     if tf.executing_eagerly():
         return contextlib.nullcontext()
-    return tf.control_dependencies([tf.group(*tensors)])
+    tensors = [t for t in tf.nest.flatten(structures, True) if tf.is_tensor(t)]
+    checks = [
+        op
+        for op in tf.compat.v1.get_default_graph().get_operations()
+        if op.type in ("Assert", "If")
+    ]
+    return tf.control_dependencies([tf.group(*tensors, *checks)])
 
 
 def only_builds():

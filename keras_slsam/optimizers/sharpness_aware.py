@@ -224,7 +224,7 @@ class SharpnessAware(keras.optimizers.Optimizer):
             owner=self,
         )
         # From here on the sampler's state is ours, for everything that saves it.
-        self._sampler_state = self.sampler.variables
+        self._sampler_variables = self.sampler.variables
         if restored is not None:
             self._restore(restored)
             self._restored = None
@@ -438,14 +438,12 @@ class SharpnessAware(keras.optimizers.Optimizer):
                 "After a change of `layer.trainable`, call `model.compile` again with "
                 "a new optimizer."
             )
-        if not self.built:
-            return
-        sampler, state = self.sampler, self._sampler_state
-        if [id(v) for v in sampler.variables] != [id(v) for v in state]:
+        if self.built and len(self.sampler.variables) != len(self._sampler_variables):
             raise ValueError(
                 "A sampler must make all its variables by the end of `build`: what it "
-                f"makes later is not saved. Received: {sampler!r} with "
-                f"{len(sampler.variables)} variables, {len(state)} then."
+                f"makes later is not saved. Received: {self.sampler!r}, with "
+                f"{len(self._sampler_variables)} variables then and "
+                f"{len(self.sampler.variables)} now."
             )
 
     def window(self):

@@ -48,7 +48,8 @@ class SLSAM(SharpnessAware):
         arms: What is switched on or off together: `"variable"` (the authors'
             code), `"layer"` (the variables of one Keras layer), `"block"` (those
             of a top-level layer of the model, like a transformer block), or a
-            function from a `keras.Variable` to a hashable key.
+            function from a `keras.Variable` to a hashable key. A function is saved by
+            its name: see `keras.saving.register_keras_serializable`.
         single_step: bool, whether to combine with S2-SAM.
         adaptive: bool, whether the perturbation is scaled by the weights (ASAM).
         seed: int, or `None` for a fresh one. The same seed draws the same arms on
