@@ -19,6 +19,7 @@ import nox
 nox.options.sessions = ["tests"]
 nox.options.reuse_existing_virtualenvs = True
 
+PARALLEL = ("--numprocesses=2", "--dist=worksteal")
 BACKENDS = ("jax", "tensorflow", "torch")
 # PyTorch's threads spin while they wait, which is slow where others want the cores.
 SETTINGS = {"TF_CPP_MIN_LOG_LEVEL": "3", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -29,6 +30,8 @@ SHARED_COMPILATION = {
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
 ROOT = pathlib.Path(__file__).parent
+# What the oldest versions are tested with: the numbers, the work, the state, `fit`.
+OF_MINIMA = ("golden", "gradients", "work", "optimizers", "saving", "fit")
 # Folders of Keras' tests for each of our optimizers. Where tracing and compiling takes
 # long, each folder has one of them: SLSAM where the most is trained.
 KERAS_SPLIT = {
@@ -37,8 +40,6 @@ KERAS_SPLIT = {
 }
 KERAS_ALL = dict.fromkeys(KERAS_SPLIT, sum(KERAS_SPLIT.values(), ()))
 KERAS_TESTS = {"jax": KERAS_SPLIT, "tensorflow": KERAS_SPLIT, "torch": KERAS_ALL}
-# What the oldest versions are tested with: the numbers, the work, the state, `fit`.
-OF_MINIMA = ("golden", "gradients", "work", "optimizers", "saving", "fit")
 
 
 @nox.session
@@ -54,7 +55,10 @@ def tests(session):
             install(session, *needs)
             check(session)
             session.log(quickstart.result())
-    run_pytest(session, "--numprocesses=2", "--dist=worksteal", "--durations=10")
+    for env in environments():
+        session.run("pytest", *PARALLEL, "--durations=10", *session.posargs, env=env)
+        if not session.posargs:
+            run_keras_suite(session, env)
 
 
 @nox.session
@@ -64,7 +68,9 @@ def minima(session):
     needs = project["dependencies"] + [n for name in BACKENDS for n in extras[name]]
     oldest = [need.replace(">=", "==") for need in needs]
     install(session, "-r", "requirements-cpu.txt", *oldest, "flax", "pytest")
-    run_pytest(session, *(f"tests/test_{name}.py" for name in OF_MINIMA))
+    files = [f"tests/test_{name}.py" for name in OF_MINIMA]
+    for env in environments():
+        session.run("pytest", *files, *session.posargs, env=env)
 
 
 @nox.session
@@ -88,18 +94,31 @@ def install(session, *needs):
     session.run_install("python", "-c", write)
 
 
-def run_pytest(session, *args):
-    """On each backend, or on that of KERAS_BACKEND."""
+def environments():
+    """The environment of the tests on each backend, or on that of KERAS_BACKEND."""
     chosen = os.environ.get("KERAS_BACKEND")
     with tempfile.TemporaryDirectory() as cache:
-        settings = {
-            **SETTINGS,
-            **SHARED_COMPILATION,
-            "JAX_COMPILATION_CACHE_DIR": cache,
-        }
         for backend in (chosen,) if chosen else BACKENDS:
-            env = {**settings, "KERAS_BACKEND": backend}
-            session.run("pytest", *args, *session.posargs, env=env)
+            yield {
+                **SETTINGS,
+                **SHARED_COMPILATION,
+                "JAX_COMPILATION_CACHE_DIR": cache,
+                "KERAS_BACKEND": backend,
+            }
+
+
+def run_keras_suite(session, env):
+    """Keras' own tests through our step."""
+    for optimizer, folders in KERAS_TESTS[env["KERAS_BACKEND"]].items():
+        session.run(
+            "python",
+            "tests/keras_suite",
+            f"--optimizer={optimizer}",
+            "--fewest=50",
+            *PARALLEL,
+            *(f"keras/src/{folder}" for folder in folders),
+            env=env,
+        )
 
 
 def check(session):

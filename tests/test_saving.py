@@ -404,9 +404,7 @@ def test_a_sampler_that_makes_variables_after_build_is_refused():
             return super().draw()
 
     model = make_model(keras_slsam.SLSAM("sgd", sampler=Late(0.5)))
-    # On JAX and TensorFlow Keras itself lets no step make variables.
-    message = r"end of `build`.*not saved.*Late" if BACKEND == "torch" else "ariable"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="create a variable|ariables"):
         train(model, 2)
 
 

@@ -333,6 +333,7 @@ class KeptValue(keras.layers.Layer):
         return x @ self.kept
 
 
+@pytest.mark.filterwarnings("ignore:`SLSAM` found a single arm:UserWarning")
 def test_a_weight_that_cannot_be_given_is_refused():
     for make in (WithATransformOfWeights, WithAFunction):
         module = make()

@@ -661,7 +661,7 @@ def test_the_compiled_step_grows_in_proportion_to_the_depth(method):
 @pytest.mark.skipif(BACKEND != "torch", reason="one program on JAX and TensorFlow")
 @pytest.mark.parametrize("accumulated", [None, 2])
 @pytest.mark.parametrize("sampler", ["bandit", "proportional", "uniform"])
-def test_one_synchronisation_a_step(sampler, accumulated, monkeypatch):
+def test_two_synchronisations_a_step(sampler, accumulated, monkeypatch):
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -694,7 +694,8 @@ def test_one_synchronisation_a_step(sampler, accumulated, monkeypatch):
 
     plain = count(base())
     ours = count(keras_slsam.SLSAM(base(), sampler=sampler, seed=0))
-    assert ours <= plain + 1
+    # The mask, and whether the gradients are finite.
+    assert ours <= plain + 2
 
 
 @pytest.mark.parametrize("name", ["dense", "two_inputs_and_outputs"])

@@ -80,7 +80,7 @@ def _same(state, other):
     if isinstance(state, dict):
         return all(_same(value, other[key]) for key, value in state.items())
     if hasattr(state, "shape"):
-        return bool((state == other).all())
+        return np.array_equal(state, other)
     if isinstance(state, tuple) and any(hasattr(x, "shape") for x in state):
         return all(map(_same, state, other))
     return state == other

@@ -438,13 +438,6 @@ class SharpnessAware(keras.optimizers.Optimizer):
                 "After a change of `layer.trainable`, call `model.compile` again with "
                 "a new optimizer."
             )
-        if self.built and len(self.sampler.variables) != len(self._sampler_variables):
-            raise ValueError(
-                "A sampler must make all its variables by the end of `build`: what it "
-                f"makes later is not saved. Received: {self.sampler!r}, with "
-                f"{len(self._sampler_variables)} variables then and "
-                f"{len(self.sampler.variables)} now."
-            )
 
     def window(self):
         """Where this step is in a window of accumulated gradients.
