@@ -522,6 +522,24 @@ def test_rho_of_zero_is_the_base_optimizer(method, base):
         np.testing.assert_allclose(weight, expected, rtol=1e-5, atol=1e-7)
 
 
+def test_a_second_pass_under_a_condition_is_of_any_loss():
+    """Names in the gradient of this loss are the beginnings of others."""
+
+    def trained(optimizer):
+        layers = [keras.Input((3,)), keras.layers.Dense(1, activation="sigmoid")]
+        model = keras.Sequential(layers)
+        model.set_weights([np.ones((3, 1)), np.zeros(1)])
+        keras_slsam.sharpness_aware(model)
+        model.compile(optimizer, loss="binary_crossentropy", jit_compile=False)
+        x = np.linspace(-1, 1, 24, dtype="float32").reshape(8, 3)
+        model.train_on_batch(x, np.arange(8.0)[:, None] % 2)
+        return model.get_weights()
+
+    expected = trained(keras.optimizers.SGD(0.1))
+    for one, two in zip(trained(keras_slsam.SAM(BASES["sgd"](), rho=0)), expected):
+        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_rho_can_be_set_between_steps(method):
     """Each step is that of an optimizer that was made with the value."""

@@ -210,9 +210,10 @@ class _Source:
                 if before.name in present
             )
         graph = tf.compat.v1.get_default_graph()
+        # Under a name of its own: the importer confuses what begins with one in use.
         found = tf.graph_util.import_graph_def(
             piece,
-            {t.name: graph.capture(values[t.name]) for t in part.inputs},
+            {t.name: graph.capture(values[t.name], "read") for t in part.inputs},
             [t.name for t in part.outputs],
             name="sparse",
         )
