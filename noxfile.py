@@ -34,6 +34,8 @@ ROOT = pathlib.Path(__file__).parent
 OF_MINIMA = ("golden", "gradients", "work", "optimizers", "saving", "fit")
 # Folders of Keras' tests for each of our optimizers. Where tracing and compiling takes
 # long, each folder has one of them: SLSAM where the most is trained.
+# Folders of Keras' tests for each of our optimizers. Where tracing and compiling takes
+# long, each folder has one of them: SLSAM where the most is trained.
 KERAS_SPLIT = {
     "sam": ("callbacks", "models", "saving"),
     "slsam": ("optimizers", "trainers"),

@@ -7,6 +7,7 @@ reason that is not in the list.
 
 import collections
 import importlib
+import inspect
 import os
 import pathlib
 import sys
@@ -16,6 +17,7 @@ import pytest
 
 BACKEND = os.environ["KERAS_BACKEND"]
 OPTIMIZERS = ("sam", "slsam")
+TAKE_STEPS = {"apply", "apply_gradients", "fit", "stateless_apply", "train_on_batch"}
 
 
 def make(name, base):
@@ -32,7 +34,7 @@ def read_list(kind):
     """The tests, or reasons to skip, that are listed for this backend.
 
     Args:
-        kind: String, one of `OPTIMIZERS`, "skip" or "without".
+        kind: String, one of `OPTIMIZERS`, or "skip".
 
     Returns:
         Dict from an entry to its reason.
@@ -88,17 +90,35 @@ def pytest_configure(config):
 
 
 def pytest_ignore_collect(collection_path):
-    """Leaves out the files that neither train a model nor use an optimizer."""
+    """Leaves out files without such tests: some need packages of which we have none."""
     if collection_path.name.endswith("_test.py"):
         text = collection_path.read_text(encoding="utf-8")
-        used = ("compile(", "apply(", "apply_gradients(")
-        return None if any(word in text for word in used) else True
+        return None if any(f"{name}(" in text for name in TAKE_STEPS) else True
     return None
 
 
+def names_used(item):
+    """Names in a test, and in what it uses of its class and its file."""
+    names, found = set(), [inspect.unwrap(item.function), vars(item.cls).get("setUp")]
+    while found:
+        code = found.pop()
+        if isinstance(code, type):
+            found += vars(code).values()
+        code = getattr(code, "__code__", code)
+        if isinstance(code, types.CodeType):
+            found += code.co_consts
+            for name in {*code.co_names} - names:
+                names.add(name)
+                found += [getattr(item.cls, name, None), vars(item.module).get(name)]
+    return names
+
+
 def pytest_collection_modifyitems(config, items):
-    listed, without = read_list(config.option.optimizer), read_list("without")
-    items[:] = [item for item in items if item.nodeid not in without]
+    """Leaves out the tests that can take no step: they do not name what takes one."""
+    without = [item for item in items if not TAKE_STEPS & names_used(item)]
+    items[:] = [item for item in items if item not in without]
+    config.hook.pytest_deselected(items=without)
+    listed = read_list(config.option.optimizer)
     for item in items:
         if item.get_closest_marker("multi_device"):
             item.add_marker(pytest.mark.skip("needs several devices"))
