@@ -80,6 +80,7 @@ class BaseStep:
         else:
             self._update(gradients, squares, active)
         backend.when(finite, self._count)
+        self._constrain(active)
 
     def _apply(self, gradients, squares):
         backend.apply(self._base, gradients, self._variables)
@@ -92,6 +93,19 @@ class BaseStep:
         if self._base.use_ema:
             self._average()
         self._base._iterations.assign_add(1)
+
+    def _constrain(self, active):
+        # Last, and in each step of a window, as in Keras.
+        for on, indices in zip(active, self._members):
+            variables = [self._variables[i] for i in indices]
+            variables = [v for v in variables if v.constraint is not None]
+
+            def project(variables=variables):
+                for variable in variables:
+                    variable.assign(variable.constraint(variable))
+
+            if variables:
+                backend.when(on, project)
 
     @contextlib.contextmanager
     def counted(self, finite):
@@ -196,9 +210,6 @@ class BaseStep:
                         base._backend_update_step(
                             [clipped[i] for i in indices], variables, learning_rate
                         )
-                        for variable in variables:
-                            if variable.constraint is not None:
-                                variable.assign(variable.constraint(variable))
                     finally:
                         for count, _, everyone in own_counts:
                             count.assign(everyone)

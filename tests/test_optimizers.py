@@ -763,3 +763,33 @@ def test_nadam_counts_a_window_once():
     found = trained(lambda base: keras_slsam.S2SAM(base, rho=0.0))
     for one, other in zip(found, expected):
         np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"use_ema": True}, {"gradient_accumulation_steps": 3}]
+)
+def test_constraints_come_after_averages_and_in_each_step(kwargs):
+    def trained(wrap):
+        keras.utils.set_random_seed(0)
+        dense = keras.layers.Dense(2, kernel_constraint="unit_norm")
+        model = keras.Sequential([keras.Input((3,)), dense, keras.layers.Dense(1)])
+        model = keras_slsam.sharpness_aware(model)
+        model.compile(wrap(optimizers.Adam(0.1, **kwargs)), "mse")
+        x = np.random.default_rng(0).normal(size=(20, 3)).astype("float32")
+        model.fit(x, x[:, :1], batch_size=4, shuffle=False, verbose=0)
+        return model.get_weights()
+
+    sparse = {"rho": 0.0, "sampler": "uniform", "active_fraction": 1.0}
+    for found, expected in zip(
+        trained(lambda base: keras_slsam.SLSAM(base, **sparse)),
+        trained(lambda base: base),
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_config_stays_as_it_was():
+    schedule = optimizers.schedules.CosineDecay(0.1, 10)
+    config = keras_slsam.SAM(optimizers.AdamW(schedule)).get_config()
+    before = repr(config)
+    keras_slsam.SAM.from_config(config)
+    assert repr(config) == before

@@ -433,3 +433,60 @@ def test_a_layer_may_have_the_name_of_a_generator():
         pass
 
     step(compiled(nn.Sequential(Generator(5, 5))))
+
+
+class WithACheckpoint(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.o = nn.Linear(5, 5), nn.Linear(5, 5)
+
+    def forward(self, x):
+        from torch.utils.checkpoint import checkpoint
+
+        x = checkpoint(
+            lambda x: self.a(x).tanh(), x.requires_grad_(), use_reentrant=True
+        )
+        return self.o(x)
+
+
+def test_a_reentrant_checkpoint_is_refused():
+    for optimizer in (None, keras_slsam.S2SAM("sgd")):
+        with pytest.raises(ValueError, match="use_reentrant=False"):
+            step(compiled(WithACheckpoint(), optimizer))
+
+
+class WithACounter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.o = nn.Linear(5, 5)
+        self.register_buffer("n", torch.zeros(()))
+
+    def forward(self, x):
+        self.n = self.n + 1
+        return self.o(x)
+
+
+def test_a_buffer_that_is_replaced_moves_once():
+    module = WithACounter()
+    model = compiled(module)
+    before = float(module.n)
+    step(model)
+    first = float(module.n) - before
+    step(model)
+    assert first == 1
+    assert float(module.n) == before + 2
+
+
+def test_sparse_gradients_of_an_embedding():
+    weights = []
+    for optimizer in ("sgd", keras_slsam.SAM("sgd", rho=1e-9)):
+        torch.manual_seed(0)
+        module = nn.Embedding(10, 3, sparse=True)
+        model = keras.Sequential(
+            [keras.Input((2,), dtype="int32"), keras.layers.TorchModuleWrapper(module)]
+        )
+        model = keras_slsam.sharpness_aware(model)
+        model.compile(optimizer, loss="mse")
+        model.train_on_batch(np.array([[1, 2], [1, 3]]), np.ones((2, 2, 3), "float32"))
+        weights.append(module.weight.detach().clone())
+    torch.testing.assert_close(*weights)

@@ -907,3 +907,16 @@ def test_a_thread_that_loads_data_draws_each_number_once():
     model.run_eagerly = True
     model.train_on_batch(x, y)
     assert len(set(numbers)) == len(numbers)
+
+
+def test_logs_may_be_variables():
+    class Logging(keras.Sequential):
+        def compute_metrics(self, *args):
+            logs = super().compute_metrics(*args)
+            return {**logs, "rate": self.optimizer.learning_rate}
+
+    model = Logging([keras.Input((3,)), keras.layers.Dense(1)])
+    model = keras_slsam.sharpness_aware(model)
+    model.compile(keras_slsam.SAM(keras.optimizers.SGD(0.25)), "mse")
+    history = model.fit(np.ones((4, 3)), np.ones((4, 1)), verbose=0).history
+    assert history["rate"] == [0.25]

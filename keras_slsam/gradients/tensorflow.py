@@ -267,7 +267,11 @@ def after(*structures):
     """
     if tf.executing_eagerly():
         return contextlib.nullcontext()
-    tensors = [t for t in tf.nest.flatten(structures, True) if tf.is_tensor(t)]
+    tensors = [
+        tf.convert_to_tensor(t)  # a `keras.Variable` may be among the logs
+        for t in tf.nest.flatten(structures, True)
+        if tf.is_tensor(t)
+    ]
     checks = [
         op
         for op in tf.compat.v1.get_default_graph().get_operations()

@@ -15,6 +15,7 @@ import torch
 from torch.autograd.graph import _engine_run_backward
 
 from keras_slsam.gradients.replay import Replay
+from keras_slsam.gradients.torch_modules import check_graph
 from keras_slsam.gradients.torch_modules import is_read_apart
 from keras_slsam.gradients.torch_modules import is_written
 from keras_slsam.gradients.torch_modules import own_parameters  # noqa: F401
@@ -119,6 +120,7 @@ class Passes:
         def differentiate(loss):
             begin_backward()
             self._check_unwritten(leaves, versions)
+            check_graph(self._loss_fn.model, loss)
             gradients[:] = self._gradients(loss, leaves)
 
         with torch.enable_grad():
@@ -152,11 +154,15 @@ class Passes:
                     self._loss_fn.model, self._loss_fn.variables[i], self._own[i]
                 )
         found = iter(found)
-        gradients = [next(found) if leaf.requires_grad else None for leaf in leaves]
-        return [
-            torch.zeros_like(leaf) if on and gradient is None else gradient
-            for leaf, gradient, on in zip(leaves, gradients, self._wanted)
-        ]
+        gradients = []
+        for leaf, on in zip(leaves, self._wanted):
+            gradient = next(found) if leaf.requires_grad else None
+            if on and gradient is None:
+                gradient = torch.zeros_like(leaf)
+            if gradient is not None and gradient.is_sparse:
+                gradient = gradient.to_dense()
+            gradients.append(gradient)
+        return gradients
 
     def _check_unwritten(self, leaves, versions):
         for i, (leaf, version) in enumerate(zip(leaves, versions)):

@@ -169,16 +169,38 @@ def own_parameters(model, variables):
     def refuse(key):
         raise is_written(model, variables[index[key]], own[index[key]])
 
+    @contextlib.contextmanager
     def given(weights):
         trained = {key: weights[i] for key, i in index.items()}
-        passes.append(_Given(trained, others, refuse))
-        return passes[-1]
+        mode, before = _Given(trained, others, refuse), _buffers(model)
+        try:
+            with mode:
+                yield
+        finally:
+            # Those that the forward pass replaced by others.
+            after = _buffers(model)
+            changed = [key for key in before if after.get(key) is not before[key]]
+            passes.append((mode, [(key, after.get(key)) for key in changed]))
+            for module, name in changed:
+                setattr(module, name, before[module, name])
 
     def record():
-        for key, copy in passes[0].copies.items():
+        mode, changed = passes[0]
+        for key, copy in mode.copies.items():
             others[key].copy_(copy)
+        for (module, name), buffer in changed:
+            setattr(module, name, buffer)
 
     return given, record
+
+
+def _buffers(model):
+    return {
+        (module, name): buffer
+        for wrapper in _wrappers(model)
+        for module in wrapper.module.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    }
 
 
 def _wrappers(model):
@@ -189,7 +211,7 @@ def _wrappers(model):
 
 def _check_can_be_given(wrapper):
     for name, module in wrapper.module.named_modules():
-        where = f"Module {name or type(module).__name__!r} of layer {wrapper.path!r}"
+        where = f"Module {name or type(module).__name__!r} of layer {wrapper.name!r}"
         if isinstance(
             module,
             (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel),
@@ -207,6 +229,31 @@ def _check_can_be_given(wrapper):
                 "they cannot be replaced by perturbed ones. Wrap the module that was "
                 "compiled, or freeze it and take its buffers out (`torch.jit.freeze`)."
             )
+
+
+def check_graph(model, loss):
+    """Refuses a reentrant checkpoint, in which the gradients of weights are lost.
+
+    Args:
+        model: `keras.Model`.
+        loss: Scalar tensor.
+
+    Raises:
+        ValueError: if a module of the model uses one.
+    """
+    waiting, seen = [loss.grad_fn] if _wrappers(model) else [], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if type(node).__name__ == "CheckpointFunctionBackward":
+            raise ValueError(
+                "A module of the model uses `torch.utils.checkpoint.checkpoint` with "
+                "`use_reentrant=True`, whose weights would get no gradient. Pass "
+                "`use_reentrant=False`."
+            )
+        waiting.extend(parent for parent, _ in node.next_functions)
 
 
 def is_written(model, variable, weight):
@@ -253,5 +300,5 @@ def _name(model, variable, weight):
     for wrapper in _wrappers(model):
         for name, parameter in wrapper.module.named_parameters():
             if parameter is weight:
-                return f"{name!r} of layer {wrapper.path!r}"
+                return f"{name!r} of layer {wrapper.name!r}"
     return repr(variable.path)

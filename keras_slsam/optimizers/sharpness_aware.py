@@ -1,5 +1,6 @@
 """The base of all our optimizers: a wrapper around a Keras optimizer."""
 
+import copy
 import json
 import math
 import numbers
@@ -17,7 +18,10 @@ from keras_slsam import perturbation
 from keras_slsam import samplers
 
 # What an optimizer is made with, and keeps.
-_FIXED = {"adaptive", "base_optimizer", "sampler", "single_step"}
+_FIXED = {
+    *("active_fraction", "adaptive", "base_optimizer", "sampler", "seed"),
+    "single_step",
+}
 
 _WAY_OUT = (
     "Make the optimizer as it was when its state was saved. To begin with a fresh one, "
@@ -632,7 +636,7 @@ class SharpnessAware(keras.optimizers.Optimizer):
     @classmethod
     def from_config(cls, config, custom_objects=None):
         """Makes an optimizer from the dict that `get_config` returned."""
-        config = dict(config)
+        config = copy.deepcopy(config)  # Keras changes it
         for argument in ("base_optimizer", "sampler", "arms"):
             if isinstance(config.get(argument), dict):
                 config[argument] = cls._deserialize(
