@@ -320,3 +320,15 @@ def test_the_backend_is_named_where_it_is_not_one_of_three():
         cwd=pathlib.Path(keras_slsam.__file__).parents[1],
     )
     assert "KERAS_BACKEND" in result.stderr and "'jax'" in result.stderr
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_first_step_that_fails_fails_again(method):
+    def loss(y, y_pred):
+        raise ValueError("no loss")
+
+    model = keras_slsam.sharpness_aware(small_model())
+    model.compile(optimizer=method("sgd"), loss=loss)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no loss"):
+            model.train_on_batch(np.ones((4, 2)), np.ones((4, 1)))

@@ -298,19 +298,30 @@ def build_first(model, train_function):
     Returns:
         Function like `train_function`.
     """
-    pending = True
+    fresh = True
+
+    def build(iterator):
+        token = _builds.set(True)
+        try:
+            step = tf.function(model.train_step, autograph=False)
+            step.get_concrete_function(iterator.element_spec)
+        finally:
+            _builds.reset(token)
 
     def call(iterator):
-        nonlocal pending
-        if pending and _is_traced(model, iterator):
-            token = _builds.set(True)
-            try:
-                step = tf.function(model.train_step, autograph=False)
-                step.get_concrete_function(iterator.element_spec)
-            finally:
-                _builds.reset(token)
-        pending = False
-        return train_function(iterator)
+        nonlocal fresh
+        try:
+            if fresh and _is_traced(model, iterator):
+                build(iterator)
+            result = train_function(iterator)
+        except BaseException:
+            if fresh:
+                # After a first trace that failed and made variables, TensorFlow would
+                # execute nothing, without an error.
+                model.train_function = None
+            raise
+        fresh = False
+        return result
 
     return call
 
