@@ -157,7 +157,7 @@ def test_every_arm_on_is_the_base_optimizer(name):
     """By the way that can leave out arms."""
     plain = keras.Sequential([keras.Input((sum(SIZES),)), Inner()])
     plain.compile(optimizer=BASES[name](), loss=mean_output)
-    # In a graph of TensorFlow Keras' own build loses what ScheduleFreeAdamW begins with.
+    # In a graph of TensorFlow Keras' own build loses ScheduleFreeAdamW's first values.
     plain.optimizer.build(plain.trainable_variables)
     optimizer = keras_slsam.SLSAM(BASES[name](), sampler=Replay([[1, 1, 1]]))
     assert_same(train(inner_model(optimizer)), train(plain))
