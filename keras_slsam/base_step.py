@@ -73,14 +73,19 @@ class BaseStep:
             return
         # For a step that is left out it is as if no arm were active.
         active = [backend.both(on, finite) for on in active]
+        counts = []
         if steps:
             self._accumulate(gradients, active)
             last = backend.both(last, finite)
             backend.when(last, lambda: self._apply_mean(active))
         else:
-            self._update(gradients, squares, active)
-        backend.when(finite, self._count)
+            counts = self._update(gradients, squares, active)
+        if base.use_ema:
+            backend.when(finite, self._average)
         self._constrain(active)
+        for variable, value in counts:
+            variable.assign(value)
+        backend.when(finite, lambda: base._iterations.assign_add(1))
 
     def _apply(self, gradients, squares):
         backend.apply(self._base, gradients, self._variables)
@@ -88,11 +93,6 @@ class BaseStep:
             for applied, gradient in zip(self._applied, gradients):
                 applied.assign(gradient)
             self._applied_squares.assign(ops.stack(squares))
-
-    def _count(self):
-        if self._base.use_ema:
-            self._average()
-        self._base._iterations.assign_add(1)
 
     def _constrain(self, active):
         # Last, and in each step of a window, as in Keras.
@@ -176,7 +176,8 @@ class BaseStep:
             squares = perturbation.squared_norms(
                 means, self._members, active, self._dtype
             )
-        self._update(means, squares, active)
+        for variable, value in self._update(means, squares, active):
+            variable.assign(value)
         for on, indices in zip(active, self._members):
 
             def reset(indices=indices):
@@ -186,6 +187,11 @@ class BaseStep:
             backend.when(on, reset)
 
     def _update(self, gradients, squares, active):
+        """Updates the active arms.
+
+        Returns:
+            List of `(variable, value)`, what to assign where nothing has raised.
+        """
         base = self._base
         present = [i for i, gradient in enumerate(gradients) if gradient is not None]
         clipped = base._clip_gradients([gradients[i] for i in present])
@@ -217,11 +223,11 @@ class BaseStep:
                         applied.assign(gradients[i])
 
                 backend.when(active[arm], update)
-        for variable, value in counts_after:
-            variable.assign(value)
         if self._applied:
             before = backend.read(self._applied_squares)
-            self._applied_squares.assign(ops.where(mask, ops.stack(squares), before))
+            value = ops.where(mask, ops.stack(squares), before)
+            counts_after.append((self._applied_squares, value))
+        return counts_after
 
     def _own_counts(self, mask):
         """What the base optimizer counts, for each arm by its own updates.
