@@ -40,7 +40,7 @@ KERAS_SPLIT = {
 }
 KERAS_ALL = dict.fromkeys(KERAS_SPLIT, sum(KERAS_SPLIT.values(), ()))
 KERAS_TESTS = {"jax": KERAS_SPLIT, "tensorflow": KERAS_SPLIT, "torch": KERAS_ALL}
-# The fewest of these tests that must take a step of ours.
+# The fewest of these tests that must take our step.
 KERAS_FEWEST = {
     "jax": {"sam": 108, "slsam": 205},
     "tensorflow": {"sam": 120, "slsam": 220},

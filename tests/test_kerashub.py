@@ -151,5 +151,5 @@ def test_causal_lm_on_raw_strings(lora):
     assert bool(frozen) == lora
     for old, variable in zip(before, frozen):
         np.testing.assert_array_equal(old, ops.convert_to_numpy(variable))
-    if lora:  # compiled anew by Keras, alike for both
+    if lora:  # compiled again by Keras, alike for both
         assert task.generate("the", max_length=8).startswith("the")
