@@ -1,7 +1,7 @@
 """Steps of SL-SAM with the library's own draws, for any backend.
 
 python trajectory.py resume FOLDER FILE    goes on from the checkpoints in FOLDER
-python trajectory.py all FOLDER FILE       twenty steps of each kind besides
+python trajectory.py all FOLDER FILE       also twenty steps of each kind
 """
 
 import pathlib

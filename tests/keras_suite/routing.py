@@ -26,7 +26,7 @@ class Routing:
     """The patches, and what they know of the test that runs.
 
     Args:
-        make: Function from a Keras optimizer to one of ours around it.
+        make: Function that wraps a Keras optimizer in `SAM` or `SLSAM`.
     """
 
     def __init__(self, make):
