@@ -23,6 +23,9 @@ _FIXED = {
     "single_step",
 }
 
+# Attributes of the base optimizer on which the variables that it makes depend.
+_MAKE_STATE = {"gradient_accumulation_steps", "use_ema"}
+
 _WAY_OUT = (
     "Make the optimizer as it was when its state was saved. To begin with a fresh one, "
     "leave the state out, with `model.load_weights(path, skip_mismatch=True)`, and "
@@ -43,8 +46,20 @@ class _OfBase:
 
     def __set__(self, optimizer, value):
         # Keras' constructor sets its own defaults, before there is a base optimizer.
-        if "base_optimizer" in vars(optimizer):
-            setattr(optimizer.base_optimizer, self._name, value)
+        if "base_optimizer" not in vars(optimizer):
+            return
+        if (
+            self._name in _MAKE_STATE
+            and optimizer.built
+            and value != getattr(optimizer, self._name)
+        ):
+            raise ValueError(
+                f"`{self._name}` of `{type(optimizer).__name__}` cannot be changed "
+                "any more: the optimizer has made its state with it. "
+                f"Received: {self._name}={value!r}. Give it to a new base optimizer, "
+                "and call `model.compile` with it."
+            )
+        setattr(optimizer.base_optimizer, self._name, value)
 
 
 class SharpnessAware(keras.optimizers.Optimizer):
@@ -406,7 +421,8 @@ class SharpnessAware(keras.optimizers.Optimizer):
 
         Such a step leaves weights, moments, `iterations` and the sampler as they
         were. In a window of accumulated gradients it is the micro-batch that is left
-        out, and the window waits for another.
+        out, and the window waits for another. Norms are summed in float32, so a norm
+        above 1.8e19 counts as not finite.
         """
         self._check_built()
         return self._skipped_steps
@@ -499,15 +515,15 @@ class SharpnessAware(keras.optimizers.Optimizer):
         return active
 
     def _draw(self):
-        mask = ops.cast(self.sampler.draw(), "bool")
-        expected = (len(self._members),)
-        if None not in mask.shape and tuple(mask.shape) != expected:
+        mask = self.sampler.draw()
+        shape, expected = tuple(np.shape(mask)), (len(self._members),)
+        if not _is_mask(mask) or (None not in shape and shape != expected):
             raise ValueError(
                 "`draw()` of a sampler must return a boolean tensor of shape "
-                f"(num_arms,), here {expected}. Received: shape {tuple(mask.shape)} "
-                f"of {self.sampler!r}"
+                f"(num_arms,), here {expected}. Received: {mask!r} of "
+                f"{self.sampler!r}"
             )
-        self._active.assign(mask)
+        self._active.assign(ops.cast(mask, "bool"))
 
     def draw_perturbed(self):
         """Whether this step has an ascent: a bool or a scalar boolean tensor."""
@@ -661,6 +677,14 @@ class SharpnessAware(keras.optimizers.Optimizer):
                 f"cannot be found. {error}. Or name it when you load: `custom_objects="
                 "{name: object}`."
             ) from error
+
+
+def _is_mask(x):
+    """Whether `x` is an array or tensor of bools or ints."""
+    if not hasattr(x, "dtype"):
+        return False
+    dtype = keras.backend.standardize_dtype(x.dtype)
+    return dtype == "bool" or keras.backend.is_int_dtype(dtype)
 
 
 def as_float(variable):
