@@ -264,6 +264,14 @@ def test_an_error_in_a_constraint_moves_weights_and_moments_only():
     assert not any("iteration" in path for path in moved)
 
 
+@pytest.fixture
+def interrupts():
+    """Ctrl-C as Python has it, also where the tests run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @contextlib.contextmanager
 def interrupt_at(line):
     """Ctrl-C at the n-th line of the package that is executed.
@@ -288,6 +296,7 @@ def interrupt_at(line):
         sys.settrace(None)
 
 
+@pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("method", ["sam", "slsam", "sl+s2"])
 def test_a_step_that_is_interrupted_happens_whole_or_not_at_all(method):
     keras.utils.set_random_seed(0)
@@ -307,6 +316,7 @@ def test_a_step_that_is_interrupted_happens_whole_or_not_at_all(method):
             assert differences(before, now) == []
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_ctrl_c_is_held_back_once():
     held = []
     with pytest.raises(KeyboardInterrupt), atomic.hold_back_interrupt():
