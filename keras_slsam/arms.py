@@ -10,7 +10,7 @@ def group(variables, grouping):
             to a hashable key; variables of the same key make an arm.
 
     Returns:
-        List of int, one a variable; arms are numbered in the order in which they
+        List of int, one per variable; arms are numbered in the order in which they
         first appear.
 
     Raises:

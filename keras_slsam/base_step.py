@@ -239,7 +239,7 @@ class BaseStep:
 
         Returns:
             Two lists: `(variable of the base optimizer, its value for each arm, its
-            value for the whole)`, and `(variable of ours, its value after the step)`.
+            value for the whole)`, and `(own variable, its value after the step)`.
         """
         if self._all_active:
             return [], []

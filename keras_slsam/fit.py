@@ -15,9 +15,9 @@ from keras_slsam import training
 class SAMTrainStep:
     """Gives a model of your own class the sharpness-aware train step.
 
-    A mixin: put it before `keras.Model`. With an optimizer that is not ours the
-    model trains as Keras does. `sharpness_aware` does the same for a model that
-    exists.
+    A mixin: put it before `keras.Model`. With an optimizer that is not of this
+    package the model trains as Keras does. `sharpness_aware` does the same for a model
+    that exists.
 
     Example:
 
@@ -48,7 +48,7 @@ class SAMTrainStep:
 
     def train_step(self, *args):
         """The step of `fit`, with the arguments that the backend's Keras gives it."""
-        if training.is_ours(self.optimizer):
+        if training.is_sharpness_aware(self.optimizer):
             return _step(self, *args)
         return super().train_step(*args)
 
@@ -126,7 +126,11 @@ def sharpness_aware(model: keras.Model) -> keras.Model:
 
 def _train_step(model, *args):
     """The method `train_step` of a model that `sharpness_aware` was given."""
-    step = _step if training.is_ours(model.optimizer) else type(model).train_step
+    step = (
+        _step
+        if training.is_sharpness_aware(model.optimizer)
+        else type(model).train_step
+    )
     return step(model, *args)
 
 
@@ -152,7 +156,7 @@ def _make(model, keras_make, force):
         force: bool, whether to make it in any case.
     """
     _, optimizer = loss_scale.split(model.optimizer)
-    if not training.is_ours(optimizer):
+    if not training.is_sharpness_aware(optimizer):
         optimizer = None  # Keras compares nothing
     elif optimizer.built:
         optimizer._check_variables(model.trainable_variables)

@@ -33,7 +33,7 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
         loss is that of the unperturbed weights, if the method evaluates them.
 
     Raises:
-        ValueError: if `optimizer` is not one of ours, or the model's trainable
+        ValueError: if `optimizer` is not of this package, or the model's trainable
             weights are not those that it was built for.
 
     Example:
@@ -138,8 +138,8 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
         return logs
 
 
-def is_ours(optimizer):
-    """Whether an optimizer, or the one in a `LossScaleOptimizer`, is one of ours."""
+def is_sharpness_aware(optimizer):
+    """Whether an optimizer, inside a `LossScaleOptimizer` or not, is of this package."""
     return isinstance(loss_scale.split(optimizer)[1], SharpnessAware)
 
 
@@ -150,7 +150,7 @@ def _prepare(model, optimizer, x):
             "Argument `model` must be a `keras.Model` that was compiled with a loss. "
             f"Received: model={model!r}. Call `model.compile(loss=...)` first."
         )
-    if not is_ours(optimizer):
+    if not is_sharpness_aware(optimizer):
         raise ValueError(
             "Argument `optimizer` must be `SAM`, `S2SAM`, `SLSAM` or `RST` of "
             f"keras_slsam. Received: optimizer={optimizer!r}"

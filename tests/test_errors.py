@@ -59,7 +59,7 @@ def test_base_optimizer_is_missing(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_base_optimizer_is_ours(method):
-    with pytest.raises(ValueError, match=r"`base_optimizer`.*ours already"):
+    with pytest.raises(ValueError, match=r"`base_optimizer`.*optimizer already"):
         method(keras_slsam.SAM("sgd"))
 
 

@@ -239,7 +239,7 @@ WRONG = {
     ),
     "an optimizer in an optimizer": (
         lambda m, _: keras_slsam.SAM(m.optimizer),
-        "ours already",
+        "optimizer already",
     ),
     "step of a Keras optimizer": (
         lambda m, _: step(m, X, Y, optimizer=keras.optimizers.SGD()),

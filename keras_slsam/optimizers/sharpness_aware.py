@@ -28,7 +28,7 @@ class SharpnessAware(Stateful, Wrapper):
     Wraps `base_optimizer`, which makes the update, and holds the rest of what a step
     needs: which arms are active, and what the ascent is along. The step itself is
     `keras_slsam.step`. It needs the model, which Keras does not hand to an optimizer,
-    so the model needs a train step of ours.
+    so the model needs the matching train step.
 
     Learning rate, schedule, `iterations`, clipping, weight decay, EMA and
     constraints are the base optimizer's. With arms switched off, clipping by a
@@ -76,8 +76,8 @@ class SharpnessAware(Stateful, Wrapper):
                 )
         if isinstance(base_optimizer, SharpnessAware):
             raise ValueError(
-                f"Argument `base_optimizer` of `{owner}` is one of ours already; "
-                "perturbations do not nest. Give it a Keras optimizer, like "
+                f"Argument `base_optimizer` of `{owner}` is a `keras_slsam` optimizer "
+                "already; perturbations do not nest. Give it a Keras optimizer, like "
                 '`keras.optimizers.AdamW(2e-5)` or "adamw". '
                 f"Received: base_optimizer={base_optimizer!r}"
             )
