@@ -139,7 +139,7 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
 
 
 def is_sharpness_aware(optimizer):
-    """Whether an optimizer, inside a `LossScaleOptimizer` or not, is of this package."""
+    """Whether the optimizer, or the one that it scales the loss for, is ours."""
     return isinstance(loss_scale.split(optimizer)[1], SharpnessAware)
 
 
