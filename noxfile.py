@@ -143,7 +143,7 @@ def run_quickstart(session):
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder) / "checkout"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*"))
-        command = f"{readme_command('examples/quickstart.py')} --limit=240"
+        command = f"{readme_command('examples/quickstart.py')} --limit=160"
         return session.run(
             "bash",
             "-c",

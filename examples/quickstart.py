@@ -38,7 +38,7 @@ METHODS = {
     "sl+s2": ("SL-SAM + S2-SAM", 2e-4),
 }
 WARM_UP = 2  # steps that are not timed: tracing and compilation
-TURNS = 8  # per epoch
+TURNS = 4  # per epoch
 
 
 def make_optimizer(method, learning_rate, active_fraction, seed):
