@@ -9,8 +9,8 @@ import numpy as np
 
 CLASSES = 2
 
-# What `--layers`, `--width` and `--length` are unless given; None where a model has
-# its own. A text's length is in tokens, an image's in pixels a side.
+# The sizes of each model unless given; None where they are fixed. The length is that of
+# a text in tokens, or of an image's side in pixels.
 SIZES = {
     "minilm": {"layers": None, "width": None, "length": 64},
     "bert": {"layers": 12, "width": 768, "length": 64},
@@ -25,13 +25,12 @@ def with_sizes(args: argparse.Namespace) -> argparse.Namespace:
     Raises:
         SystemExit: if a size was given that the model does not have.
     """
-    given = dict(vars(args))
+    sizes = {}
     for name, default in SIZES[args.model].items():
-        if given[name] is None:
-            given[name] = default
-        elif default is None:
-            raise SystemExit(f"--{name} {given[name]}: not for --model {args.model}")
-    return argparse.Namespace(**given)
+        sizes[name] = getattr(args, name) or default
+        if sizes[name] and not default:
+            raise SystemExit(f"--{name} {sizes[name]}: not for --model {args.model}")
+    return argparse.Namespace(**{**vars(args), **sizes})
 
 
 def make(args: argparse.Namespace) -> keras.Model:
@@ -89,14 +88,8 @@ def _vocabulary(width):
 
 
 def _efficientnet(args):
-    """EfficientNet-lite0 with random weights.
-
-    The package of the real ones needs PyTorch, which would be in the memory of the
-    other backends' processes.
-    """
-    examples = pathlib.Path(__file__).parents[1] / "examples"
-    if str(examples) not in sys.path:
-        sys.path.insert(0, str(examples))
+    """EfficientNet-lite0 with random weights: reading the real ones loads PyTorch."""
+    sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
     import convert_efficientnet_lite0 as lite0
 
     model = lite0.make_classifier(CLASSES, args.length)
@@ -106,11 +99,11 @@ def _efficientnet(args):
 
 def _dense(args):
     """A chain of Dense layers of one width, and a head."""
-    layers = [
-        keras.layers.Dense(args.width, activation="relu") for _ in range(args.layers)
-    ]
-    head = keras.layers.Dense(CLASSES)
-    return keras.Sequential([keras.Input((args.width,)), *layers, head])
+    model = keras.Sequential([keras.Input((args.width,))])
+    for _ in range(args.layers):
+        model.add(keras.layers.Dense(args.width, activation="relu"))
+    model.add(keras.layers.Dense(CLASSES))
+    return model
 
 
 _MAKERS = {
