@@ -37,12 +37,12 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = runner.add_subparsers(dest="command", required=True)
-    of = {
+    parsers = {
         name: commands.add_parser(name, allow_abbrev=False)
         for name in ("time", "memory", "scale", "long", "report")
     }
     for name in ("time", "memory", "scale", "long"):
-        add = of[name].add_argument
+        add = parsers[name].add_argument
         add("--active-fraction", type=float, default=0.2)
         add("--rounds", type=_count, default=5, help="timed rounds")
         add("--steps", type=_count, default=5, help="timed steps of each round")
@@ -50,22 +50,22 @@ def parser() -> argparse.ArgumentParser:
         add("--seed", type=int, default=0)
         add("--json", type=pathlib.Path, help="write the result to this file too")
     for name in ("time", "memory"):
-        add = of[name].add_argument
-        add("--model", choices=models.SIZES, default="minilm")
+        add = parsers[name].add_argument
+        add("--model", choices=models.MODELS, default="minilm")
         add("--batch", type=_count, default=32)
         add("--length", type=_count, help="tokens of a text, pixels of an image's side")
         add("--layers", type=_count, help="of bert and dense")
         add("--width", type=_count, help="of bert and dense")
         every = list(methods.METHODS)
         add("--methods", nargs="+", choices=every, default=every, metavar="METHOD")
-    add = of["time"].add_argument
+    add = parsers["time"].add_argument
     add("--flop-steps", type=int, default=3, help="steps whose FLOPs are counted")
     add("--alone", action="store_true", help="each method in a process of its own")
-    of["scale"].add_argument(
+    parsers["scale"].add_argument(
         "--depths", type=_count, nargs="+", default=[6, 12, 24, 48], help="layers"
     )
-    of["long"].set_defaults(steps=20_000)
-    of["report"].add_argument("files", nargs="+", type=pathlib.Path, metavar="FILE")
+    parsers["long"].set_defaults(steps=20_000)
+    parsers["report"].add_argument("files", nargs="+", type=pathlib.Path)
     return runner
 
 
@@ -77,11 +77,7 @@ def _count(text):
 
 
 def main(argv: list[str]) -> None:
-    """Runs a command.
-
-    Args:
-        argv: The command and its flags.
-    """
+    """Runs the command with its flags that `argv` has."""
     from benchmarks import models
     from benchmarks import report
 
@@ -91,12 +87,13 @@ def main(argv: list[str]) -> None:
         return
     if "model" in args:
         args = models.with_sizes(args)
-    command = re.sub(r" --json[= ]\S+", "", shlex.join(argv))
+    line = re.sub(r" --json[= ]\S+", "", shlex.join(argv))
+    measured = report.COMMANDS[args.command].measure(args)
     result = {
         "command": args.command,
-        "line": f"python -m benchmarks {command}",
+        "line": f"python -m benchmarks {line}",
         **report.origin(args),
-        "result": report.COMMANDS[args.command].measure(args),
+        "result": measured,
     }
     print(report.tables([result]))
     if args.json:

@@ -3,20 +3,25 @@
 import argparse
 import pathlib
 import sys
+import typing
 
 import keras
 import numpy as np
 
 CLASSES = 2
 
-# The sizes of each model unless given; None where they are fixed. The length is that of
-# a text in tokens, or of an image's side in pixels.
-SIZES = {
-    "minilm": {"layers": None, "width": None, "length": 64},
-    "bert": {"layers": 12, "width": 768, "length": 64},
-    "efficientnet": {"layers": None, "width": None, "length": 96},
-    "dense": {"layers": 8, "width": 1024, "length": None},
-}
+
+class Model(typing.NamedTuple):
+    """A model, with its sizes unless others are given; `None` where they are fixed.
+
+    The length is that of a text in tokens, or of an image's side in pixels.
+    """
+
+    title: str
+    make: typing.Callable
+    layers: int | None = None
+    width: int | None = None
+    length: int | None = None
 
 
 def with_sizes(args: argparse.Namespace) -> argparse.Namespace:
@@ -26,9 +31,10 @@ def with_sizes(args: argparse.Namespace) -> argparse.Namespace:
         SystemExit: if a size was given that the model does not have.
     """
     sizes = {}
-    for name, default in SIZES[args.model].items():
-        sizes[name] = getattr(args, name) or default
-        if sizes[name] and not default:
+    for name in ("layers", "width", "length"):
+        own = getattr(MODELS[args.model], name)
+        sizes[name] = getattr(args, name) or own
+        if sizes[name] and not own:
             raise SystemExit(f"--{name} {sizes[name]}: not for --model {args.model}")
     return argparse.Namespace(**{**vars(args), **sizes})
 
@@ -36,7 +42,7 @@ def with_sizes(args: argparse.Namespace) -> argparse.Namespace:
 def make(args: argparse.Namespace) -> keras.Model:
     """The model that the flags ask for, not compiled; the seed makes its weights."""
     keras.utils.set_random_seed(args.seed)
-    return _MAKERS[args.model](args)
+    return MODELS[args.model].make(args)
 
 
 def data(args: argparse.Namespace, count: int):
@@ -106,9 +112,9 @@ def _dense(args):
     return model
 
 
-_MAKERS = {
-    "minilm": _minilm,
-    "bert": _bert,
-    "efficientnet": _efficientnet,
-    "dense": _dense,
+MODELS = {
+    "minilm": Model("MiniLM", _minilm, length=64),
+    "bert": Model("BERT-like encoder", _bert, layers=12, width=768, length=64),
+    "efficientnet": Model("EfficientNet-lite0", _efficientnet, length=96),
+    "dense": Model("Dense layers", _dense, layers=8, width=1024),
 }

@@ -3,13 +3,8 @@
 import pathlib
 
 from benchmarks.methods import METHODS
+from benchmarks.models import MODELS
 
-MODELS = {
-    "minilm": "MiniLM",
-    "bert": "BERT-like encoder",
-    "efficientnet": "EfficientNet-lite0",
-    "dense": "Dense layers",
-}
 BACKENDS = {"jax": "JAX", "tensorflow": "TensorFlow", "torch": "PyTorch"}
 COLORS = {"jax": "tab:blue", "tensorflow": "tab:orange", "torch": "tab:green"}
 
@@ -20,7 +15,8 @@ def setting(flags: dict) -> str:
     if "model" in flags:
         layers = f", {flags['layers']} x {flags['width']}" if flags["layers"] else ""
         length = f" x {flags['length']}" if flags["length"] else ""
-        parts += [MODELS[flags["model"]] + layers, f"batch {flags['batch']}{length}"]
+        title = MODELS[flags["model"]].title
+        parts += [f"{title}{layers}", f"batch {flags['batch']}{length}"]
     parts.append(f"active fraction {flags['active_fraction']}")
     parts += {"auto": [], "yes": ["XLA"], "no": ["not compiled"]}[flags["jit_compile"]]
     parts += ["each method in a process of its own"] if flags.get("alone") else []
@@ -28,12 +24,7 @@ def setting(flags: dict) -> str:
 
 
 def draw(timed: list[dict], file: pathlib.Path) -> None:
-    """Draws the ratios as bars, with their standard error: a panel for each setting.
-
-    Args:
-        timed: Results of the command `time`.
-        file: Where to write it; the ending says in which format.
-    """
+    """Draws the ratios of results of `time`, with their standard errors."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -67,6 +58,5 @@ def draw(timed: list[dict], file: pathlib.Path) -> None:
         axis.set_title(name, fontsize=9)
         axis.legend(fontsize=8)
     figure.tight_layout()
-    metadata = {"Date": None} if file.suffix == ".svg" else None
-    figure.savefig(file, metadata=metadata)
+    figure.savefig(file, format="svg", metadata={"Date": None})
     plt.close(figure)

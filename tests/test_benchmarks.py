@@ -80,7 +80,10 @@ def test_time_and_the_report_of_it(tmp_path):
     assert "--json" not in timed["line"]
     assert f"| SL-SAM block | {row['mean']:.4f} |" in text
     assert f"{ratio['of_means']:.3f} ±" in text
-    assert picture.stat().st_size > 1000
+    # Each backend has its own color, also without the others.
+    own = {"jax": "#1f77b4", "tensorflow": "#ff7f0e", "torch": "#2ca02c"}
+    colors = {color for color in own.values() if color in picture.read_text()}
+    assert colors == {own[BACKEND]}
 
 
 def test_each_method_can_have_a_process_of_its_own(tmp_path, monkeypatch):
