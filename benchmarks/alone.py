@@ -14,13 +14,13 @@ import sys
 
 
 def measure(module: str, name: str, args: argparse.Namespace, **environment) -> dict:
-    """What `of_method(name, args)` of a module returns in a new process.
+    """What `benchmarks.MODULE.of_method(name, args)` returns in a new process.
 
     Args:
-        module: The module's name in this package.
+        module: The module's name.
         name: The method's name.
         args: The flags.
-        **environment: Variables of the environment that are set in the process.
+        **environment: Environment variables of the process.
 
     Raises:
         RuntimeError: if the process fails.

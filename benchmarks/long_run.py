@@ -25,35 +25,29 @@ THOUSAND = 1000
 WIDTH, BATCH = 16, 8
 
 
-class _Counted:
-    """A sampler that counts how often it drew each arm."""
+def _counted(sampler):
+    """A subclass of a sampler's class that counts how often it drew each arm."""
 
-    def build(self, num_arms):
-        super().build(num_arms)
-        self.counts = keras.Variable(
-            np.zeros(num_arms), dtype="int32", trainable=False, name="counts"
-        )
+    class Counted(sampler):
+        def build(self, num_arms):
+            super().build(num_arms)
+            zeros = np.zeros(num_arms)
+            self.counts = keras.Variable(zeros, dtype="int32", trainable=False)
 
-    def draw(self):
-        mask = super().draw()
-        self.counts.assign_add(keras.ops.cast(mask, "int32"))
-        return mask
+        def draw(self):
+            mask = super().draw()
+            self.counts.assign_add(keras.ops.cast(mask, "int32"))
+            return mask
 
-
-class _Bandit(_Counted, samplers.Bandit):
-    pass
-
-
-class _Proportional(_Counted, samplers.Proportional):
-    pass
+    return Counted
 
 
 # The sampler, and whether a step has one pass only.
 METHODS = {
     "SAM": None,
-    "SL-SAM bandit": (_Bandit, False),
-    "SL-SAM proportional": (_Proportional, False),
-    "SL+S2 bandit": (_Bandit, True),
+    "SL-SAM bandit": (_counted(samplers.Bandit), False),
+    "SL-SAM proportional": (_counted(samplers.Proportional), False),
+    "SL+S2 bandit": (_counted(samplers.Bandit), True),
 }
 
 
@@ -92,13 +86,13 @@ def _prepare(name, args):
         model.add(keras.layers.BatchNormalization())
         model.add(keras.layers.Dropout(0.1))
     model.add(keras.layers.Dense(1))
-    optimizer = keras_slsam.SAM(keras.optimizers.AdamW(1e-3))
-    if METHODS[name]:
-        make, single_step = METHODS[name]
-        sampler = make(args.active_fraction, seed=args.seed)
-        optimizer = keras_slsam.SLSAM(
-            keras.optimizers.AdamW(1e-3), sampler=sampler, single_step=single_step
-        )
+    base = keras.optimizers.AdamW(1e-3)
+    if name == "SAM":
+        optimizer = keras_slsam.SAM(base)
+    else:
+        counted, single_step = METHODS[name]
+        sampler = counted(args.active_fraction, seed=args.seed)
+        optimizer = keras_slsam.SLSAM(base, sampler=sampler, single_step=single_step)
     model = keras_slsam.sharpness_aware(model)
     model.compile(optimizer, "mse", jit_compile=methods.JIT_COMPILE[args.jit_compile])
     return model, optimizer
@@ -107,16 +101,17 @@ def _prepare(name, args):
 def rows(result: dict):
     """The table: a row for each method, of the first thousand steps and the last."""
     for name, row in result["methods"].items():
-
-        def ends(key, cell):
-            first, last = (cell(row[key][i]) for i in (0, -1))  # noqa: B023
-            return first if first == last == "-" else f"{first}, {last}"
-
+        milliseconds = [1000 * seconds for seconds in row["seconds"]]
         yield {
             "method": name,
-            "ms per step": ends("seconds", lambda s: cells.number(1000 * s, 2)),
-            "resident, MB": ends("resident", cells.megabytes),
-            "tensors": ends("tensors", cells.number),
+            "ms per step": _ends(milliseconds, lambda ms: cells.number(ms, 2)),
+            "resident, MB": _ends(row["resident"], cells.megabytes),
+            "tensors": _ends(row["tensors"], cells.number),
             "traces": cells.number(row["traces"]),
             "drawn": cells.number(row["drawn"] and min(row["drawn"])),
         }
+
+
+def _ends(values, cell):
+    """The first and the last value."""
+    return "-" if values[0] is None else f"{cell(values[0])}, {cell(values[-1])}"

@@ -94,18 +94,18 @@ def tables(results: list[dict]) -> str:
         backend = {"backend": picture.BACKENDS[result["backend"]]}
         of_setting = found.setdefault(picture.setting(result["flags"]), [])
         of_setting.extend({**backend, **row} for row in rows)
-    return "\n\n".join(f"{name}:\n\n{markdown(rows)}" for name, rows in found.items())
+    titled = (f"{title}:\n\n{markdown(rows)}" for title, rows in found.items())
+    return "\n\n".join(titled)
 
 
 def _origins(results):
     """The commands that were run, where, and with which versions."""
+    machine = "{processor}, {cpus} CPUs, on {device}"
     return markdown(
         [
             {
                 "command": f"`KERAS_BACKEND={result['backend']} {result['line']}`",
-                "machine": "{processor}, {cpus} CPUs, on {device}".format(
-                    **result["machine"]
-                ),
+                "machine": machine.format(**result["machine"]),
                 "versions": ", ".join(map(" ".join, result["versions"].items())),
             }
             for result in results

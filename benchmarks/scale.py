@@ -61,22 +61,18 @@ def rows(result: dict):
         column: [row["times"][name][part] for row in result["rows"]]
         for column, (name, part) in SECONDS.items()
     }
-    table = []
     for i, row in enumerate(result["rows"]):
         resident = {k: v["resident"]["later_steps"] for k, v in row["memory"].items()}
-        table.append(
-            {
-                "layers": str(row["layers"]),
-                "arms": str(row["arms"]),
-                "SL-SAM / SAM": cells.ratio(row["ratio"]),
-                "conditions": cells.number(row["conditions"]),
-                **{
-                    name: cells.number(values[i], 1) for name, values in seconds.items()
-                },
-                "resident, MB": cells.megabytes(resident[SPARSE]),
-                "of SAM, MB": cells.megabytes(resident[DENSE]),
-            }
-        )
+        cells_of_depth = {
+            "layers": str(row["layers"]),
+            "arms": str(row["arms"]),
+            "SL-SAM / SAM": cells.ratio(row["ratio"]),
+            "conditions": cells.number(row["conditions"]),
+            **{k: cells.number(found[i], 1) for k, found in seconds.items()},
+            "resident, MB": cells.megabytes(resident[SPARSE]),
+            "of SAM, MB": cells.megabytes(resident[DENSE]),
+        }
+        yield cells_of_depth
     depths = [row["layers"] for row in result["rows"]]
     powers = {k: cells.number(power(depths, found), 2) for k, found in seconds.items()}
-    return [*table, {**dict.fromkeys(table[0], "-"), "layers": "power", **powers}]
+    yield {**dict.fromkeys(cells_of_depth, "-"), "layers": "power", **powers}
