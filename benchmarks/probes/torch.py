@@ -3,7 +3,6 @@
 import gc
 import weakref
 
-import keras
 import torch
 
 # It sees every operation, as `torch.utils.flop_counter` does; no public name has it.
@@ -54,11 +53,13 @@ class _LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         results = function(*args, **kwargs)
-        for value in keras.tree.flatten((args, kwargs, results)):
-            self.see(value)
+        self.see((*args, *kwargs.values(), results))
         return results
 
     def see(self, value):
+        if isinstance(value, (list, tuple)):
+            for item in value:
+                self.see(item)
         if not torch.is_tensor(value):
             return
         storage = value.untyped_storage()
