@@ -1,4 +1,4 @@
-"""The gradients of all arms on JAX, as one program that runs what the mask asks for.
+"""The gradients of all arms on JAX, in one program that skips inactive arms.
 
 The loss and all its gradients are traced once, to a jaxpr, which `partition` sorts by
 the arms that need its equations. Each set of arms becomes one `jax.lax.cond` on "any of
@@ -7,17 +7,21 @@ these is active". A loop (`scan`, `while`) or a `cond` of the model is one equat
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend import core
+from jax.extend.core import primitives
 
 from keras_slsam.gradients import jax_layout
 from keras_slsam.gradients import jax_recompute
 from keras_slsam.gradients import partition
 
 # Calls of a traced function, by the name of the primitive, and the parameter that holds
-# its jaxpr. What `jax.checkpoint` recomputes stays apart from the forward pass:
-# conditions do that.
-CALLS = {"jit": "jaxpr", "closed_call": "call_jaxpr", "remat2": "jaxpr"}
+# its jaxpr. That of `jax.checkpoint` has no public name. What it recomputes stays apart
+# from the forward pass: conditions do that.
+CALLS = {
+    primitives.jit_p.name: "jaxpr",
+    primitives.closed_call_p.name: "call_jaxpr",
+    "remat2": "jaxpr",
+}
 
 
 class Program:
@@ -107,9 +111,7 @@ class Program:
 
     def _any_active(self, sets):
         """For each set of arms, whether one of them is active: scalar arrays."""
-        count, sets = len(self._active), list(sets)
-        rows = [partition.members(arms, count) for arms in sets]
-        rows = np.array(rows, bool).reshape(-1, count)
+        rows = partition.membership(sets, len(self._active))
         return dict(zip(sets, jnp.any(jnp.array(self._active) & rows, axis=1)))
 
     def _results(self, values):

@@ -23,31 +23,12 @@ FREE = {
 
 # These cost no more than to write their result down and read it again.
 _LIGHT = FREE | {
-    primitives.abs_p,
-    primitives.add_jaxvals_p,
-    primitives.add_p,
-    primitives.and_p,
-    primitives.convert_element_type_p,
-    primitives.copy_p,
-    primitives.div_p,
-    primitives.eq_p,
-    primitives.ge_p,
-    primitives.gt_p,
-    primitives.integer_pow_p,
-    primitives.le_p,
-    primitives.lt_p,
-    primitives.max_p,
-    primitives.min_p,
-    primitives.mul_p,
-    primitives.ne_p,
-    primitives.neg_p,
-    primitives.not_p,
-    primitives.or_p,
-    primitives.select_n_p,
-    primitives.sign_p,
-    primitives.square_p,
-    primitives.sub_p,
-    primitives.transpose_p,
+    getattr(primitives, f"{name}_p")
+    for name in (
+        *("abs", "add", "add_jaxvals", "and", "convert_element_type", "copy", "div"),
+        *("eq", "ge", "gt", "integer_pow", "le", "lt", "max", "min", "mul", "ne"),
+        *("neg", "not", "or", "select_n", "sign", "square", "sub", "transpose"),
+    )
 }
 
 

@@ -17,6 +17,8 @@ import functools
 import operator
 import typing
 
+import numpy as np
+
 
 @dataclasses.dataclass(eq=False)
 class Node:
@@ -166,6 +168,7 @@ def partition_passes(nodes, outputs, independent):
     return partition(nodes, [*outputs, *kept]), second, kept
 
 
-def members(arms, num_arms):
-    """The arms in a set, a list of bool."""
-    return [bool(arms >> arm & 1) for arm in range(num_arms)]
+def membership(sets, num_arms):
+    """Which sets hold which arms: boolean, of shape `(len(sets), num_arms)`."""
+    rows = [[arms >> arm & 1 for arm in range(num_arms)] for arms in sets]
+    return np.array(rows, bool).reshape(-1, num_arms)
