@@ -78,14 +78,14 @@ class Passes:
         if self._known:
             self._replay = replay(self._loss_fn.model)
             return self._of_known(weights)
-        self._program = jax_graph.Program(
+        self._gradients = jax_graph.Gradients(
             jax.value_and_grad(self._loss_fn, has_aux=True),
             weights,
             self._arms,
             self._active,
             self._twice,
         )
-        return self._program.run(weights)
+        return self._gradients.first(weights)
 
     def second(self, weights):
         """The gradients at other values of the active weights.
@@ -98,7 +98,7 @@ class Passes:
         """
         if self._known:
             return self._of_known(weights)[1]
-        return self._program.run_again(weights)[1]
+        return self._gradients.second(weights)[1]
 
     def _of_known(self, weights):
         """Differentiates with respect to the active weights only."""

@@ -13,6 +13,7 @@ from jax.extend.core import primitives
 from keras_slsam.gradients import jax_layout
 from keras_slsam.gradients import jax_recompute
 from keras_slsam.gradients import partition
+from keras_slsam.gradients import program
 
 # Calls of a traced function, by the name of the primitive, and the parameter that holds
 # its jaxpr. That of `jax.checkpoint` has no public name. What it recomputes stays apart
@@ -24,7 +25,7 @@ CALLS = {
 }
 
 
-class Program:
+class Gradients(program.Program):
     """A function of weights that gives a value and the gradient of each weight.
 
     Args:
@@ -37,34 +38,27 @@ class Program:
     """
 
     def __init__(self, function, weights, arms, active, twice):
-        self._arms, self._active = arms, active
         closed, shapes = jax.make_jaxpr(function, return_shape=True)(weights)
+        self._jaxpr = closed.jaxpr
         self._structure = jax.tree.structure(shapes)
-        self._inputs, self._effects = closed.jaxpr.invars, closed.jaxpr.effects
-        self._template = closed.jaxpr
-        equations, self._outputs, self._constants = inline(closed, self._inputs)
-        self._everyone = everyone = (1 << len(active)) - 1
-        sets = [everyone] * (len(self._outputs) - len(arms)) + [
-            1 << arm for arm in arms
-        ]
-        needs = {}
-        for v, arms_of_v in zip(self._outputs, sets):
-            if not isinstance(v, core.Literal):
-                needs[v] = needs.get(v, 0) | arms_of_v
+        equations, outputs, self._constants = inline(closed, closed.jaxpr.invars)
+        for i, v in enumerate(outputs):
+            if isinstance(v, core.Literal):
+                outputs[i] = core.Var(v.aval)
+                self._constants[outputs[i]] = jnp.asarray(v.val, v.aval.dtype)
         nodes = [_node(equation) for equation in equations]
         independent = set()
         if twice:
-            independent = partition.find_independent(nodes, self._inputs)
-        partition.mark(nodes, needs, everyone, independent)
-        given = [*self._inputs, *self._constants]
-        jax_recompute.mark(nodes, given, needs, everyone)
-        partition.place_free(nodes, needs, everyone)
-        self._parts, self._parts_again, self._kept = partition.partition_passes(
-            nodes, list(needs), independent
-        )
-        self._sets = {v: node.arms for node in nodes for v in node.makes}
+            independent = partition.find_independent(nodes, closed.jaxpr.invars)
+        everyone = (1 << len(active)) - 1
+        needs = [everyone] * (len(outputs) - len(arms)) + [1 << arm for arm in arms]
+        super().__init__(nodes, outputs, needs, active, independent)
 
-    def run(self, weights):
+    def choose_copied(self, nodes, outputs):
+        given = [*self._jaxpr.invars, *self._constants]
+        jax_recompute.mark(nodes, given, outputs, self._everyone)
+
+    def first(self, weights):
         """The value and the gradients at the given weights.
 
         Args:
@@ -73,62 +67,28 @@ class Program:
         Returns:
             What the function returns; the gradients of inactive arms are zero.
         """
-        self._values = self._evaluate(self._parts, weights, {})
-        return self._results(self._values)
+        return jax.tree.unflatten(self._structure, self.run(self._given(weights)))
 
-    def run_again(self, weights):
-        """The same at weights of which the inactive ones are those of `run`."""
-        return self._results(self._evaluate(self._parts_again, weights, self._values))
+    def second(self, weights):
+        """The same at weights of which the inactive ones are those of `first`."""
+        return jax.tree.unflatten(self._structure, self.run_again(self._given(weights)))
 
-    def _evaluate(self, parts, weights, before):
-        wanted = self._any_active({part.arms for part in parts} - {self._everyone})
-        values = {**self._constants, **dict(zip(self._inputs, weights))}
-        if before:
-            values.update((v, before[v]) for v in self._kept)
-        for part in parts:
-            work = core.jaxpr_as_fun(core.ClosedJaxpr(self._jaxpr(part), ()))
-            arguments = [values[v] for v in part.inputs]
-            if part.arms == self._everyone:
-                results = work(*arguments)
-            else:
-                otherwise = _zeros_like(part.outputs)
-                if before and part.arms.bit_count() == 1:
-                    # The zero gradient of a single arm is there: nothing is copied.
-                    otherwise = _always([before[v] for v in part.outputs])
-                on = wanted[part.arms]
-                results = jax.lax.cond(on, work, otherwise, *arguments)
-            values.update(zip(part.outputs, results))
-        return values
+    def _given(self, weights):
+        return {**self._constants, **dict(zip(self._jaxpr.invars, weights))}
 
-    def _jaxpr(self, part):
-        return self._template.replace(
+    def place(self, part, values):
+        jaxpr = self._jaxpr.replace(
             constvars=(),
             invars=part.inputs,
             outvars=part.outputs,
             eqns=[node.work for node in part.nodes],
-            effects=self._effects if part.arms == self._everyone else frozenset(),
+            effects=self._jaxpr.effects if part.arms == self._everyone else frozenset(),
         )
+        work = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))
+        return work(*(values[v] for v in part.inputs))
 
-    def _any_active(self, sets):
-        """For each set of arms, whether one of them is active: scalar arrays."""
-        rows = partition.membership(sets, len(self._active))
-        return dict(zip(sets, jnp.any(jnp.array(self._active) & rows, axis=1)))
-
-    def _results(self, values):
-        leaves = [
-            jnp.asarray(v.val, v.aval.dtype)
-            if isinstance(v, core.Literal)
-            else values[v]
-            for v in self._outputs
-        ]
-        value, gradients = jax.tree.unflatten(self._structure, leaves)
-        found = self._outputs[len(self._outputs) - len(gradients) :]
-        for i, (v, arm) in enumerate(zip(found, self._arms)):
-            # Not made for this arm alone: a loop yields the gradients of all its
-            # weights, the terms of a sum have the same gradient.
-            if isinstance(v, core.Literal) or self._sets.get(v) != 1 << arm:
-                gradients[i] = jnp.where(self._active[arm], gradients[i], 0)
-        return value, gradients
+    def zeros(self, part, work):
+        return [jnp.zeros(v.aval.shape, v.aval.dtype) for v in part.outputs]
 
 
 def inline(jaxpr, inputs):
@@ -182,11 +142,3 @@ def _has_zeros(variable):
     return isinstance(variable.aval, jax.core.ShapedArray) and not (
         jax.dtypes.issubdtype(variable.aval.dtype, jax.dtypes.extended)
     )
-
-
-def _zeros_like(variables):
-    return lambda *_: [jnp.zeros(v.aval.shape, v.aval.dtype) for v in variables]
-
-
-def _always(values):
-    return lambda *_: values

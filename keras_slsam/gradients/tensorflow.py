@@ -86,7 +86,7 @@ class Passes:
             self._replay = replay(self._loss_fn.model)
             return self._run(weights)
         self._trace()
-        return self._results(self._program.run(weights), weights)
+        return self._results(self._gradients.first(weights), weights)
 
     def second(self, weights):
         """The gradients at other values of the active weights.
@@ -102,7 +102,7 @@ class Passes:
         """
         if self._eager:
             return self._run(weights)[1]
-        return self._results(self._program.run_again(weights), weights)[1]
+        return self._results(self._gradients.second(weights), weights)[1]
 
     def _run(self, weights):
         own = [v.value for v in self._loss_fn.variables]
@@ -132,19 +132,21 @@ class Passes:
         self._outputs = value, gradients = traced.structured_outputs
         check_state(traced, self._loss_fn.state)
 
-        everyone = (1 << len(self._active)) - 1
-        needs = [(t, everyone) for t in tf.nest.flatten(value, True) if tf.is_tensor(t)]
-        own = [1 << arm for arm in self._arms]
-        for weight, arms, gradient in zip(variables, own, gradients):
+        outputs = [t for t in tf.nest.flatten(value, True) if tf.is_tensor(t)]
+        needs = [(1 << len(self._active)) - 1] * len(outputs)
+        for weight, arm, gradient in zip(variables, self._arms, gradients):
             if isinstance(gradient, tf.IndexedSlices):
                 gradient.values.set_shape([None, *weight.shape[1:]])
-                needs += [(gradient.values, arms), (gradient.indices, arms)]
+                parts = [gradient.values, gradient.indices]
             else:
                 gradient.set_shape(weight.shape)
-                needs.append((gradient, arms))
-        self._program = tensorflow_graph.Program(
+                parts = [gradient]
+            outputs += parts
+            needs += [1 << arm] * len(parts)
+        self._gradients = tensorflow_graph.Gradients(
             traced,
             self._loss_fn.variables,
+            outputs,
             needs,
             self._active,
             self._twice,

@@ -8,12 +8,12 @@ A second run computes again what depends on the weights. What depends on none of
 or like noise on the sizes of values only, is that of the first.
 """
 
-import functools
 import graphlib
 
 import tensorflow as tf
 
 from keras_slsam.gradients import partition
+from keras_slsam.gradients import program
 from keras_slsam.gradients import tensorflow_names as names
 
 # Types that have no zeros.
@@ -23,46 +23,34 @@ _HANDLES = {tf.resource, tf.string, tf.variant}
 _LARGE = 4096
 
 
-class Program:
+class Gradients(program.Program):
     """A traced function of weights, to be put into the surrounding graph.
 
     Args:
         traced: The function, without arguments; what it reads was captured.
         variables: List of `keras.Variable`, the weights.
-        needs: List of `(tensor, arms)`: tensors of the function, and the set of
-            arms that needs each.
+        outputs: List of tensors of the function.
+        needs: List of int, the set of arms that needs each.
         active: List of scalar boolean tensors, one per arm.
         twice: bool, whether there may be a second run.
         jit_compile: bool, whether XLA compiles the surrounding graph.
     """
 
-    def __init__(self, traced, variables, needs, active, twice, jit_compile):
+    def __init__(self, traced, variables, outputs, needs, active, twice, jit_compile):
         self._traced = traced
-        self._active = active
         self._jit_compile = jit_compile
-        self._everyone = everyone = (1 << len(active)) - 1
         self._weights, self._shadows = _find_weights(traced, variables)
-        self._source = source = _Source(traced.graph, self._weights)
-        self._needs = [(tensor.name, arms) for tensor, arms in needs]
-        outputs = {}
-        for name, arms in self._needs:
-            outputs[name] = outputs.get(name, 0) | arms
-        nodes = _nodes(source, outputs)
+        self._source = _Source(traced.graph, self._weights)
+        outputs = [tensor.name for tensor in outputs]
+        nodes = _nodes(self._source, set(outputs))
         independent = set()
         if twice:
-            same = _find_same(source, self._weights)
+            same = _find_same(self._source, self._weights)
             independent = {node for node in nodes if node.work in same}
-        partition.mark(nodes, outputs, everyone, independent)
-        partition.place_free(nodes, outputs, everyone)
-        self._parts, self._parts_again, self._kept = partition.partition_passes(
-            nodes, list(outputs), independent
-        )
-        self._sets = {name: node.arms for node in nodes for name in node.makes}
-        sets = {part.arms for part in [*self._parts, *self._parts_again]}
-        self._any_active = _any_active(tf.stack(active), sets - {everyone})
+        super().__init__(nodes, outputs, needs, active, independent)
 
-    def run(self, weights):
-        """The values of the tensors in `needs` at the given weights.
+    def first(self, weights):
+        """The values of the outputs at the given weights.
 
         Args:
             weights: List of tensors.
@@ -70,14 +58,18 @@ class Program:
         Returns:
             List of tensors, zero where none of their arms is active.
         """
-        self._values = self._evaluate(self._parts, weights, {})
-        return self._results(self._values)
+        return self._shaped(self.run(self._given(weights)))
 
-    def run_again(self, weights):
-        """The same at weights of which the inactive ones are those of `run`."""
-        return self._results(self._evaluate(self._parts_again, weights, self._values))
+    def second(self, weights):
+        """The same at weights of which the inactive ones are those of `first`."""
+        return self._shaped(self.run_again(self._given(weights)))
 
-    def _evaluate(self, parts, weights, before):
+    def _shaped(self, results):
+        for name, tensor in zip(self._outputs, results):
+            tensor.set_shape(self._source.tensors[name].shape)
+        return results
+
+    def _given(self, weights):
         surrounding = tf.compat.v1.get_default_graph()
         # Keeps alive what it calls, like the bodies of loops.
         self._traced.add_to_graph(surrounding)
@@ -91,44 +83,20 @@ class Program:
             values[inner.name] = surrounding.capture(tensor)
         for read, i in self._weights.items():
             values[read.outputs[0].name] = weights[i]
-        if before:
-            values.update((name, before[name]) for name in self._kept)
-        for part in parts:
-            work = functools.partial(self._source.place, part, values)
-            if part.arms == self._everyone:
-                made = work()
-            else:
-                skip = functools.partial(self._zeros, part, work)
-                if before and part.arms.bit_count() == 1:
-                    # The zero gradient of a single arm is there: nothing is written.
-                    skip = functools.partial(_of, part.outputs, before)
-                made = tf.cond(self._any_active[part.arms], work, skip)
-            for name in part.outputs:
-                made[name].set_shape(self._source.tensors[name].shape)
-            values.update(made)
         return values
 
-    def _zeros(self, part, work):
-        """What stands in for `work` where it is skipped: a dict like its result."""
+    def place(self, part, values):
+        return self._source.place(part, values)
+
+    def zeros(self, part, work):
         tensors = [self._source.tensors[name] for name in part.outputs]
         if self._jit_compile and not all(t.shape.is_fully_defined() for t in tensors):
             # For XLA both branches must have one shape, which it takes from the work;
             # that is then dead, and removed.
-            return {name: tf.zeros_like(value) for name, value in work().items()}
+            return [tf.zeros_like(value) for value in work()]
         # An unknown size may be 0: all that reads these zeros is skipped as well.
         shapes = [[n or 0 for n in t.shape] if t.shape.rank else [] for t in tensors]
-        return {t.name: tf.zeros(shape, t.dtype) for t, shape in zip(tensors, shapes)}
-
-    def _results(self, values):
-        def result(name, arms):
-            value = values[name]
-            if self._sets.get(name, self._everyone) == arms:
-                return value
-            # Made for others too: by a loop, or for a sum of several weights.
-            active = self._active[arms.bit_length() - 1]
-            return tf.where(active, value, tf.zeros_like(value))
-
-        return [result(name, arms) for name, arms in self._needs]
+        return [tf.zeros(shape, t.dtype) for t, shape in zip(tensors, shapes)]
 
 
 class _Source:
@@ -164,8 +132,10 @@ class _Source:
             values: Dict from names of the part's inputs to tensors.
 
         Returns:
-            Dict from names of the part's outputs to tensors.
+            List of tensors, the part's outputs.
         """
+        for name in part.inputs:
+            values[name].set_shape(self.tensors[name].shape)  # a condition loses it
         piece = tf.compat.v1.GraphDef(versions=self._versions)
         present = {node.work for node in part.nodes}
         for op in (node.work for node in part.nodes):
@@ -188,7 +158,7 @@ class _Source:
         )
         for name, copy in zip(part.outputs, found):
             copy.set_shape(self.tensors[name].shape)
-        return dict(zip(part.outputs, found))
+        return found
 
 
 def _find_weights(traced, variables):
@@ -230,7 +200,7 @@ def _nodes(source, outputs):
 
     Args:
         source: `_Source`.
-        outputs: Names of the tensors that are asked for.
+        outputs: Set of the names of tensors that are asked for.
 
     Returns:
         List of `partition.Node`s.
@@ -253,7 +223,7 @@ def _nodes(source, outputs):
         )
         # Arithmetic on constants and shapes is copied: XLA must know its results, and
         # Grappler makes use of them.
-        node.copied = outputs.keys().isdisjoint(node.makes) and (
+        node.copied = outputs.isdisjoint(node.makes) and (
             source.is_small_constant(op)
             or op.type in names.SHAPES
             or bool(producers and producers <= copied and _is_small_and_pure(op))
@@ -301,16 +271,6 @@ def _has_state(op):
     """Whether data may also flow through a state, like that of a variable."""
     handles = any(t.dtype in _HANDLES for t in [*op.inputs, *op.outputs])
     return op.op_def.is_stateful or handles
-
-
-def _any_active(active, sets):
-    """For each set of arms, whether one of them is active: scalar boolean tensors."""
-    on = tf.reduce_any(active & partition.membership(sets, active.shape[0]), axis=1)
-    return dict(zip(sets, tf.unstack(on, len(sets))))
-
-
-def _of(names_of_values, values):
-    return {name: values[name] for name in names_of_values}
 
 
 def _is_small_and_pure(op):
