@@ -155,6 +155,24 @@ def test_nodes_with_effects_run_once_in_each_pass():
                 assert all(counts[n] == 1 for n in nodes if n.always)
 
 
+@pytest.mark.parametrize("probability", [0.01, 0.05, 0.2, 0.5, 0.8])
+def test_a_set_that_is_hardly_ever_inactive_has_no_condition(probability):
+    most = int(partition.most_arms(probability))
+    assert (1 - probability) ** most >= partition.RARELY * (1 - 1e-9)
+    assert (1 - probability) ** (most + 1) < partition.RARELY
+    assert partition.most_arms(0.0) == float("inf")
+    assert partition.most_arms(1.0) == 1
+
+    chain = [Node(i, [i], [i + 1, -i - 1]) for i in range(6)]
+    needs = {-i - 1: 1 << i for i in range(6)}
+    partition.mark(chain, needs, (1 << 7) - 1, most=3)
+    assert [node.arms for node in chain] == [0b1111111] * 3 + [
+        0b111000,
+        0b110000,
+        1 << 5,
+    ]
+
+
 def test_free_nodes_need_no_part_of_their_own():
     view = Node("view", ["b"], ["c"], free=True)
     chain = [Node("work", ["a"], ["b"]), view, Node("more", ["c"], ["d"])]

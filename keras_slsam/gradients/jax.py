@@ -43,16 +43,26 @@ class Passes:
         loss_fn: Pure function from a list of arrays to `(loss, aux)` with a scalar
             `loss` and any structure `aux` of arrays.
         arms: List of int, the arm of each weight.
-        active: List, one entry an arm: bools, or scalar boolean arrays of which at
+        active: List, one entry per arm: bools, or scalar boolean arrays of which at
             least one will be true.
         twice: bool, whether there may be a second pass.
         jit_compile: Ignored, a traced step is compiled anyway.
+        min_probability: Float, the least probability that an arm is active in a step,
+            0 if that is not known.
 
     Raises:
         ValueError: with several processes.
     """
 
-    def __init__(self, loss_fn, arms, active, twice=True, jit_compile=False):
+    def __init__(
+        self,
+        loss_fn,
+        arms,
+        active,
+        twice=True,
+        jit_compile=False,
+        min_probability=0.0,
+    ):
         if jax.process_count() > 1:
             raise ValueError(
                 "Sharpness-aware steps in several processes of JAX are not supported "
@@ -62,6 +72,7 @@ class Passes:
         self._arms = arms
         self._active = active
         self._twice = twice
+        self._min_probability = min_probability
         self._known = all(isinstance(on, bool) for on in active)
 
     def first(self, weights):
@@ -84,6 +95,7 @@ class Passes:
             self._arms,
             self._active,
             self._twice,
+            self._min_probability,
         )
         return self._gradients.first(weights)
 

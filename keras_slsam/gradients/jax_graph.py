@@ -35,9 +35,10 @@ class Gradients(program.Program):
         arms: List of int, the arm of each weight.
         active: List of scalar boolean arrays, one per arm.
         twice: bool, whether there may be a second run.
+        min_probability: Float, the least probability that an arm is active, or 0.
     """
 
-    def __init__(self, function, weights, arms, active, twice):
+    def __init__(self, function, weights, arms, active, twice, min_probability):
         closed, shapes = jax.make_jaxpr(function, return_shape=True)(weights)
         self._jaxpr = closed.jaxpr
         self._structure = jax.tree.structure(shapes)
@@ -52,7 +53,7 @@ class Gradients(program.Program):
             independent = partition.find_independent(nodes, closed.jaxpr.invars)
         everyone = (1 << len(active)) - 1
         needs = [everyone] * (len(outputs) - len(arms)) + [1 << arm for arm in arms]
-        super().__init__(nodes, outputs, needs, active, independent)
+        super().__init__(nodes, outputs, needs, active, independent, min_probability)
 
     def choose_copied(self, nodes, outputs):
         given = [*self._jaxpr.invars, *self._constants]

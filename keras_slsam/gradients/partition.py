@@ -14,10 +14,14 @@ A set of arms is an int with one bit per arm.
 import collections
 import dataclasses
 import functools
+import math
 import operator
 import typing
 
 import numpy as np
+
+# What is skipped in fewer steps than this share is not worth a condition.
+RARELY = 0.01
 
 
 @dataclasses.dataclass(eq=False)
@@ -75,7 +79,21 @@ def find_independent(nodes, weights):
     return found
 
 
-def mark(nodes, needs, everyone, independent=frozenset()):
+def most_arms(min_probability):
+    """The most arms that are worth a condition: with more, one is nearly always active.
+
+    Args:
+        min_probability: Float, the least probability that an arm is active, 0 if that
+            is not known.
+
+    Returns:
+        Float, at least 1.
+    """
+    inactive = math.log1p(-min(min_probability, 1 - 1e-12))
+    return max(math.log(RARELY) / inactive, 1.0) if inactive else math.inf
+
+
+def mark(nodes, needs, everyone, independent=frozenset(), most=math.inf):
     """Finds the arms that need each node.
 
     Args:
@@ -83,12 +101,14 @@ def mark(nodes, needs, everyone, independent=frozenset()):
         needs: Dict from the graph's outputs to the sets of arms that need them.
         everyone: int, the set of all arms.
         independent: Set of nodes that the second pass does not run.
+        most: Number, the most arms under one condition.
     """
     arms_of, readers = collections.defaultdict(int, needs), collections.defaultdict(set)
     for node in reversed(nodes):
         arms = functools.reduce(operator.or_, [arms_of[v] for v in node.makes], 0)
         here = arms, node in independent
-        if node.always or any(readers[v] - {here} for v in node.local):
+        crosses = any(readers[v] - {here} for v in node.local)
+        if node.always or crosses or arms.bit_count() > most:
             arms = everyone
         node.arms = arms
         for value in node.reads if arms else ():

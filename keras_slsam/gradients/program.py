@@ -20,15 +20,17 @@ class Program:
         needs: List of int, the sets of arms that need them: all arms, or one.
         active: List of scalar boolean tensors, one per arm.
         independent: Set of nodes that a second run need not compute again.
+        min_probability: Float, the least probability that an arm is active, or 0.
     """
 
-    def __init__(self, nodes, outputs, needs, active, independent):
+    def __init__(self, nodes, outputs, needs, active, independent, min_probability):
         self._outputs, self._needs, self._active = outputs, needs, active
         self._everyone = (1 << len(active)) - 1
         wanted = {}
         for value, arms in zip(outputs, needs):
             wanted[value] = wanted.get(value, 0) | arms
-        partition.mark(nodes, wanted, self._everyone, independent)
+        most = partition.most_arms(min_probability)
+        partition.mark(nodes, wanted, self._everyone, independent, most)
         self.choose_copied(nodes, wanted)
         partition.place_free(nodes, wanted, self._everyone)
         self._parts, self._parts_again, self._kept = partition.partition_passes(

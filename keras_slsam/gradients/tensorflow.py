@@ -39,17 +39,27 @@ class Passes:
     Args:
         loss_fn: `Loss`.
         arms: List of int, the arm of each weight.
-        active: List with one entry an arm: bools, or scalar boolean tensors of
+        active: List with one entry per arm: bools, or scalar boolean tensors of
             the surrounding graph, of which at least one is true.
         twice: bool, whether there may be a second pass.
         jit_compile: bool, whether XLA compiles the surrounding graph.
+        min_probability: Float, the least probability that an arm is active in a step,
+            0 if that is not known.
 
     Raises:
         ValueError: with several replicas, whose gradients would have to be exchanged,
             and under a strategy that assigns to no variable in a condition.
     """
 
-    def __init__(self, loss_fn, arms, active, twice=True, jit_compile=False):
+    def __init__(
+        self,
+        loss_fn,
+        arms,
+        active,
+        twice=True,
+        jit_compile=False,
+        min_probability=0.0,
+    ):
         strategy = tf.distribute.get_strategy()
         replicas = strategy.num_replicas_in_sync
         one_device = isinstance(strategy, tf.distribute.OneDeviceStrategy)
@@ -69,6 +79,7 @@ class Passes:
         self._arms = arms
         self._active = active
         self._twice = twice
+        self._min_probability = min_probability
         self._jit_compile = jit_compile
 
     def first(self, weights):
@@ -151,6 +162,7 @@ class Passes:
             self._active,
             self._twice,
             self._jit_compile,
+            self._min_probability,
         )
 
     def _results(self, tensors, weights):

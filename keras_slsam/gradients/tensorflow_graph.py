@@ -33,10 +33,21 @@ class Gradients(program.Program):
         needs: List of int, the set of arms that needs each.
         active: List of scalar boolean tensors, one per arm.
         twice: bool, whether there may be a second run.
+        min_probability: Float, the least probability that an arm is active, or 0.
         jit_compile: bool, whether XLA compiles the surrounding graph.
     """
 
-    def __init__(self, traced, variables, outputs, needs, active, twice, jit_compile):
+    def __init__(
+        self,
+        traced,
+        variables,
+        outputs,
+        needs,
+        active,
+        twice,
+        jit_compile,
+        min_probability,
+    ):
         self._traced = traced
         self._jit_compile = jit_compile
         self._weights, self._shadows = _find_weights(traced, variables)
@@ -47,7 +58,7 @@ class Gradients(program.Program):
         if twice:
             same = _find_same(self._source, self._weights)
             independent = {node for node in nodes if node.work in same}
-        super().__init__(nodes, outputs, needs, active, independent)
+        super().__init__(nodes, outputs, needs, active, independent, min_probability)
 
     def first(self, weights):
         """The values of the outputs at the given weights.
