@@ -85,6 +85,7 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
             active,
             twice=not optimizer.single_step,
             jit_compile=model.jit_compile,
+            min_probability=optimizer.sampler.min_probability,
         )
         weights = [backend.read(v) for v in variables]  # w
         if optimizer.single_step:
