@@ -208,6 +208,21 @@ def test_any_number_of_arms_saves_what_is_inactive(compile_step):
     assert count(gradients, mask) == products * 2 * BATCH * width * width
 
 
+def test_what_is_hardly_ever_skipped_has_no_condition():
+    chain = [layers.Dense(5, use_bias=False) for _ in range(4)]
+    model = keras.Sequential([keras.Input((5,)), *chain, layers.Dense(3)])
+    model.layers[-1].trainable = False
+    sampler = Replay([[False, False, False, True]])
+    sampler.min_probability = 0.85  # three are inactive in 0.3 % of all steps
+    optimizer = keras_slsam.SLSAM("sgd", sampler=sampler, single_step=True)
+    x = np.ones((BATCH, 5), "float32")
+    one, last = 2 * BATCH * 5 * 5, 2 * BATCH * 5 * 3
+    # Forward, backward through the last layer, one gradient; to the third layer's
+    # output, which three arms need, also where none of these is active.
+    backward = one * (BACKEND != "torch")
+    assert executed(model, optimizer, x) == 4 * one + 2 * last + one + backward
+
+
 @pytest.mark.parametrize("make", [dense_chain, transformer])
 def test_dense_methods_execute_all(make):
     model, products, x = make()
