@@ -47,6 +47,10 @@ class Sampler:
     #: Probability of each arm in the next draw, shape `(num_arms,)`, or `None`.
     probabilities = None
 
+    #: The least probability that an arm can have in a draw, 0 if that is not known. A
+    #: compiled step has no conditions for work that is left out in hardly any step.
+    min_probability: float = 0.0
+
     def build(self, num_arms: int) -> None:
         """Makes the sampler's variables.
 
@@ -190,6 +194,10 @@ class Uniform(_Independent):
     >>> sampler.draw().shape[0]
     4
     """
+
+    def __init__(self, active_fraction: float, seed: int | None = None) -> None:
+        super().__init__(active_fraction, seed)
+        self.min_probability = self.active_fraction
 
 
 @keras.saving.register_keras_serializable("keras_slsam")

@@ -83,6 +83,7 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
             arms.active,
             twice=not optimizer.single_step,
             jit_compile=model.jit_compile,
+            min_probability=optimizer.sampler.min_probability,
         )
         weights = [backend.read(v) for v in variables]  # w
 

@@ -108,6 +108,23 @@ def test_inactive_update_leaves_every_bit(compile_step):
     np.testing.assert_allclose(ops.convert_to_numpy(variable), before + 363.0)
 
 
+@pytest.mark.skipif(BACKEND != "jax", reason="JAX's literals")
+def test_gradients_may_be_constants(compile_step):
+    weights = [ops.ones(()), ops.ones(()), ops.ones((2,))]
+
+    @compile_step
+    def run(mask):
+        loss_fn = lambda weights: (weights[0] + 2.0, ())  # noqa: E731
+        passes = backend.Passes(loss_fn, one_each(3), backend.concrete(mask))
+        return passes.first(weights)[1], passes.second(weights)
+
+    for mask in ([True, True, False], [False, False, True]):
+        for gradients in run(ops.convert_to_tensor(mask)):
+            expected = [np.float32(mask[0]), np.float32(0.0), np.zeros(2, "float32")]
+            for gradient, value in zip(gradients, expected):
+                np.testing.assert_array_equal(gradient, value)
+
+
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="IndexedSlices are TensorFlow's")
 def test_embedding_gradients_stay_sparse():
     import tensorflow as tf

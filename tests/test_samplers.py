@@ -312,3 +312,10 @@ def test_config_round_trip(sampler):
 def test_bad_arguments_are_named(make, name):
     with pytest.raises(ValueError, match=f"`{name}`.*Received"):
         make()
+
+
+def test_samplers_tell_the_least_probability_of_an_arm():
+    assert samplers.Uniform(0.3).min_probability == 0.3
+    assert samplers.Proportional(0.3).min_probability == 0.05
+    assert samplers.Bandit(0.3).min_probability == 1e-8
+    assert samplers.Sampler().min_probability == 0.0

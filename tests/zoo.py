@@ -201,9 +201,9 @@ def loss():
 
 
 def loss_of(function, variables):
-    """A function of the weights, in the form that TensorFlow's passes take."""
+    """A function of the weights, in the form that the passes take."""
 
-    def loss_fn(weights, differentiate):
+    def loss_fn(weights, differentiate=lambda loss: None):
         loss = function(weights)
         differentiate(loss)
         return loss, ()

@@ -11,16 +11,17 @@ eagerly, others stand in for them.
 """
 
 import contextlib
-import contextvars
 
 import keras
 import tensorflow as tf
 
-# TensorFlow has no public name for what tells which variables are read, by anyone.
-from tensorflow.python.eager.record import VariableWatcher
-
 from keras_slsam.gradients import tensorflow_graph
+from keras_slsam.gradients import tensorflow_names as names
 from keras_slsam.gradients.replay import Replay
+from keras_slsam.gradients.tensorflow_build import build_first  # noqa: F401
+from keras_slsam.gradients.tensorflow_build import only_builds  # noqa: F401
+from keras_slsam.gradients.tensorflow_scope import Scope  # noqa: F401
+from keras_slsam.gradients.tensorflow_scope import check_state
 
 no_grad = contextlib.nullcontext
 can_compile = True
@@ -38,17 +39,27 @@ class Passes:
     Args:
         loss_fn: `Loss`.
         arms: List of int, the arm of each weight.
-        active: List with one entry an arm: bools, or scalar boolean tensors of
+        active: List with one entry per arm: bools, or scalar boolean tensors of
             the surrounding graph, of which at least one is true.
         twice: bool, whether there may be a second pass.
         jit_compile: bool, whether XLA compiles the surrounding graph.
+        min_probability: Float, the least probability that an arm is active in a step,
+            0 if that is not known.
 
     Raises:
         ValueError: with several replicas, whose gradients would have to be exchanged,
             and under a strategy that assigns to no variable in a condition.
     """
 
-    def __init__(self, loss_fn, arms, active, twice=True, jit_compile=False):
+    def __init__(
+        self,
+        loss_fn,
+        arms,
+        active,
+        twice=True,
+        jit_compile=False,
+        min_probability=0.0,
+    ):
         strategy = tf.distribute.get_strategy()
         replicas = strategy.num_replicas_in_sync
         one_device = isinstance(strategy, tf.distribute.OneDeviceStrategy)
@@ -68,6 +79,7 @@ class Passes:
         self._arms = arms
         self._active = active
         self._twice = twice
+        self._min_probability = min_probability
         self._jit_compile = jit_compile
 
     def first(self, weights):
@@ -85,7 +97,7 @@ class Passes:
             self._replay = replay(self._loss_fn.model)
             return self._run(weights)
         self._trace()
-        return self._results(self._program.run(weights), weights)
+        return self._results(self._gradients.first(weights), weights)
 
     def second(self, weights):
         """The gradients at other values of the active weights.
@@ -101,13 +113,13 @@ class Passes:
         """
         if self._eager:
             return self._run(weights)[1]
-        return self._results(self._program.run_again(weights), weights)[1]
+        return self._results(self._gradients.second(weights), weights)[1]
 
     def _run(self, weights):
         own = [v.value for v in self._loss_fn.variables]
         weights = [tf.Variable(w, name=v.name) for w, v in zip(weights, own)]
         wanted = [self._active[arm] for arm in self._arms]
-        with self._replay, VariableWatcher() as watcher:
+        with self._replay, names.VariableWatcher() as watcher:
             results = _record(self._loss_fn, weights, wanted)
         read = {id(v) for v in watcher.watched_variables()}
         for variable, value in zip(self._loss_fn.variables, own):
@@ -129,26 +141,28 @@ class Passes:
             lambda: _record(self._loss_fn, variables, wanted), autograph=False
         ).get_concrete_function()
         self._outputs = value, gradients = traced.structured_outputs
-        _check_state(traced, self._loss_fn.state)
+        check_state(traced, self._loss_fn.state)
 
-        everyone = (1 << len(self._active)) - 1
-        needs = [(t, everyone) for t in tf.nest.flatten(value, True) if tf.is_tensor(t)]
-        own = [1 << arm for arm in self._arms]
-        for weight, arms, gradient in zip(variables, own, gradients):
+        outputs = [t for t in tf.nest.flatten(value, True) if tf.is_tensor(t)]
+        needs = [(1 << len(self._active)) - 1] * len(outputs)
+        for weight, arm, gradient in zip(variables, self._arms, gradients):
             if isinstance(gradient, tf.IndexedSlices):
                 gradient.values.set_shape([None, *weight.shape[1:]])
-                needs += [(gradient.values, arms), (gradient.indices, arms)]
+                parts = [gradient.values, gradient.indices]
             else:
                 gradient.set_shape(weight.shape)
-                needs.append((gradient, arms))
-        self._program = tensorflow_graph.Program(
+                parts = [gradient]
+            outputs += parts
+            needs += [1 << arm] * len(parts)
+        self._gradients = tensorflow_graph.Gradients(
             traced,
             self._loss_fn.variables,
-            own,
+            outputs,
             needs,
             self._active,
             self._twice,
             self._jit_compile,
+            self._min_probability,
         )
 
     def _results(self, tensors, weights):
@@ -183,74 +197,9 @@ def read(variable):
     return tf.convert_to_tensor(variable.value)
 
 
-class Scope(keras.StatelessScope):
-    """A stateless scope that may give `tf.Variable`s as values of weights.
-
-    The body of a loop or of a branch gets tensors that are read outside of it. A
-    `tf.function` that a layer calls keeps its trace after the step, so it reads the
-    variables themselves, and must not assign.
-
-    Args:
-        state_mapping: List of `(keras.Variable, tf.Variable or tensor)`.
-        **kwargs: As for `keras.StatelessScope`.
-    """
-
-    def __init__(self, state_mapping, **kwargs):
-        weights = [(k, v) for k, v in state_mapping if isinstance(v, tf.Variable)]
-        tensors = [(k, v) for k, v in state_mapping if not isinstance(v, tf.Variable)]
-        super().__init__(tensors, **kwargs)
-        self.state_mapping.update((id(k), v) for k, v in weights)
-        self._graph = _current_graph()
-        self._changed = set()
-
-    def get_current_value(self, variable):
-        value = super().get_current_value(variable)
-        if self._is_in_function():
-            if id(variable) in self._changed:
-                raise ValueError(_ASSIGNED.format(variable.path))
-            return None
-        if isinstance(value, tf.Variable) and _current_graph() is not self._graph:
-            with self._graph.as_default():
-                return tf.convert_to_tensor(value)
-        return value
-
-    def add_update(self, update):
-        variable, _ = update
-        if _current_graph() is not self._graph:
-            raise ValueError(_ASSIGNED.format(variable.path))
-        self._changed.add(id(variable))
-        super().add_update(update)
-
-    def _is_in_function(self):
-        """Whether a `tf.function` is traced that the forward pass calls."""
-        graph = _current_graph()
-        while graph is not self._graph:
-            # Bodies of loops and of branches are of classes of their own.
-            if graph is None or type(graph) is tf.__internal__.FuncGraph:
-                return True
-            graph = graph.outer_graph
-        return False
-
-
-_ASSIGNED = (
-    "The variable {0!r} is assigned to by a layer that runs in a `tf.function` or a "
-    "loop of its own, so the two passes of a step would not see the same state. Leave "
-    "the `tf.function` out, `fit` compiles the whole step, or take what assigns "
-    "(Dropout, BatchNormalization, a seed generator) out of the loop."
-)
-
-
-def _current_graph():
-    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
-
-
 def own_parameters(model, variables):
     """Nothing: all layers read their weights as Keras variables."""
     return lambda weights: contextlib.nullcontext(), lambda: None
-
-
-# Whether what is traced now is the trace of `build_first`.
-_builds = contextvars.ContextVar("builds", default=False)
 
 
 # Keras' generators are variables, so there are no others but Python's and NumPy's.
@@ -275,65 +224,9 @@ def after(*structures):
     checks = [
         op
         for op in tf.compat.v1.get_default_graph().get_operations()
-        if op.type in ("Assert", "If")
+        if op.type in names.CHECKS
     ]
     return tf.control_dependencies([tf.group(*tensors, *checks)])
-
-
-def only_builds():
-    """Whether this step is taken for the variables that it makes, and not executed."""
-    return _builds.get()
-
-
-def build_first(model, train_function):
-    """A train function that makes variables before it is traced.
-
-    A `tf.function` that makes variables is traced twice. So they are made in a trace of
-    its own, of steps without gradients and updates.
-
-    Args:
-        model: `keras.Model`.
-        train_function: Function of an iterator over batches.
-
-    Returns:
-        Function like `train_function`.
-    """
-    fresh = True
-
-    def build(iterator):
-        token = _builds.set(True)
-        try:
-            step = tf.function(model.train_step, autograph=False)
-            step.get_concrete_function(iterator.element_spec)
-        finally:
-            _builds.reset(token)
-
-    def call(iterator):
-        nonlocal fresh
-        try:
-            if fresh and _is_traced(model, iterator):
-                build(iterator)
-            result = train_function(iterator)
-        except BaseException:
-            if fresh:
-                # After a first trace that failed and made variables, TensorFlow would
-                # execute nothing, without an error.
-                model.train_function = None
-            raise
-        fresh = False
-        return result
-
-    return call
-
-
-def _is_traced(model, iterator):
-    """Whether the train step gets what the iterator over batches gives, in a graph."""
-    if model.run_eagerly or tf.config.functions_run_eagerly():
-        return False
-    if not isinstance(iterator, tf.data.Iterator):
-        return False
-    specs = tf.nest.flatten(iterator.element_spec)
-    return not any(isinstance(spec, tf.OptionalSpec) for spec in specs)
 
 
 def when(active, update):
@@ -386,20 +279,6 @@ def add(weight, gradient, scale):
         indices = gradient.indices[:, tf.newaxis]
         return tf.tensor_scatter_nd_add(weight, indices, rows * gradient.values)
     return weight + scale * gradient
-
-
-def _check_state(traced, variables):
-    """Refuses a `tf.function`, traced before, that assigns to what both passes read."""
-    known = {id(v.value.handle): v for v in variables}
-    for inner, outer in zip(traced.graph.inputs, traced.captured_inputs):
-        variable = known.get(id(outer))
-        for op in inner.consumers() if variable is not None else []:
-            # TensorFlow notes there which variables a call reads only.
-            noted = "_read_only_resource_inputs" in op.node_def.attr
-            read = op.get_attr("_read_only_resource_inputs") if noted else []
-            places = [i for i, tensor in enumerate(op.inputs) if tensor is inner]
-            if op.type != "ReadVariableOp" and not set(places) <= set(read):
-                raise ValueError(_ASSIGNED.format(variable.path))
 
 
 def _record(loss_fn, weights, wanted):

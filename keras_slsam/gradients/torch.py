@@ -46,9 +46,18 @@ class Passes:
         active: List of bool, one an arm.
         twice: bool, whether there may be a second pass.
         jit_compile: Ignored, PyTorch runs eagerly.
+        min_probability: Ignored, what is active is known.
     """
 
-    def __init__(self, loss_fn, arms, active, twice=True, jit_compile=False):
+    def __init__(
+        self,
+        loss_fn,
+        arms,
+        active,
+        twice=True,
+        jit_compile=False,
+        min_probability=0.0,
+    ):
         distributed = torch.distributed
         if distributed.is_available() and distributed.is_initialized():
             processes = distributed.get_world_size()

@@ -1,0 +1,145 @@
+"""The gradients of all arms on JAX, in one program that skips inactive arms.
+
+The loss and all its gradients are traced once, to a jaxpr, which `partition` sorts by
+the arms that need its equations. Each set of arms becomes one `jax.lax.cond` on "any of
+these is active". A loop (`scan`, `while`) or a `cond` of the model is one equation.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+from jax.extend.core import primitives
+
+from keras_slsam.gradients import jax_layout
+from keras_slsam.gradients import jax_recompute
+from keras_slsam.gradients import partition
+from keras_slsam.gradients import program
+
+# Calls of a traced function, by the name of the primitive, and the parameter that holds
+# its jaxpr. That of `jax.checkpoint` has no public name. What it recomputes stays apart
+# from the forward pass: conditions do that.
+CALLS = {
+    primitives.jit_p.name: "jaxpr",
+    primitives.closed_call_p.name: "call_jaxpr",
+    "remat2": "jaxpr",
+}
+
+
+class Gradients(program.Program):
+    """A function of weights that gives a value and the gradient of each weight.
+
+    Args:
+        function: Function from a list of arrays to `(value, gradients)`, of which the
+            gradients are a list like the weights.
+        weights: List of arrays to trace it with.
+        arms: List of int, the arm of each weight.
+        active: List of scalar boolean arrays, one per arm.
+        twice: bool, whether there may be a second run.
+        min_probability: Float, the least probability that an arm is active, or 0.
+    """
+
+    def __init__(self, function, weights, arms, active, twice, min_probability):
+        closed, shapes = jax.make_jaxpr(function, return_shape=True)(weights)
+        self._jaxpr = closed.jaxpr
+        self._structure = jax.tree.structure(shapes)
+        equations, outputs, self._constants = inline(closed, closed.jaxpr.invars)
+        for i, v in enumerate(outputs):
+            if isinstance(v, core.Literal):
+                outputs[i] = core.Var(v.aval)
+                self._constants[outputs[i]] = jnp.asarray(v.val, v.aval.dtype)
+        nodes = [_node(equation) for equation in equations]
+        independent = set()
+        if twice:
+            independent = partition.find_independent(nodes, closed.jaxpr.invars)
+        everyone = (1 << len(active)) - 1
+        needs = [everyone] * (len(outputs) - len(arms)) + [1 << arm for arm in arms]
+        super().__init__(nodes, outputs, needs, active, independent, min_probability)
+
+    def choose_copied(self, nodes, outputs):
+        given = [*self._jaxpr.invars, *self._constants]
+        jax_recompute.mark(nodes, given, outputs, self._everyone)
+
+    def first(self, weights):
+        """The value and the gradients at the given weights.
+
+        Args:
+            weights: List of arrays.
+
+        Returns:
+            What the function returns; the gradients of inactive arms are zero.
+        """
+        return jax.tree.unflatten(self._structure, self.run(self._given(weights)))
+
+    def second(self, weights):
+        """The same at weights of which the inactive ones are those of `first`."""
+        return jax.tree.unflatten(self._structure, self.run_again(self._given(weights)))
+
+    def _given(self, weights):
+        return {**self._constants, **dict(zip(self._jaxpr.invars, weights))}
+
+    def place(self, part, values):
+        jaxpr = self._jaxpr.replace(
+            constvars=(),
+            invars=part.inputs,
+            outvars=part.outputs,
+            eqns=[node.work for node in part.nodes],
+            effects=self._jaxpr.effects if part.arms == self._everyone else frozenset(),
+        )
+        work = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))
+        return work(*(values[v] for v in part.inputs))
+
+    def zeros(self, part, work):
+        return [jnp.zeros(v.aval.shape, v.aval.dtype) for v in part.outputs]
+
+
+def inline(jaxpr, inputs):
+    """The equations of a jaxpr, with those of the functions that it calls.
+
+    Args:
+        jaxpr: `Jaxpr` or `ClosedJaxpr`.
+        inputs: List of variables and literals, the arguments.
+
+    Returns:
+        `(equations, outputs, constants)`: a flat list, the variables and literals
+        that hold the results, and a dict from variables to constant arrays.
+    """
+    arrays, equations = getattr(jaxpr, "consts", ()), []
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    constants = dict(zip(jaxpr.constvars, arrays))
+    names = dict(zip(jaxpr.invars, inputs))
+
+    def renamed(atoms):
+        return [v if isinstance(v, core.Literal) else names.get(v, v) for v in atoms]
+
+    for equation in jaxpr.eqns:
+        arguments = renamed(equation.invars)
+        call = CALLS.get(equation.primitive.name)
+        inner = equation.params[call] if call else jax_layout.channels_last(equation)
+        if inner is not None:
+            body, results, more = inline(inner, arguments)
+            equations += body
+            constants.update(more)
+        else:
+            # Two calls of one function share its jaxpr, so the variables are new.
+            results = [core.Var(v.aval) for v in equation.outvars]
+            equations.append(equation.replace(invars=arguments, outvars=results))
+        names.update(zip(equation.outvars, results))
+    return equations, renamed(jaxpr.outvars), constants
+
+
+def _node(equation):
+    return partition.Node(
+        equation,
+        [v for v in equation.invars if not isinstance(v, core.Literal)],
+        equation.outvars,
+        always=bool(equation.effects),
+        local=[v for v in equation.outvars if not _has_zeros(v)],
+        free=equation.primitive in jax_recompute.FREE,
+    )
+
+
+def _has_zeros(variable):
+    """False for tokens, references and typed random keys."""
+    return isinstance(variable.aval, jax.core.ShapedArray) and not (
+        jax.dtypes.issubdtype(variable.aval.dtype, jax.dtypes.extended)
+    )
