@@ -451,26 +451,36 @@ def test_a_shape_that_hangs_on_the_weights(compile_step):
 
 
 @on_torch
-def test_noise_is_drawn_once(monkeypatch):
+def test_layers_in_a_layer_of_the_users_are_replayed():
+    from benchmarks.work.torch import executed_flops
+
+    model = chain(Residual())
+    with backend.no_grad():
+        passes, weights = passes_of(model, lambda arms: [arm in (6, 7) for arm in arms])
+        passes.first(weights)
+        found = executed_flops(passes.second, weights)
+    product, head = 2 * zoo.BATCH * WIDTH**2, 2 * zoo.BATCH * WIDTH * 3
+    # The last two layers, forwards, to one's kernel, and to the other's input.
+    assert found == 2 * (product + head)
+
+
+@on_torch
+def test_a_layer_after_a_module_sees_its_perturbed_weight(compile_step):
+    """Also where no gradient shows that it depends on it."""
     import torch
 
-    draws = []
-    bernoulli = torch.Tensor.bernoulli_
-    dropout = torch.nn.functional.dropout
+    class Shifted(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shift = torch.nn.Parameter(torch.ones(()))
 
-    def drawing(function):
-        return lambda *args, **kwargs: draws.append(1) or function(*args, **kwargs)
+        def forward(self, x):
+            return x + self.shift.detach()
 
-    monkeypatch.setattr(torch.Tensor, "bernoulli_", drawing(bernoulli))
-    monkeypatch.setattr(torch.nn.functional, "dropout", drawing(dropout))
-    with backend.no_grad():
-        model = chain(layers.Dropout(0.5), dense(), layers.Dropout(0.5))
-        passes, weights = passes_of(model, lambda arms: [True] * len(arms))
-        draws.clear()  # of the call that builds
-        passes.first(weights)
-        assert len(draws) == 2
-        passes.second(weights)
-    assert len(draws) == 2
+    model = chain(layers.TorchModuleWrapper(Shifted()))
+    model.compile(loss=zoo.loss())
+    x, y = map(ops.convert_to_tensor, (zoo._features(), zoo.labels()))
+    check_second_pass(model, x, y, compile_step)
 
 
 @on_torch
@@ -676,11 +686,11 @@ def test_another_thread_computes(monkeypatch):
 
     import torch
 
-    draws, inner = [], layers.Dropout(0.5)
+    threads, inner = [], layers.Dropout(0.5)
     dropout = torch.nn.functional.dropout
 
     def drawing(*args, **kwargs):
-        draws.append("forward" in vars(inner))
+        threads.append(threading.current_thread())
         return dropout(*args, **kwargs)
 
     class Predict(layers.Layer):
@@ -695,11 +705,13 @@ def test_another_thread_computes(monkeypatch):
     model = chain(Predict(), inner)
     monkeypatch.setattr(torch.nn.functional, "dropout", drawing)
     with backend.no_grad():
-        passes, weights = passes_of(model, lambda arms: [True] * len(arms))
+        passes, weights = passes_of(model, lambda arms: [arm > 1 for arm in arms])
+        threads.clear()  # of the call that builds
         passes.first(weights)
         passes.second(weights)
-    # The passes' own noise is drawn in another way.
-    assert draws == [True, True]
+    # The other thread's call is made in both passes, the first pass's is replayed.
+    in_a_pass = [thread is threading.current_thread() for thread in threads]
+    assert in_a_pass == [False, True, False]
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="JAX's effects")
