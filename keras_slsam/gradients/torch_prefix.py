@@ -149,10 +149,10 @@ class Prefix:
             generator.set_rng_state(state)
         for variable, leaf in call.writes:
             scope.add_update((variable, leaf.value))
-        *_, outputs = keras.tree.map_structure(lambda leaf: leaf.value, call.results)
+        *_, outputs = _map(lambda leaf: leaf.value, call.results)
         # Layers take masks off their arguments, and others off what this one gave.
-        leaves = keras.tree.flatten(call.results)
-        for x, leaf in zip(keras.tree.flatten((args, kwargs, outputs)), leaves):
+        leaves = _flatten(call.results)
+        for x, leaf in zip(_flatten((args, kwargs, outputs)), leaves):
             if torch.is_tensor(x):
                 set_keras_mask(x, leaf.mask)
         return outputs
@@ -178,7 +178,7 @@ class _Call(typing.NamedTuple):
     random_states: list
 
     def is_constant(self):
-        leaves = keras.tree.flatten((self.given, self.results))
+        leaves = _flatten((self.given, self.results))
         leaves += [leaf for _, leaf in self.reads + self.writes]
         return all(leaf.is_constant() for leaf in leaves)
 
@@ -206,7 +206,22 @@ class _Leaf:
 
 
 def _snapshot(structure):
-    return keras.tree.map_structure(_Leaf, structure)
+    return _map(_Leaf, structure)
+
+
+def _flatten(structure):
+    leaves: list = []
+    _map(leaves.append, structure)
+    return leaves
+
+
+def _map(function, structure):
+    # Not by `keras.tree`, which keeps what it maps until the garbage is collected.
+    if type(structure) in (list, tuple):
+        return type(structure)([_map(function, part) for part in structure])
+    if type(structure) is dict:
+        return {key: _map(function, part) for key, part in structure.items()}
+    return function(structure)
 
 
 def _version(x):
@@ -274,6 +289,8 @@ def _is_of_keras(operation):
     called = [x for x in called if not isinstance(x, torch.nn.ParameterDict)]
     return (
         all(map(_comes_with_keras, [type(operation), type(operation).call, *called]))
+        # PyTorch counts the checkpoints inside what is recomputed.
+        and operation._remat_mode is None
         # What these call is no attribute, or no layer.
         and type(operation) not in (keras.layers.TorchModuleWrapper, keras.Function)
         and not attributes.keys() & set(_CALLED)
