@@ -80,8 +80,10 @@ class Passes:
         """
         if not self._twice:
             return self._differentiate(weights)
-        self._replay = replay(self._loss_fn.model)
-        self._prefix = Prefix(self._loss_fn.model, _generators(self._loss_fn.model))
+        model = self._loss_fn.model
+        modules = _generators(model)
+        self._replay = _replay(model, modules)
+        self._prefix = Prefix(model, modules)
         with self._replay, self._prefix.recorded():
             return self._differentiate(weights)
 
@@ -174,11 +176,15 @@ def replay(model):
     Args:
         model: `keras.Model`.
     """
-    modules = _generators(model)
+    return _replay(model, _generators(model))
+
+
+def _replay(model, modules):
     return Replay(model, [(m.get_rng_state, m.set_rng_state) for m in modules])
 
 
 def _generators(model):
+    """The modules whose `get_rng_state` is that of the model's devices."""
     kinds = {variable.value.device.type for variable in model.variables} - {"cpu"}
     return [torch, *map(torch.get_device_module, kinds)]
 
