@@ -1,6 +1,7 @@
 """The second pass: what it takes over from the first is what it would compute."""
 
 import copy
+import functools
 import gc
 import pickle
 import weakref
@@ -91,15 +92,17 @@ class Assigning(Counter):
 
 
 class Drawing(Counter):
-    """The same, in the state of a generator."""
+    """The same, in the state of PyTorch's generator."""
 
     def __init__(self):
         super().__init__()
         self.inner = layers.Dropout(0.5)
 
     def call(self, x):
+        import torch
+
         self.calls += 1
-        keras.random.uniform((self.calls,), seed=self.inner.seed_generator)
+        torch.rand(self.calls)
         return self.inner(x)
 
 
@@ -535,7 +538,8 @@ def test_a_layer_after_a_module_sees_its_perturbed_weight(compile_step):
         def forward(self, x):
             return x + self.shift.detach()
 
-    model = chain(layers.TorchModuleWrapper(Shifted()))
+    shifted = layers.TorchModuleWrapper(Shifted(), output_shape=(None, WIDTH))
+    model = chain(shifted)
     model.compile(loss=zoo.loss())
     x, y = map(ops.convert_to_tensor, (zoo._features(), zoo.labels()))
     second, alone = both(model, x, y, compile_step)
@@ -546,8 +550,10 @@ def test_a_layer_after_a_module_sees_its_perturbed_weight(compile_step):
 
 
 @on_torch
-def test_derivatives_forwards_are_not_missed(compile_step):
+@pytest.mark.parametrize("transform", [True, False])
+def test_derivatives_forwards_are_not_missed(transform, compile_step):
     import torch
+    from torch.autograd import forward_ad
 
     class Forwards(layers.Layer):
         def __init__(self):
@@ -558,8 +564,11 @@ def test_derivatives_forwards_are_not_missed(compile_step):
         def call(self, x):
             if isinstance(x, keras.KerasTensor) or x.device.type == "meta":
                 return self.inner(x)
-            value, tangent = torch.func.jvp(self.inner, (x,), (torch.ones_like(x),))
-            return value + tangent
+            if transform:
+                return sum(torch.func.jvp(self.inner, (x,), (torch.ones_like(x),)))
+            with forward_ad.dual_level():
+                dual = forward_ad.make_dual(x, torch.ones_like(x))
+                return sum(forward_ad.unpack_dual(self.inner(dual)))
 
     model = chain(Forwards())
     model.compile(loss=zoo.loss())
@@ -584,6 +593,26 @@ def test_hidden_state_is_not_missed(kind, compile_step):
         for counter in counters:
             counter.calls = 1
         assert_equal(found, alone(ops.convert_to_tensor(mask)), mask)
+
+
+@on_torch
+@pytest.mark.parametrize(
+    "wrap", [lambda function: function, keras.remat, functools.wraps(ops.tanh)]
+)
+def test_functions_of_users_are_called_in_both_passes(wrap):
+    calls = []
+
+    def function(x):
+        calls.append(1)
+        return 2 * x
+
+    model = chain(layers.Activation(wrap(function)))
+    with backend.no_grad():
+        passes, weights = passes_of(model, lambda arms: [arm > 3 for arm in arms])
+        calls.clear()  # of the call that builds
+        passes.first(weights)
+        passes.second(weights)
+    assert len(calls) == 2
 
 
 @on_torch
@@ -622,11 +651,11 @@ def test_changes_in_place_are_not_missed(where, compile_step):
 @on_torch
 def test_hooks_are_not_missed(compile_step):
     model, x, y = make("nested")
-    inner = model.layers[1]
+    inner = model.layers[2].layers[0]
     offsets = iter(range(100))
     handle = inner.register_forward_hook(lambda layer, args, out: out + next(offsets))
     second, alone = both(model, x, y, compile_step)
-    mask = np.arange(len(model.trainable_variables)) > 2
+    mask = np.arange(len(model.trainable_variables)) > 5
     found = second(ops.convert_to_tensor(mask))
     assert next(offsets) == 2
     handle.remove()

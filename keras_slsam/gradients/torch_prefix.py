@@ -128,7 +128,7 @@ class Prefix:
             random_states=self._random_states(),
         )
         is_pure = not losses and _are_same(attributes, self._attributes(operation))
-        if is_pure and not scope.is_active and call.is_constant():
+        if is_pure and call.is_constant():  # an active weight that it read is not
             # In the place of the calls in it, which will not be made.
             self._calls[num_calls:] = [call]
         return outputs
