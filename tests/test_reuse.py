@@ -1,4 +1,4 @@
-"""The second pass: what it takes over from the first is what it would compute."""
+"""The second pass: what it reuses from the first is what it would compute."""
 
 import copy
 import functools
@@ -433,7 +433,7 @@ def test_noise_is_drawn_once_in_a_graph(sparse, compile_step):
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="shapes are known elsewhere")
-def test_noise_of_a_size_that_hangs_on_the_weights(compile_step):
+def test_noise_of_a_size_that_depends_on_the_weights(compile_step):
     import tensorflow as tf
 
     sizes = []
@@ -455,7 +455,7 @@ def test_noise_of_a_size_that_hangs_on_the_weights(compile_step):
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="shapes are known elsewhere")
-def test_a_shape_that_hangs_on_the_weights(compile_step):
+def test_a_shape_that_depends_on_the_weights(compile_step):
     import tensorflow as tf
 
     table = np.arange(16, dtype="float32").reshape(4, 4)
@@ -692,7 +692,7 @@ def rematerialised_parts():
 
 @on_torch
 @pytest.mark.parametrize("calls", [(), (1,), (2,), (1, 2)])
-def test_rematerialised_layers_are_not_taken_over(calls, compile_step):
+def test_rematerialised_layers_are_not_replayed(calls, compile_step):
     model = chain(Checkpointed(calls))
     model.compile(loss=zoo.loss())
     x, y = map(ops.convert_to_tensor, (zoo._features(), zoo.labels()))

@@ -5,10 +5,11 @@ second computes what the first computed. So the calls that ended before are kept
 the second pass gives their outputs back, in the order of the calls.
 
 Only layers and operations of Keras and KerasHub are replayed, and only if no layer,
-function or hook of a user is in them. Such a call depends on its arguments and their
-masks, on attributes, variables and random numbers: it is replayed where these are the
-same again. Code of users may depend on more, like a counter in Python, so it runs in
-both passes; the layers that it calls are replayed.
+function or hook of a user is in them, nor a checkpoint (`keras.RematScope`). Such a
+call depends on its arguments and their masks, on attributes, variables and random
+numbers: it is replayed where these are the same again. Code of users may depend on
+more, like a counter in Python, so it runs in both passes; the layers that it calls are
+replayed.
 """
 
 import contextlib
@@ -128,7 +129,8 @@ class Prefix:
             random_states=self._random_states(),
         )
         is_pure = not losses and _are_same(attributes, self._attributes(operation))
-        if is_pure and call.is_constant():  # an active weight that it read is not
+        # If it read an active weight, that is no constant.
+        if is_pure and call.is_constant():
             # In the place of the calls in it, which will not be made.
             self._calls[num_calls:] = [call]
         return outputs
@@ -284,12 +286,10 @@ def _parts(operation):
 def _is_of_keras(operation):
     """Whether an operation, apart from those in it, is Keras' code only."""
     attributes = vars(operation)
-    # That of Keras' parameters is a module, which nobody calls.
     called = [x for x in attributes.values() if callable(x)]
-    called = [x for x in called if not isinstance(x, torch.nn.ParameterDict)]
     return (
         all(map(_comes_with_keras, [type(operation), type(operation).call, *called]))
-        # PyTorch counts the checkpoints inside what is recomputed.
+        # A recomputation must enter as many checkpoints as the call did.
         and operation._remat_mode is None
         # What these call is no attribute, or no layer.
         and type(operation) not in (keras.layers.TorchModuleWrapper, keras.Function)
