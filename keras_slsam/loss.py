@@ -126,26 +126,18 @@ class _Scope(backend.Scope):
     """A scope that lists the variables that were assigned to.
 
     Not all are the model's: a generator of random numbers may be anyone's. What was
-    assigned is a constant to the gradient, like the value of a variable. In `log` is
-    all that was read and assigned, in order: `(variable, value, is_assigned)`.
+    assigned is a constant to the gradient, like the value of a variable.
     """
 
     def __init__(self, state_mapping):
         super().__init__(state_mapping, collect_losses=True)
         self.assigned = {}
-        self.log = []
 
     def add_update(self, update):
         variable, value = update
         value = ops.stop_gradient(value)
         self.assigned[id(variable)] = variable
-        self.log.append((variable, value, True))
         super().add_update((variable, value))
-
-    def get_current_value(self, variable):
-        value = super().get_current_value(variable)
-        self.log.append((variable, value, False))
-        return value
 
 
 def call(model, x):

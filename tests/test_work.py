@@ -19,12 +19,13 @@ from keras_slsam import gradients as backend
 
 BACKEND = keras.config.backend()
 BATCH, LENGTH = 6, 5
-# What depends on so many arms is reused by the second pass, if none of them is active.
-FEW = {"jax": 0, "tensorflow": 0, "torch": 1000}[BACKEND]
 
 
 class Products:
-    """The products of a model, with the arms that each operand depends on."""
+    """The products of a model, in the order of its calls.
+
+    Each has the weights that its operands depend on, and those that its layer reads.
+    """
 
     def __init__(self):
         self.products = []
@@ -33,36 +34,43 @@ class Products:
         """A Dense layer; returns what its output depends on."""
         kernel, bias = layer.kernel.path, layer.bias.path
         flops = 2 * rows * width * layer.units
-        # On PyTorch a layer is taken over as a whole.
-        whole = {bias} if BACKEND == "torch" else set()
-        self.products.append((flops, [{kernel}, upstream], whole))
+        self.products.append((flops, [{kernel}, upstream], {kernel, bias}))
         return upstream | {kernel, bias}
 
     def matmul(self, flops, first, second):
         self.products.append((flops, [first, second], set()))
         return first | second
 
-    def flops(self, active, arm_of=None):
+    def norm(self, layer, upstream):
+        """A layer without a product."""
+        paths = {variable.path for variable in layer.trainable_variables}
+        self.products.append((0, [], paths))
+        return upstream | paths
+
+    def flops(self, active, trained=None):
         """Forward, and one product for each operand that an active arm needs.
 
         Args:
             active: Set of the paths of the active variables.
-            arm_of: Dict from the paths of variables to their arms, for the second pass:
-                what depends on few arms, and on no active one, is not computed again.
+            trained: Set of the paths of all variables that are trained, for the second
+                pass. On JAX and TensorFlow what depends on none of them is not computed
+                again; on PyTorch, the layers that were called before one read an active
+                weight.
         """
-        total = 0
-        for flops, operands, whole in self.products:
-            hangs_on = whole.union(*operands)
-            arms = {arm_of[path] for path in hangs_on} if arm_of else {}
-            forward = arm_of is None or len(arms) > FEW or hangs_on & active
-            total += flops * bool(forward)
+        total, read_so_far = 0, set()
+        for flops, operands, read in self.products:
+            read_so_far |= read
+            again = set().union(*operands) & trained if trained else True
+            if trained and BACKEND == "torch":
+                again = read_so_far & active
+            total += flops * bool(again)
             total += flops * sum(bool(operand & active) for operand in operands)
         return total
 
     def step(self, active, optimizer):
         """Both passes."""
-        arm_of = {v.path: i for i, arm in enumerate(optimizer.arms) for v in arm}
-        return self.flops(active) + self.flops(active, arm_of)
+        trained = {v.path for arm in optimizer.arms for v in arm}
+        return self.flops(active) + self.flops(active, trained)
 
 
 def dense_chain():
@@ -90,17 +98,17 @@ def transformer():
     z = norms[1](y + down(ops.gelu(up(y))))
     model = keras.Model(inputs, head(ops.mean(z, axis=1)))
 
-    def paths(norm):
-        return {variable.path for variable in norm.trainable_variables}
-
     products = Products()
     x = products.dense(embed, set(), rows, width)
-    q, k, v = (products.dense(p, x, rows, width) for p in (query, key, value))
+    # A functional model calls the key first, which has the longest way to the end.
+    k, q = (products.dense(layer, x, rows, width) for layer in (key, query))
     one = 2 * BATCH * LENGTH * LENGTH * width
-    attended = products.matmul(one, products.matmul(one, q, k), v)
-    y = x | products.dense(output, attended, rows, width) | paths(norms[0])
+    scores = products.matmul(one, q, k)
+    v = products.dense(value, x, rows, width)
+    attended = products.matmul(one, scores, v)
+    y = products.norm(norms[0], x | products.dense(output, attended, rows, width))
     inner = products.dense(up, y, rows, width)
-    z = y | products.dense(down, inner, rows, hidden) | paths(norms[1])
+    z = products.norm(norms[1], y | products.dense(down, inner, rows, hidden))
     products.dense(head, z, BATCH, width)
     x = np.random.default_rng(0).normal(size=(BATCH, LENGTH, width))
     return model, products, x.astype("float32")
@@ -222,6 +230,18 @@ def test_dense_methods_execute_all(make):
     assert executed(model, keras_slsam.SAM("sgd"), x) == 2 * everything
     model, products, x = make()
     assert executed(model, keras_slsam.S2SAM("sgd"), x) == everything
+
+
+def test_a_frozen_lower_half_is_computed_once():
+    model, products, x = dense_chain()
+    for layer in model.layers[:2]:
+        layer.trainable = False
+    mask = [arm % 3 > 0 for arm in range(len(model.trainable_variables))]
+    optimizer = keras_slsam.SLSAM("sgd", sampler=Replay([mask]))
+    optimizer.build(model.trainable_variables)
+    active = {v.path for v, on in zip(model.trainable_variables, mask) if on}
+    found = executed(model, optimizer, x)
+    assert found == products.step(active, optimizer) < 2 * products.flops(active)
 
 
 @pytest.mark.parametrize("probability", [0, 1])

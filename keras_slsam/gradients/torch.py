@@ -19,15 +19,14 @@ from keras_slsam.gradients.torch_modules import check_graph
 from keras_slsam.gradients.torch_modules import is_read_apart
 from keras_slsam.gradients.torch_modules import is_written
 from keras_slsam.gradients.torch_modules import own_parameters  # noqa: F401
-from keras_slsam.gradients.torch_reuse import CalledAgain
-from keras_slsam.gradients.torch_reuse import Reuse
+from keras_slsam.gradients.torch_prefix import Prefix
+from keras_slsam.gradients.torch_prefix import Scope  # noqa: F401
 
 no_grad = torch.no_grad
 
 # `torch.compile` would specialise on each mask and compile again for the next.
 can_compile = False
 init_scope = contextlib.nullcontext
-Scope = keras.StatelessScope
 
 
 def concrete(mask):
@@ -72,7 +71,7 @@ class Passes:
         self._twice = twice
         self._own = [variable.value for variable in loss_fn.variables]
         self._replay = None
-        self._reuse = None
+        self._prefix = None
 
     def first(self, weights):
         """Value of the loss and the gradients of the active weights.
@@ -90,10 +89,12 @@ class Passes:
         """
         if not self._twice:
             return self._differentiate(weights)
-        self._replay = replay(self._loss_fn.model)
-        self._reuse = Reuse(self._loss_fn.model, _generators(self._loss_fn.model))
-        with self._replay, self._reuse.recording() as begin_backward:
-            return self._differentiate(weights, begin_backward)
+        model = self._loss_fn.model
+        modules = _generators(model)
+        self._replay = _replay(model, modules)
+        self._prefix = Prefix(model, modules)
+        with self._replay, self._prefix.recorded():
+            return self._differentiate(weights)
 
     def second(self, weights):
         """The gradients at other values of the active weights.
@@ -104,15 +105,10 @@ class Passes:
         Returns:
             List like the gradients of `first`.
         """
-        with self._replay:
-            try:
-                with self._reuse.replaying() as begin_backward:
-                    return self._differentiate(weights, begin_backward)[1]
-            except CalledAgain:
-                self._replay.rewind()
-                return self._differentiate(weights)[1]
+        with self._replay, self._prefix.replayed():
+            return self._differentiate(weights)[1]
 
-    def _differentiate(self, weights, begin_backward=lambda: None):
+    def _differentiate(self, weights):
         # An inactive weight is itself the leaf: the same tensor in both passes.
         leaves = [
             w.detach().requires_grad_(on) if on or w.requires_grad else w
@@ -127,7 +123,6 @@ class Passes:
         gradients = [None] * len(leaves)
 
         def differentiate(loss):
-            begin_backward()
             self._check_unwritten(leaves, versions)
             check_graph(self._loss_fn.model, loss)
             gradients[:] = self._gradients(loss, leaves)
@@ -190,11 +185,15 @@ def replay(model):
     Args:
         model: `keras.Model`.
     """
-    modules = _generators(model)
+    return _replay(model, _generators(model))
+
+
+def _replay(model, modules):
     return Replay(model, [(m.get_rng_state, m.set_rng_state) for m in modules])
 
 
 def _generators(model):
+    """The modules whose `get_rng_state` is that of the model's devices."""
     kinds = {variable.value.device.type for variable in model.variables} - {"cpu"}
     return [torch, *map(torch.get_device_module, kinds)]
 

@@ -155,13 +155,13 @@ def own_parameters(model, variables):
             "Two of the model's variables are one parameter of PyTorch, which would be "
             "updated twice. Wrap each module in one `TorchModuleWrapper` only."
         )
-    others = {}
-    for wrapper in _wrappers(model):
+    others, wrappers = {}, _wrappers(model)
+    for wrapper in wrappers:
         _check_can_be_given(wrapper)
         for tensor in (*wrapper.module.parameters(), *wrapper.module.buffers()):
             if id(tensor) not in index:
                 others[id(tensor)] = tensor
-    if not _wrappers(model):
+    if not wrappers:
         return lambda weights: contextlib.nullcontext(), lambda: None
     own = [variable.value for variable in variables]
     passes = []
@@ -172,13 +172,13 @@ def own_parameters(model, variables):
     @contextlib.contextmanager
     def given(weights):
         trained = {key: weights[i] for key, i in index.items()}
-        mode, before = _Given(trained, others, refuse), _buffers(model)
+        mode, before = _Given(trained, others, refuse), _buffers(wrappers)
         try:
             with mode:
                 yield
         finally:
             # Those that the forward pass replaced by others.
-            after = _buffers(model)
+            after = _buffers(wrappers)
             changed = [key for key in before if after.get(key) is not before[key]]
             passes.append((mode, [(key, after.get(key)) for key in changed]))
             for module, name in changed:
@@ -194,10 +194,10 @@ def own_parameters(model, variables):
     return given, record
 
 
-def _buffers(model):
+def _buffers(wrappers):
     return {
         (module, name): buffer
-        for wrapper in _wrappers(model)
+        for wrapper in wrappers
         for module in wrapper.module.modules()
         for name, buffer in module.named_buffers(recurse=False)
     }
