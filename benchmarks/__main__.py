@@ -1,61 +1,35 @@
 """The runner. On each backend: `KERAS_BACKEND=jax python -m benchmarks COMMAND`.
 
-time      seconds a step of each method, executed FLOPs, seconds of the first call
+time      seconds per step of each method, executed FLOPs, seconds of the first call
 memory    what each method holds, each in a process of its own
-cost      what forward, backward passes and update cost by kind of layer, and what
-          a step of each method should cost by that
 scale     6 to 48 layers: time, conditions, compilation, memory
 long      thousands of steps: whether memory and step time stay flat, arms drawn
-report    writes docs/benchmarks.md's tables and picture from the files of --json
+report    writes the tables and the picture of docs/benchmarks.md from --json files
 """
 
 import argparse
-import importlib
 import json
 import os
 import pathlib
+import re
 import shlex
 import sys
 
-# glibc gives large blocks back to the system at each step and pages them in again,
-# which costs more than some of the differences measured here. Read at process start.
+# By default glibc returns large blocks to the system in each step and pages them in
+# again, which costs more than some differences measured here. Read at process start.
 MALLOC = dict.fromkeys(
     ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_"),
     "4294967296",
 )
 if os.environ.get("KERAS_BACKEND") == "jax":
-    # It never keeps blocks as large as XLA's in the arenas of other threads.
+    # In the arenas of other threads, blocks as large as XLA's are never kept.
     MALLOC["MALLOC_ARENA_MAX"] = "1"
-DOCS = pathlib.Path(__file__).parents[1] / "docs"
-COMMANDS = {
-    "time": "step_time",
-    "memory": "memory",
-    "cost": "cost",
-    "scale": "scale",
-    "long": "long_run",
-}
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags: what all commands share, and each command's own."""
-    shared = argparse.ArgumentParser(add_help=False)
-    add = shared.add_argument
-    add("--active-fraction", type=float, default=0.2)
-    add("--rounds", type=_count, default=5, help="timed rounds")
-    add("--steps", type=_count, default=5, help="timed steps a round")
-    add("--jit-compile", choices=("auto", "yes", "no"), default="auto")
-    add("--seed", type=int, default=0)
-    add("--json", type=pathlib.Path, metavar="FILE", help="write the result there too")
-
-    model = argparse.ArgumentParser(add_help=False)
-    add = model.add_argument
-    models = ("minilm", "bert", "efficientnet", "dense")
-    add("--model", choices=models, default="minilm")
-    add("--batch", type=_count, default=32)
-    add("--length", type=_count, help="tokens of a text, pixels of an image's side")
-    add("--layers", type=_count, help="of bert and dense")
-    add("--width", type=_count, help="of bert and dense")
-    add("--methods", nargs="+", help="of the methods in benchmarks/methods.py")
+    """The commands with their flags."""
+    from benchmarks import methods
+    from benchmarks import models
 
     runner = argparse.ArgumentParser(
         prog="python -m benchmarks",
@@ -63,28 +37,35 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = runner.add_subparsers(dest="command", required=True)
-    of = {
-        name: commands.add_parser(name, parents=parents, allow_abbrev=False)
-        for name, parents in {
-            "time": [model, shared],
-            "memory": [model, shared],
-            "cost": [model, shared],
-            "scale": [shared],
-            "long": [shared],
-            "report": [],
-        }.items()
+    parsers = {
+        name: commands.add_parser(name, allow_abbrev=False)
+        for name in ("time", "memory", "scale", "long", "report")
     }
-    of["time"].add_argument(
-        "--flop-steps", type=int, default=3, help="steps whose FLOPs are counted"
-    )
-    of["scale"].add_argument(
+    for name in ("time", "memory", "scale", "long"):
+        add = parsers[name].add_argument
+        add("--active-fraction", type=float, default=0.2)
+        add("--rounds", type=_count, default=5, help="timed rounds")
+        add("--steps", type=_count, default=5, help="timed steps of each round")
+        add("--jit-compile", choices=("auto", "yes", "no"), default="auto")
+        add("--seed", type=int, default=0)
+        add("--json", type=pathlib.Path, help="write the result to this file too")
+    for name in ("time", "memory"):
+        add = parsers[name].add_argument
+        add("--model", choices=models.MODELS, default="minilm")
+        add("--batch", type=_count, default=32)
+        add("--length", type=_count, help="tokens of a text, pixels of an image's side")
+        add("--layers", type=_count, help="of bert and dense")
+        add("--width", type=_count, help="of bert and dense")
+        every = list(methods.METHODS)
+        add("--methods", nargs="+", choices=every, default=every, metavar="METHOD")
+    add = parsers["time"].add_argument
+    add("--flop-steps", type=int, default=3, help="steps whose FLOPs are counted")
+    add("--alone", action="store_true", help="each method in a process of its own")
+    parsers["scale"].add_argument(
         "--depths", type=_count, nargs="+", default=[6, 12, 24, 48], help="layers"
     )
-    of["long"].set_defaults(steps=20_000)
-    add = of["report"].add_argument
-    add("files", nargs="+", type=pathlib.Path, metavar="FILE")
-    add("--page", type=pathlib.Path, default=DOCS / "benchmarks.md")
-    add("--picture", type=pathlib.Path, default=DOCS / "benchmarks.svg")
+    parsers["long"].set_defaults(steps=20_000)
+    parsers["report"].add_argument("files", nargs="+", type=pathlib.Path)
     return runner
 
 
@@ -96,52 +77,32 @@ def _count(text):
 
 
 def main(argv: list[str]) -> None:
-    """Runs a command.
+    """Runs the command with its flags that `argv` has."""
+    from benchmarks import models
+    from benchmarks import report
 
-    Args:
-        argv: The command and its flags.
-    """
     args = parser().parse_args(argv)
     if args.command == "report":
-        from benchmarks import report
-
-        report.write(args.files, args.page, args.picture)
+        report.write(args.files)
         return
-
-    from benchmarks import methods
-    from benchmarks import models
-    from benchmarks import settings
-
     if "model" in args:
-        args.methods = methods.chosen(args.methods)
         args = models.with_sizes(args)
-    command = importlib.import_module(f"benchmarks.{COMMANDS[args.command]}")
-    measured = command.measure(args)
+    line = re.sub(r" --json[= ]\S+", "", shlex.join(argv))
+    measured = report.COMMANDS[args.command].measure(args)
     result = {
         "command": args.command,
-        "line": f"python -m benchmarks {shlex.join(_without_json(argv))}",
-        **settings.of_run(args),
+        "line": f"python -m benchmarks {line}",
+        **report.origin(args),
         "result": measured,
     }
-    print("\n".join(command.lines(result["result"])))
+    print(report.tables([result]))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def _without_json(argv):
-    """The flags without where the result goes, which does not change it."""
-    flags = iter(argv)
-    for flag in flags:
-        if flag == "--json":
-            next(flags)
-        elif not flag.startswith("--json="):
-            yield flag
-
-
 if __name__ == "__main__":
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    settled = all(os.environ.get(name) == value for name, value in MALLOC.items())
-    if sys.platform == "linux" and not settled:
+    if sys.platform == "linux" and not MALLOC.items() <= os.environ.items():
         again = [sys.executable, "-m", "benchmarks", *sys.argv[1:]]
         os.execve(sys.executable, again, {**os.environ, **MALLOC})
     main(sys.argv[1:])

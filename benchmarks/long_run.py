@@ -1,8 +1,8 @@
-"""The command `long`: what becomes of a step after many thousands of them.
+"""The command `long`: how a step changes over many thousands of them.
 
-A small model with dropout and BatchNorm. Memory and step times of the first thousand
-steps beside those of the last, how often a step was traced, and how often each arm was
-drawn in the last half.
+A small model with dropout and BatchNorm: memory and step time of the first thousand
+steps and of the last, how often a step was traced, and how often the last half of the
+steps drew the arm that it drew least.
 """
 
 import argparse
@@ -14,6 +14,9 @@ import keras
 import numpy as np
 
 import keras_slsam
+from benchmarks import cells
+from benchmarks import methods
+from benchmarks import probes
 from benchmarks import resident_set
 from benchmarks import step_time
 from keras_slsam import samplers
@@ -22,108 +25,93 @@ THOUSAND = 1000
 WIDTH, BATCH = 16, 8
 
 
-class _Counted:
-    """A sampler that counts how often it drew each arm."""
+def _counted(sampler):
+    """A subclass of a sampler's class that counts how often it drew each arm."""
 
-    def build(self, num_arms):
-        super().build(num_arms)
-        self.counts = keras.Variable(
-            np.zeros(num_arms), dtype="int32", trainable=False, name="counts"
-        )
+    class Counted(sampler):
+        def build(self, num_arms):
+            super().build(num_arms)
+            zeros = np.zeros(num_arms)
+            self.counts = keras.Variable(zeros, dtype="int32", trainable=False)
 
-    def draw(self):
-        mask = super().draw()
-        self.counts.assign_add(keras.ops.cast(mask, "int32"))
-        return mask
+        def draw(self):
+            mask = super().draw()
+            self.counts.assign_add(keras.ops.cast(mask, "int32"))
+            return mask
 
-
-class _Bandit(_Counted, samplers.Bandit):
-    pass
+    return Counted
 
 
-class _Proportional(_Counted, samplers.Proportional):
-    pass
-
-
+# The sampler, and whether a step has one pass only.
 METHODS = {
-    "SAM": lambda base, args: keras_slsam.SAM(base),
-    "SL-SAM bandit": lambda base, args: keras_slsam.SLSAM(
-        base, sampler=_Bandit(args.active_fraction, seed=args.seed)
-    ),
-    "SL-SAM proportional": lambda base, args: keras_slsam.SLSAM(
-        base, sampler=_Proportional(args.active_fraction, seed=args.seed)
-    ),
-    "SL+S2 bandit": lambda base, args: keras_slsam.SLSAM(
-        base, sampler=_Bandit(args.active_fraction, seed=args.seed), single_step=True
-    ),
+    "SAM": None,
+    "SL-SAM bandit": (_counted(samplers.Bandit), False),
+    "SL-SAM proportional": (_counted(samplers.Proportional), False),
+    "SL+S2 bandit": (_counted(samplers.Bandit), True),
 }
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """Trains with each method for `args.steps` steps, see `_of_method`."""
+    """Trains with each method for `args.steps` steps."""
     return {"methods": {name: _of_method(name, args) for name in METHODS}}
 
 
 def _of_method(name, args):
-    keras.utils.set_random_seed(args.seed)
-    layers = keras.layers
-    model = keras.Sequential([keras.Input((WIDTH,))])
-    for _ in range(2):
-        model.add(layers.Dense(WIDTH, activation="relu"))
-        model.add(layers.BatchNormalization())
-        model.add(layers.Dropout(0.1))
-    model.add(layers.Dense(1))
-    model = keras_slsam.sharpness_aware(model)
-    optimizer = METHODS[name](keras.optimizers.AdamW(1e-3), args)
-    compiles = {"auto": "auto", "yes": True, "no": False}[args.jit_compile]
-    model.compile(optimizer, "mse", jit_compile=compiles)
-    traces = step_time.TraceLog(model)
+    model, optimizer = _prepare(name, args)
+    traces = step_time.log_traces(model)
     x = np.random.default_rng(args.seed).normal(size=(THOUSAND * BATCH, WIDTH))
     y = np.sin(x[:, :1])
-    rows, drawn = [], []
+    found = {"seconds": [], "resident": [], "tensors": []}
+    counts = []
     for thousand in range(max(args.steps // THOUSAND, 2)):
         log = step_time.StepLog()
         step_time.fit(model, x, y, BATCH, log)
         gc.collect()
-        seconds = statistics.median(log.seconds[1:])
-        rows.append([seconds, resident_set.now(), _num_tensors()])
-        if name != "SAM":
-            drawn.append(keras.ops.convert_to_numpy(optimizer.sampler.counts))
+        found["seconds"].append(statistics.median(log.seconds[1:]))
+        found["resident"].append(resident_set.now())
+        found["tensors"].append(probes.num_tensors())
+        if METHODS[name]:
+            counts.append(keras.ops.convert_to_numpy(optimizer.sampler.counts))
         print(f"{name}: {thousand + 1},000 steps", file=sys.stderr, flush=True)
-    seconds, resident, tensors = zip(*rows)
-    return {
-        "seconds": seconds,
-        "resident": resident,
-        "tensors": tensors,
-        "traces": len(traces.seconds),
-        "drawn": drawn and (drawn[-1] - drawn[len(drawn) // 2 - 1]).tolist(),
-    }
+    drawn = (counts[-1] - counts[len(counts) // 2 - 1]).tolist() if counts else None
+    return {**found, "traces": len(traces) or None, "drawn": drawn}
 
 
-def _num_tensors():
-    """Tensors that are alive; `None` on TensorFlow, which hides those of a graph."""
-    if keras.config.backend() == "jax":
-        import jax
+def _prepare(name, args):
+    """A compiled model, and its optimizer."""
+    keras.utils.set_random_seed(args.seed)
+    model = keras.Sequential([keras.Input((WIDTH,))])
+    for _ in range(2):
+        model.add(keras.layers.Dense(WIDTH, activation="relu"))
+        model.add(keras.layers.BatchNormalization())
+        model.add(keras.layers.Dropout(0.1))
+    model.add(keras.layers.Dense(1))
+    base = keras.optimizers.AdamW(1e-3)
+    if name == "SAM":
+        optimizer = keras_slsam.SAM(base)
+    else:
+        counted, single_step = METHODS[name]
+        sampler = counted(args.active_fraction, seed=args.seed)
+        optimizer = keras_slsam.SLSAM(base, sampler=sampler, single_step=single_step)
+    model = keras_slsam.sharpness_aware(model)
+    model.compile(optimizer, "mse", jit_compile=methods.JIT_COMPILE[args.jit_compile])
+    return model, optimizer
 
-        return len(jax.live_arrays())
-    if keras.config.backend() == "torch":
-        import torch
 
-        return sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
-    return None
-
-
-def lines(result: dict) -> list[str]:
-    """The result as text."""
-    text = ["first and last thousand    ms a step   resident MB    tensors  traces"]
+def rows(result: dict):
+    """The table: a row for each method, of the first thousand steps and the last."""
     for name, row in result["methods"].items():
-        pairs = [f"{row[key][i]}" for key in ("tensors",) for i in (0, -1)]
-        first, last = (1000 * row["seconds"][i] for i in (0, -1))
-        resident = [(row["resident"][i] or 0) / 1e6 for i in (0, -1)]
-        text.append(
-            f"{name:<22} {first:>7.3f} {last:>7.3f} {resident[0]:>8.1f} "
-            f"{resident[1]:>8.1f} {' '.join(pairs):>12} {row['traces']:>6}"
-        )
-        if row["drawn"]:
-            text.append(f"{'':<22} drawn, last half: {min(row['drawn'])} at least")
-    return text
+        milliseconds = [1000 * seconds for seconds in row["seconds"]]
+        yield {
+            "method": name,
+            "ms per step": _ends(milliseconds, lambda ms: cells.number(ms, 2)),
+            "resident, MB": _ends(row["resident"], cells.megabytes),
+            "tensors": _ends(row["tensors"], cells.number),
+            "traces": cells.number(row["traces"]),
+            "drawn": cells.number(row["drawn"] and min(row["drawn"])),
+        }
+
+
+def _ends(values, cell):
+    """The first and the last value."""
+    return "-" if values[0] is None else f"{cell(values[0])}, {cell(values[-1])}"

@@ -1,59 +1,75 @@
 """The command `memory`: what each method holds, in a process of its own."""
 
 import argparse
-import json
-import os
+import functools
 import statistics
-import subprocess
-import sys
 
-# A block of this size or more is a mapping of its own, which goes back to the system as
-# soon as it is freed: so the resident set follows what is in use.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+from benchmarks import alone
+from benchmarks import cells
+from benchmarks import methods
+from benchmarks import models
+from benchmarks import probes
+from benchmarks import resident_set
+from benchmarks import step_time
+
+# A block of this size or more is a mapping of its own, which returns to the system as
+# soon as it is freed: the resident set follows what is in use. The pad is glibc's own.
+MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_TOP_PAD_": "131072",
+}
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """The memory of each method, see `peak_memory.measure`."""
-    return {"methods": {name: of_method(name, args) for name in args.methods}}
+    """The memory of each method, see `of_method`."""
+    found = {n: alone.measure("memory", n, args, **MALLOC) for n in args.methods}
+    return {"methods": found}
 
 
 def of_method(name: str, args: argparse.Namespace) -> dict:
-    """The memory of one method, measured in a new process.
+    """Trains with a method in this process, and records what it takes, in bytes.
 
-    Raises:
-        RuntimeError: if the process fails.
+    Resident are `built` before the first step, with the model, and at most
+    `first_step` in the first one (with tracing, compilation, and the optimizer's state)
+    and `later_steps` in those that follow. `live` lists the peak of the tensors of
+    PyTorch, or of the blocks of TensorFlow, in each step. `planned` is what JAX's
+    compiled step plans.
     """
-    print(f"memory of {name}", file=sys.stderr, flush=True)
-    environment = {k: v for k, v in os.environ.items() if k != "MALLOC_TOP_PAD_"}
-    flags = {k: v for k, v in vars(args).items() if k != "json"}
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.peak_memory", name, json.dumps(flags)],
-        env={**environment, **MALLOC},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    if done.returncode:
-        raise RuntimeError(f"The process of {name!r} ended with {done.returncode}.")
-    return json.loads(done.stdout.splitlines()[-1])
+    batch = models.data(args, args.batch)
+    several = models.data(args, args.batch * (args.steps + 1))
+    model = methods.prepare(name, args)
+    resident_set.reset_peak()
+    resident = {"built": resident_set.now()}
+    for part, data in {"first_step": batch, "later_steps": several}.items():
+        step_time.fit(model, *data, args.batch)
+        resident[part] = resident_set.peak()
+        resident_set.reset_peak()
+    step = functools.partial(step_time.fit, model, *batch, args.batch)
+    live = [probes.live_bytes(model, step) for _ in range(args.steps + 1)]
+    return {
+        "resident": resident,
+        "live": None if None in live else live,
+        "planned": probes.planned_memory(model, *batch),
+    }
 
 
-def lines(result: dict) -> list[str]:
-    """The result as text."""
-    text = [
-        "megabytes         built  first step  later steps   minus built"
-        "      in use  mean step"
-    ]
+def rows(result: dict):
+    """The table: a row for each method."""
     for name, row in result["methods"].items():
-        resident = row["resident"]
-        above = None
-        if resident["built"] is not None:
-            above = resident["later_steps"] - resident["built"]
-        live = row["live"]
-        tensors = (max(live), statistics.fmean(live)) if live else (None, None)
-        values = [*resident.values(), above, *tensors]
-        cells = ["-" if v is None else f"{v / 1e6:.1f}" for v in values]
-        text.append(f"{name:<14}" + "".join(f"{cell:>12}" for cell in cells))
-        if row["planned"]:
-            plan = (f"{k} {v / 1e6:.1f}" for k, v in row["planned"].items())
-            text.append(f"{'':<14}planned: " + ", ".join(plan))
-    return text
+        resident, live, plan = row["resident"], row["live"], row["planned"]
+        built = resident["built"]
+        planned = plan and (
+            plan["arguments"] + plan["outputs"] - plan["alias"] + plan["temporary"]
+        )
+        found = {
+            "resident at most": resident["later_steps"],
+            "above the built model": built and resident["later_steps"] - built,
+            "first step above it": built and resident["first_step"] - built,
+            "in use at most": live and max(live),
+            "mean step": live and statistics.fmean(live),
+            "planned, temporary": plan and plan["temporary"],
+            "planned, in all": planned,
+        }
+        found = {f"{k}, MB": cells.megabytes(v, 1) for k, v in found.items()}
+        yield {"method": name, **found}

@@ -3,20 +3,25 @@
 import argparse
 import pathlib
 import sys
+import typing
 
 import keras
 import numpy as np
 
 CLASSES = 2
 
-# What `--layers`, `--width` and `--length` are unless given; None where a model has
-# its own. A text's length is in tokens, an image's in pixels a side.
-SIZES = {
-    "minilm": {"layers": None, "width": None, "length": 64},
-    "bert": {"layers": 12, "width": 768, "length": 64},
-    "efficientnet": {"layers": None, "width": None, "length": 96},
-    "dense": {"layers": 8, "width": 1024, "length": None},
-}
+
+class Model(typing.NamedTuple):
+    """A model, with its sizes unless others are given; `None` where they are fixed.
+
+    The length is that of a text in tokens, or of an image's side in pixels.
+    """
+
+    title: str
+    make: typing.Callable
+    layers: int | None = None
+    width: int | None = None
+    length: int | None = None
 
 
 def with_sizes(args: argparse.Namespace) -> argparse.Namespace:
@@ -25,19 +30,19 @@ def with_sizes(args: argparse.Namespace) -> argparse.Namespace:
     Raises:
         SystemExit: if a size was given that the model does not have.
     """
-    given = dict(vars(args))
-    for name, default in SIZES[args.model].items():
-        if given[name] is None:
-            given[name] = default
-        elif default is None:
-            raise SystemExit(f"--{name} {given[name]}: not for --model {args.model}")
-    return argparse.Namespace(**given)
+    sizes = {}
+    for name in ("layers", "width", "length"):
+        own = getattr(MODELS[args.model], name)
+        sizes[name] = getattr(args, name) or own
+        if sizes[name] and not own:
+            raise SystemExit(f"--{name} {sizes[name]}: not for --model {args.model}")
+    return argparse.Namespace(**{**vars(args), **sizes})
 
 
 def make(args: argparse.Namespace) -> keras.Model:
     """The model that the flags ask for, not compiled; the seed makes its weights."""
     keras.utils.set_random_seed(args.seed)
-    return _MAKERS[args.model](args)
+    return MODELS[args.model].make(args)
 
 
 def data(args: argparse.Namespace, count: int):
@@ -89,14 +94,8 @@ def _vocabulary(width):
 
 
 def _efficientnet(args):
-    """EfficientNet-lite0 with random weights.
-
-    The package of the real ones needs PyTorch, which would be in the memory of the
-    other backends' processes.
-    """
-    examples = pathlib.Path(__file__).parents[1] / "examples"
-    if str(examples) not in sys.path:
-        sys.path.insert(0, str(examples))
+    """EfficientNet-lite0 with random weights: reading the real ones loads PyTorch."""
+    sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
     import convert_efficientnet_lite0 as lite0
 
     model = lite0.make_classifier(CLASSES, args.length)
@@ -106,16 +105,16 @@ def _efficientnet(args):
 
 def _dense(args):
     """A chain of Dense layers of one width, and a head."""
-    layers = [
-        keras.layers.Dense(args.width, activation="relu") for _ in range(args.layers)
-    ]
-    head = keras.layers.Dense(CLASSES)
-    return keras.Sequential([keras.Input((args.width,)), *layers, head])
+    model = keras.Sequential([keras.Input((args.width,))])
+    for _ in range(args.layers):
+        model.add(keras.layers.Dense(args.width, activation="relu"))
+    model.add(keras.layers.Dense(CLASSES))
+    return model
 
 
-_MAKERS = {
-    "minilm": _minilm,
-    "bert": _bert,
-    "efficientnet": _efficientnet,
-    "dense": _dense,
+MODELS = {
+    "minilm": Model("MiniLM", _minilm, length=64),
+    "bert": Model("BERT-like encoder", _bert, layers=12, width=768, length=64),
+    "efficientnet": Model("EfficientNet-lite0", _efficientnet, length=96),
+    "dense": Model("Dense layers", _dense, layers=8, width=1024),
 }

@@ -1,65 +1,113 @@
-"""The command `report`: the tables and the picture of docs/benchmarks.md."""
+"""Results as tables, on the terminal and in docs/benchmarks.md."""
 
+import argparse
 import json
+import os
 import pathlib
+import platform
 import re
+import sys
 
+import keras
+import numpy as np
+
+import keras_slsam
+from benchmarks import long_run
+from benchmarks import memory
 from benchmarks import picture
-from benchmarks import tables
+from benchmarks import probes
+from benchmarks import scale
+from benchmarks import step_time
+from benchmarks.cells import markdown
+
+COMMANDS = {"time": step_time, "memory": memory, "scale": scale, "long": long_run}
+PAGE = pathlib.Path(__file__).parents[1] / "docs" / "benchmarks.md"
 
 
-def write(
-    files: list[pathlib.Path], page: pathlib.Path, picture_file: pathlib.Path
-) -> None:
-    """Writes the results into a page, between its markers, and draws them.
+def origin(args: argparse.Namespace) -> dict:
+    """What a result was measured with: flags, machine, versions."""
+    backend = keras.config.backend()
+    frameworks = {name: sys.modules.get(name) for name in ("keras_hub", backend)}
+    return {
+        "backend": backend,
+        "flags": {name: value for name, value in vars(args).items() if name != "json"},
+        "machine": {
+            "processor": _processor(),
+            "cpus": os.cpu_count(),
+            "device": probes.device(),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "keras-slsam": keras_slsam.__version__,
+            "keras": keras.__version__,
+            "numpy": np.__version__,
+            **{name: m.__version__ for name, m in frameworks.items() if m},
+        },
+    }
 
-    A marker is a comment `<!-- NAME -->`, and what stands before `<!-- /NAME -->` is
-    replaced; NAME is a command. Of commands without a result the page keeps what it
-    has. What `time` measured stands beside the predictions of `cost`, and these in the
-    picture of `time`, so the two belong together.
+
+def _processor():
+    information = pathlib.Path("/proc/cpuinfo")
+    text = information.read_text() if information.exists() else ""
+    found = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def write(files: list[pathlib.Path], page: pathlib.Path = PAGE) -> None:
+    """Writes results into a page, and draws those of `time` beside it.
+
+    The page has markers `<!-- NAME -->` and `<!-- /NAME -->`, where NAME is a command.
+    What stands between them is replaced, if there are results of this command.
 
     Args:
-        files: What the commands wrote with `--json`, of any backend.
-        page: The page in Markdown.
-        picture_file: The picture, which is drawn if there are results of `time`.
+        files: What the commands wrote with `--json`, on any backend.
+        page: The page in Markdown. The picture has its name, and ends in `.svg`.
 
     Raises:
         SystemExit: if the page lacks a marker.
     """
     results = [json.loads(file.read_text("utf-8")) for file in files]
-    of = {
-        command: [result for result in results if result["command"] == command]
-        for command in ("time", "memory", "cost", "scale")
-    }
-    if of["time"]:
-        picture.draw(of["time"], of["cost"], picture_file)
-    shown = (
-        f"![Step times against AdamW's; a mark is a prediction]({picture_file.name})"
-    )
-    sections = {
-        "time": lambda rows: f"{shown}\n\n{tables.times(rows)}",
-        "memory": tables.memory,
-        "cost": lambda rows: tables.costs(rows, of["time"]),
-        "scale": tables.scales,
-    }
     text = page.read_text("utf-8")
-    for name, table in sections.items():
-        if of[name]:
-            found = f"{table(of[name])}\n\n{tables.machines(of[name])}"
-            text = fill(text, name, found)
+    for name in COMMANDS:
+        found = [result for result in results if result["command"] == name]
+        if found:
+            text = _fill(text, name, f"{tables(found)}\n\n{_origins(found)}")
+        if found and name == "time":
+            picture.draw(found, page.with_suffix(".svg"))
     page.write_text(text, "utf-8")
 
 
-def fill(text: str, name: str, table: str) -> str:
-    """The text, with `table` between the markers `name`.
-
-    Raises:
-        SystemExit: if the text lacks them.
-    """
+def _fill(text, name, content):
+    """The text, with `content` between the markers `name`."""
     markers = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-    filled, count = markers.subn(
-        lambda found: f"{found[1]}\n{table}\n\n{found[2]}", text
-    )
+    text, count = markers.subn(lambda m: f"{m[1]}\n{content}\n\n{m[2]}", text)
     if not count:
         raise SystemExit(f"The page has no marker <!-- {name} --> ... <!-- /{name} -->")
-    return filled
+    return text
+
+
+def tables(results: list[dict]) -> str:
+    """The results of one command: a table for each setting, with all backends in it."""
+    found = {}
+    for result in results:
+        rows = COMMANDS[result["command"]].rows(result["result"])
+        backend = {"backend": picture.BACKENDS[result["backend"]]}
+        of_setting = found.setdefault(picture.setting(result["flags"]), [])
+        of_setting.extend({**backend, **row} for row in rows)
+    titled = (f"{title}:\n\n{markdown(rows)}" for title, rows in found.items())
+    return "\n\n".join(titled)
+
+
+def _origins(results):
+    """The commands that were run, where, and with which versions."""
+    machine = "{processor}, {cpus} CPUs, on {device}"
+    return markdown(
+        [
+            {
+                "command": f"`KERAS_BACKEND={result['backend']} {result['line']}`",
+                "machine": machine.format(**result["machine"]),
+                "versions": ", ".join(map(" ".join, result["versions"].items())),
+            }
+            for result in results
+        ]
+    )

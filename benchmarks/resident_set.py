@@ -13,22 +13,15 @@ def now() -> int | None:
 
 
 def peak() -> int | None:
-    """The most bytes that were resident at a time, since `reset_peak`.
-
-    `ru_maxrss` would be the same but cannot be reset, and begins at what the parent
-    process held.
-    """
+    """The most bytes that were resident at a time since `reset_peak`."""
     return _read("VmHWM")
 
 
 def reset_peak() -> None:
-    """Lets `peak` begin anew, at what is in use.
+    """Lets `peak` start again, at what is in use.
 
-    What was freed between blocks in use, glibc gives back only when asked to: after a
+    glibc returns freed memory between blocks in use only when asked to: after a
     compilation that can be more than a step takes.
-
-    Raises:
-        OSError: if the system tells what is resident, but not since when.
     """
     if _STATUS.exists():
         getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)
@@ -38,7 +31,6 @@ def reset_peak() -> None:
 def _read(name):
     if not _STATUS.exists():
         return None
-    for line in _STATUS.read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return 1024 * int(line.split()[1])
-    return None
+    lines = _STATUS.read_text().splitlines()
+    found = dict(line.split(":", 1) for line in lines if ":" in line)
+    return 1024 * int(found[name].split()[0])

@@ -1,7 +1,7 @@
-"""The command `scale`: what becomes of a sparse step as the model gets deeper.
+"""The command `scale`: how a sparse step changes as the model gets deeper.
 
-An encoder like BERT of a small width, at several depths: the ratio of the step times of
-SL-SAM and SAM, the conditions in the traced program, the seconds of tracing and
+An encoder like BERT of a small width, at several depths: the step time of SL-SAM
+divided by SAM's, the conditions in the traced program, the seconds of tracing and
 compiling, the memory.
 """
 
@@ -9,6 +9,7 @@ import argparse
 
 import numpy as np
 
+from benchmarks import cells
 from benchmarks import memory
 from benchmarks import methods
 from benchmarks import models
@@ -16,93 +17,62 @@ from benchmarks import probes
 from benchmarks import step_time
 
 DENSE, SPARSE = "SAM", "SL-SAM"
-MODEL, WIDTH, BATCH, LENGTH = "bert", 64, 8, 32
+ENCODER = {"model": "bert", "width": 64, "batch": 8, "length": 32}
+# Columns of seconds: whose, and of what.
+SECONDS = {
+    "first call, s": (SPARSE, "first_call"),
+    "trace, s": (SPARSE, "trace"),
+    "compile, s": (SPARSE, "compile"),
+    "first call of SAM, s": (DENSE, "first_call"),
+}
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """Measures each depth: a list of rows, and how each method's seconds grow."""
-    rows = [_row(depth, args) for depth in args.depths]
-    growth = {name: exponents(rows, name) for name in (DENSE, SPARSE)}
-    return {"rows": rows, "exponents": growth}
+    """Measures each depth: a list of rows."""
+    return {"rows": [_row(depth, args) for depth in args.depths]}
 
 
 def _row(depth, args):
-    args = argparse.Namespace(
-        **{
-            **vars(args),
-            "model": MODEL,
-            "layers": depth,
-            "width": WIDTH,
-            "length": LENGTH,
-            "batch": BATCH,
-            "flop_steps": 0,
-        }
-    )
-    prepared = {name: methods.prepare(name, args) for name in (DENSE, SPARSE)}
+    own = {"layers": depth, "flop_steps": 0, "methods": [DENSE, SPARSE]}
+    args = argparse.Namespace(**{**vars(args), **ENCODER, **own})
+    prepared = {name: methods.prepare(name, args) for name in args.methods}
     timed = step_time.of_models(prepared, args)
     batch = models.data(args, args.batch)
-    sparse = timed["methods"][SPARSE]
     return {
         "layers": depth,
-        "arms": sparse["arms"],
-        "ratio": timed["ratios"][f"{SPARSE} / {DENSE}"],
+        "arms": timed[SPARSE]["arms"],
+        "ratio": step_time.ratio(timed[SPARSE], timed[DENSE]),
         "conditions": probes.conditions(prepared[SPARSE], *batch),
-        "times": {
-            name: {part: row[part] for part in ("first_call", "trace", "compile")}
-            for name, row in timed["methods"].items()
-        },
-        "memory": {name: memory.of_method(name, args) for name in (DENSE, SPARSE)},
+        "times": timed,
+        "memory": memory.measure(args)["methods"],
     }
 
 
-def exponents(rows: list[dict], method: str) -> dict:
-    """The powers of the depth with which a method's first call grows.
-
-    1 is linear; `None` where there is nothing to tell.
-    """
-    depths = [row["layers"] for row in rows]
-    found = {}
-    for part in ("first_call", "trace", "compile"):
-        seconds = [row["times"][method][part] for row in rows]
-        known = len(rows) > 1 and all(seconds)
-        found[part] = (
-            float(np.polyfit(np.log(depths), np.log(seconds), 1)[0]) if known else None
-        )
-    return found
+def power(depths: list[int], seconds: list) -> float | None:
+    """The power of the depth with which seconds grow; `None` where that is unknown."""
+    if len(depths) < 2 or not all(seconds):
+        return None
+    return float(np.polyfit(np.log(depths), np.log(seconds), 1)[0])
 
 
-def lines(result: dict) -> list[str]:
-    """The result as text."""
-    text = [
-        "layers  arms  SL-SAM / SAM  conditions  trace, s  compile, s  resident, MB"
-    ]
-    for row in result["rows"]:
-        times = row["times"][SPARSE]
-        resident = row["memory"][SPARSE]["resident"]["later_steps"]
-        cells = [
-            "-" if value is None else f"{value:{form}}"
-            for value, form in [
-                (row["ratio"]["of_means"], ".3f"),
-                (row["conditions"], "d"),
-                (times["trace"], ".1f"),
-                (times["compile"], ".1f"),
-                (resident and resident / 1e6, ".0f"),
-            ]
-        ]
-        text.append(
-            f"{row['layers']:>6} {row['arms']:>5} {cells[0]:>13} {cells[1]:>11} "
-            f"{cells[2]:>9} {cells[3]:>11} {cells[4]:>13}"
-        )
-    return text + growth(result)
-
-
-def growth(result: dict) -> list[str]:
-    """How the seconds of the first call grow with the depth, a line a method."""
-    text = []
-    for name, powers in result["exponents"].items():
-        known = [f"{p.replace('_', ' ')} {n:.2f}" for p, n in powers.items() if n]
-        if known:
-            text.append(
-                f"{name} grows with the depth to the power of {', '.join(known)}"
-            )
-    return text
+def rows(result: dict):
+    """The table: a row for each depth, and the power of the depth: 1 is linear."""
+    seconds = {
+        column: [row["times"][name][part] for row in result["rows"]]
+        for column, (name, part) in SECONDS.items()
+    }
+    for i, row in enumerate(result["rows"]):
+        resident = {k: v["resident"]["later_steps"] for k, v in row["memory"].items()}
+        cells_of_depth = {
+            "layers": str(row["layers"]),
+            "arms": str(row["arms"]),
+            "SL-SAM / SAM": cells.ratio(row["ratio"]),
+            "conditions": cells.number(row["conditions"]),
+            **{k: cells.number(found[i], 1) for k, found in seconds.items()},
+            "resident, MB": cells.megabytes(resident[SPARSE]),
+            "of SAM, MB": cells.megabytes(resident[DENSE]),
+        }
+        yield cells_of_depth
+    depths = [row["layers"] for row in result["rows"]]
+    powers = {k: cells.number(power(depths, found), 2) for k, found in seconds.items()}
+    yield {**dict.fromkeys(cells_of_depth, "-"), "layers": "power", **powers}

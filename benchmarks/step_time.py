@@ -1,12 +1,14 @@
-"""The command `time`: seconds a step, executed FLOPs, seconds of the first call.
+"""The command `time`: seconds per step, executed FLOPs, seconds of the first call.
 
-Each method has a copy of the model, and `fit` trains it. The methods take turns, a few
-steps a round, in an order that rotates, so that what else the machine does meets them
-alike. The first round (tracing, compilation) and each turn's first step (a new
-iterator) do not count.
+Each method has its own copy of the model, which `fit` trains. The methods take turns, a
+few steps in each round, in an order that rotates: what else the machine does affects
+them alike. The first round (tracing, compilation) and the first step of each turn (a
+new iterator) do not count. With `--alone` each method has a process of its own, and
+they run one after the other.
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
@@ -14,10 +16,12 @@ import time
 import keras
 import numpy as np
 
-from benchmarks import masks
+from benchmarks import alone
+from benchmarks import cells
 from benchmarks import methods
 from benchmarks import models
 from benchmarks import probes
+from keras_slsam import samplers
 
 # What the others are compared with.
 BASES = ("AdamW", "tutorial SAM", "SAM")
@@ -38,30 +42,46 @@ class StepLog(keras.callbacks.Callback):
         self.seconds.append(time.perf_counter() - self._start)
 
 
-class TraceLog:
-    """Records the seconds of each trace of a model's `train_step`.
+def log_traces(model: keras.Model) -> list[float]:
+    """A list that gets the seconds of each trace of a model's `train_step`.
 
-    Where a step is traced, its Python runs for that only.
+    A traced step runs its Python code for that only. The list stays empty where steps
+    run eagerly.
     """
+    seconds = []
+    train_step = model.train_step
 
-    def __init__(self, model):
-        self.seconds = []
-        train_step = model.train_step
+    def traced(*args):
+        start = time.perf_counter()
+        try:
+            return train_step(*args)
+        finally:
+            seconds.append(time.perf_counter() - start)
 
-        def traced(*args):
-            start = time.perf_counter()
-            try:
-                return train_step(*args)
-            finally:
-                self.seconds.append(time.perf_counter() - start)
-
-        if probes.TRACES:
-            model.train_step = traced
+    if probes.TRACES:
+        model.train_step = traced
+    return seconds
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """Times the methods in turns, see `of_models`."""
-    return of_models({name: methods.prepare(name, args) for name in args.methods}, args)
+    """A dict for each method, and the ratios of the step times."""
+    if args.alone:
+        found = {name: alone.measure("step_time", name, args) for name in args.methods}
+    else:
+        prepared = {name: methods.prepare(name, args) for name in args.methods}
+        found = of_models(prepared, args)
+    ratios = {
+        f"{above} / {below}": ratio(found[above], found[below])
+        for below in BASES
+        for above in found
+        if below in found and above != below
+    }
+    return {"methods": found, "ratios": ratios}
+
+
+def of_method(name: str, args: argparse.Namespace) -> dict:
+    """Times one method."""
+    return of_models({name: methods.prepare(name, args)}, args)[name]
 
 
 def of_models(prepared: dict, args: argparse.Namespace) -> dict:
@@ -72,12 +92,12 @@ def of_models(prepared: dict, args: argparse.Namespace) -> dict:
         args: The flags.
 
     Returns:
-        Dict with a dict for each method, and the ratios of the step times.
+        Dict with a dict for each method; `seconds` are those of each round's steps.
     """
     x, y = models.data(args, args.batch * (args.steps + 1))
     names = list(prepared)
-    traces = {name: TraceLog(model) for name, model in prepared.items()}
-    rounds = {name: [] for name in prepared}
+    traces = {name: log_traces(model) for name, model in prepared.items()}
+    rounds = {name: [] for name in names}
     first_calls = {}
     for number in range(args.rounds + 1):
         turn = number % len(names)
@@ -85,138 +105,103 @@ def of_models(prepared: dict, args: argparse.Namespace) -> dict:
             log = StepLog()
             fit(prepared[name], x, y, args.batch, log)
             if number == 0:
-                first_calls[name] = log.seconds[0], list(traces[name].seconds)
+                first_calls[name] = log.seconds[0], sum(traces[name]) or None
             else:
                 rounds[name].append(log.seconds[1:])
         print(f"round {number} of {args.rounds}", file=sys.stderr, flush=True)
-    rows = {
+    return {
         name: {
-            **summary(np.concatenate(rounds[name]).tolist()),
-            **first_call(*first_calls[name], rounds[name]),
-            **active_arms(prepared[name].optimizer, args),
-            "traces": len(traces[name].seconds) if probes.TRACES else None,
+            **_summary(rounds[name], *first_calls[name]),
+            **_active_arms(prepared[name].optimizer, args),
+            "traces": len(traces[name]) or None,
+            "flops": _flops(prepared[name], args),
         }
         for name in names
-    }
-    for name, model in prepared.items():
-        rows[name]["flops"] = count_flops(model, args)
-    return {
-        "jit_compile": bool(prepared[names[0]].jit_compile),
-        "methods": rows,
-        "ratios": {
-            f"{above} / {below}": ratio(rounds[above], rounds[below])
-            for below in BASES
-            for above in names
-            if below in rounds and above != below
-        },
     }
 
 
 def fit(model, x, y, batch_size, *callbacks):
     """Trains for one epoch, in the order of the data."""
-    model.fit(
-        x,
-        y,
-        batch_size=batch_size,
-        shuffle=False,
-        verbose=0,
-        callbacks=list(callbacks),
-    )
+    given = dict(batch_size=batch_size, callbacks=list(callbacks))
+    model.fit(x, y, shuffle=False, verbose=0, **given)
 
 
-def summary(seconds: list[float]) -> dict:
-    """Mean, quartiles and number of the steps' seconds."""
+def _summary(rounds, first_call, trace):
+    """The timed steps, and what of the first call is tracing and compiling."""
+    seconds = np.concatenate(rounds).tolist()
     low, median, high = np.quantile(seconds, [0.25, 0.5, 0.75]).tolist()
     return {
+        "seconds": rounds,
         "mean": statistics.fmean(seconds),
         "median": median,
         "lower_quartile": low,
         "upper_quartile": high,
         "steps": len(seconds),
-    }
-
-
-def first_call(seconds, traced, rounds):
-    """The first call's seconds, and what of them is tracing and compiling.
-
-    All of the call that is neither a trace nor a step's time counts as compiling.
-    """
-    if not traced:
-        return {"first_call": seconds, "trace": None, "compile": None}
-    trace = sum(traced)
-    step = statistics.median(np.concatenate(rounds).tolist())
-    return {
-        "first_call": seconds,
+        "first_call": first_call,
         "trace": trace,
-        "compile": max(seconds - trace - step, 0.0),
+        # All that is neither a trace nor a step.
+        "compile": trace and max(first_call - trace - median, 0.0),
     }
 
 
-def ratio(above: list, below: list) -> dict:
-    """The ratio of two methods' seconds: of means, with its spread, and of medians.
-
-    Args:
-        above: List of lists, the seconds of the steps of each round.
-        below: The same of the other method.
-    """
-    of_rounds = [
-        statistics.fmean(a) / statistics.fmean(b) for a, b in zip(above, below)
-    ]
-    several = len(of_rounds) > 1
+def ratio(above: dict, below: dict) -> dict:
+    """The ratio of two methods' seconds: of means, with its spread, and of medians."""
+    pairs = zip(above["seconds"], below["seconds"])
+    of_rounds = [statistics.fmean(a) / statistics.fmean(b) for a, b in pairs]
+    error = None
+    if len(of_rounds) > 1:
+        error = statistics.stdev(of_rounds) / len(of_rounds) ** 0.5
     return {
-        "of_means": float(np.mean(above) / np.mean(below)),
-        "of_medians": float(np.median(above) / np.median(below)),
+        "of_means": above["mean"] / below["mean"],
+        "of_medians": above["median"] / below["median"],
         "of_rounds": of_rounds,
-        "standard_error": statistics.stdev(of_rounds) / len(of_rounds) ** 0.5
-        if several
-        else None,
+        "standard_error": error,
     }
 
 
-def active_arms(optimizer, args):
-    """How many arms an optimizer has, and the mean share that the steps drew."""
-    probabilities = getattr(optimizer, "probabilities", None)
-    if probabilities is None:
+def _active_arms(optimizer, args):
+    """How many arms an optimizer has, and the mean share that was active."""
+    if getattr(optimizer, "probabilities", None) is None:
         return {"arms": None, "active_share": None}
-    drawn = masks.of_timed_steps(len(optimizer.arms), args)
+    drawn = timed_masks(len(optimizer.arms), args)
     return {"arms": len(optimizer.arms), "active_share": float(drawn.mean())}
 
 
-def count_flops(model, args):
-    """FLOPs of a few steps, each with the share of active arms; empty if unknown."""
-    batch = models.data(args, args.batch)
-    count = probes.StepFlops(model)
-    found = []
-    for _ in range(args.flop_steps):
-        flops = count(*batch)
-        if flops is None:
-            return []
-        active = getattr(model.optimizer, "active", None)
-        share = None
-        if active is not None:
-            share = float(keras.ops.convert_to_numpy(active).mean())
-        found.append({"flops": flops, "active_share": share})
-    return found
+def timed_masks(num_arms: int, args: argparse.Namespace) -> np.ndarray:
+    """The masks of the steps whose time counts: the same seed draws them again.
+
+    Returns:
+        Boolean array of shape `(rounds * steps, num_arms)`.
+    """
+    sampler = samplers.Uniform(args.active_fraction, seed=args.seed)
+    sampler.build(num_arms)
+    turns = args.rounds + 1, args.steps + 1
+    drawn = [keras.ops.convert_to_numpy(sampler.draw()) for _ in np.ndindex(turns)]
+    return np.reshape(drawn, (*turns, num_arms))[1:, 1:].reshape(-1, num_arms)
 
 
-def lines(result: dict) -> list[str]:
-    """The result as text."""
-    text = [
-        "seconds            mean  median      quartiles    steps  first  trace compile"
-    ]
+def _flops(model, args):
+    """The FLOPs of a few more steps; an empty list where they are unknown."""
+    counted = probes.step_flops(model, *models.data(args, args.batch))
+    return list(itertools.islice(counted, args.flop_steps))
+
+
+def rows(result: dict):
+    """The table: a row for each method."""
     for name, row in result["methods"].items():
-        parts = [row["first_call"], row["trace"], row["compile"]]
-        parts = " ".join("     -" if p is None else f"{p:6.1f}" for p in parts)
-        text.append(
-            f"{name:<14} {row['mean']:>8.4f} {row['median']:>7.4f}  "
-            f"{row['lower_quartile']:.4f} to {row['upper_quartile']:.4f}"
-            f" {row['steps']:>5} {parts}"
-        )
-    text += ["", "ratios of means, with the standard error over rounds; of medians"]
-    for name, row in result["ratios"].items():
-        error = row["standard_error"]
-        spread = "" if error is None else f" ± {error:.3f}"
-        text.append(
-            f"{name:<27} {row['of_means']:.3f}{spread}; {row['of_medians']:.3f}"
-        )
-    return text
+        ratios = {base: result["ratios"].get(f"{name} / {base}") for base in BASES}
+        medians = [found and found["of_medians"] for found in ratios.values()]
+        flops = statistics.fmean(row["flops"]) / 1e9 if row["flops"] else None
+        yield {
+            "method": name,
+            "s per step": cells.number(row["mean"], 4),
+            "quartiles": f"{row['lower_quartile']:.4f} to {row['upper_quartile']:.4f}",
+            **{f"× {base}": cells.ratio(found) for base, found in ratios.items()},
+            "of medians": " ".join(cells.number(median, 2) for median in medians),
+            "active": cells.number(row["active_share"], 2),
+            "GFLOP": cells.number(flops, 2),
+            "first call, s": cells.number(row["first_call"], 1),
+            "trace, s": cells.number(row["trace"], 1),
+            "compile, s": cells.number(row["compile"], 1),
+            "traces": cells.number(row["traces"]),
+        }

@@ -15,7 +15,7 @@ rates or active fractions are a sweep.
 A folder holds one experiment: runs with the same model, data and sizes. Each run writes
 a file of its own, `--parts` times an epoch. A run that was killed goes on where it was
 when the command is given again, with the same result; one that is complete is not run
-again (nor kept: with more `--epochs` it starts anew). From all complete runs in the
+again (nor kept: with more `--epochs` it starts again). From all complete runs in the
 folder come `results.csv`, a table and `results.png`. The table's `at equal time` is the
 accuracy when the run that took least time on this backend was over, on the line between
 the evaluations before and after.

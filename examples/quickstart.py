@@ -1,7 +1,10 @@
-"""Fine-tunes a pretrained MiniLM as a sentiment classifier: AdamW, then SL-SAM.
+"""Fine-tunes a pretrained MiniLM as a sentiment classifier: AdamW, SAM and SL-SAM.
+
+The methods train in turns, a slice of the data each, so that whatever else the machine
+does falls on all of them, and their step times can be compared.
 
     python examples/quickstart.py
-    KERAS_BACKEND=torch python examples/quickstart.py --method sl+s2
+    KERAS_BACKEND=torch python examples/quickstart.py --methods adamw sl+s2
     python examples/quickstart.py --data reviews.tsv
 
 Without `--data` it learns from the lexicon inside the `vaderSentiment` package,
@@ -34,8 +37,8 @@ METHODS = {
     "slsam": ("SL-SAM", 2e-4),
     "sl+s2": ("SL-SAM + S2-SAM", 2e-4),
 }
-WARM_UP = 5  # steps that are not timed: tracing and compilation
-TIMED_SAM_STEPS = 15
+WARM_UP = 2  # steps that are not timed: tracing and compilation
+TURNS = 4  # per epoch
 
 
 def make_optimizer(method, learning_rate, active_fraction, seed):
@@ -94,34 +97,38 @@ class StepLog(keras.callbacks.Callback):
         return np.median(self.seconds[WARM_UP:] or self.seconds)
 
 
-def train(method, train_set, test_set, args, timed_only=False):
-    """Returns a row of the table."""
-    name, learning_rate = METHODS[method]
-    texts, labels = train_set
-    if timed_only:
-        steps = WARM_UP + TIMED_SAM_STEPS
-        texts, labels = (
-            texts[: steps * args.batch_size],
-            labels[: steps * args.batch_size],
-        )
-        print(f"\n{name}, {steps} steps for the time of a step")
-    else:
-        print(f"\n{name}")
-    model, log = make_model(method, args), StepLog()
-    model.fit(
-        texts,
-        labels,
-        batch_size=args.batch_size,
-        epochs=1 if timed_only else args.epochs,
-        shuffle=False,  # `load` has shuffled
-        callbacks=[log],
-    )
-    accuracy = None
-    if not timed_only:
-        scores = model.evaluate(*test_set, batch_size=128, verbose=0, return_dict=True)
-        accuracy = scores["accuracy"]
-    share = np.mean(log.shares) if log.shares else 1.0
-    return name, args.learning_rate or learning_rate, accuracy, log.step_time(), share
+def slices(texts, labels, batch_size):
+    """The turns of an epoch: slices of whole batches."""
+    batches = -(-len(texts) // batch_size)
+    for part in np.array_split(np.arange(batches), min(TURNS, batches)):
+        rows = slice(part[0] * batch_size, (part[-1] + 1) * batch_size)
+        yield texts[rows], labels[rows]
+
+
+def train(methods, train_set, args):
+    """Trains in turns; returns dicts of the models and of their logs."""
+    models = {method: make_model(method, args) for method in methods}
+    logs = {method: StepLog() for method in methods}
+    turns = list(slices(*train_set, args.batch_size)) * args.epochs
+    for turn, (texts, labels) in enumerate(turns, 1):
+        report = []
+        for method in methods:
+            history = (
+                models[method]
+                .fit(
+                    texts,
+                    labels,
+                    batch_size=args.batch_size,
+                    shuffle=False,  # `load` has shuffled
+                    callbacks=[logs[method]],
+                    verbose=0,
+                )
+                .history
+            )
+            (accuracy,) = history["accuracy"]
+            report.append(f"{METHODS[method][0]} {accuracy:.2f}")
+        print(f"turn {turn} of {len(turns)}, accuracy: {', '.join(report)}", flush=True)
+    return models, logs
 
 
 def load(args):
@@ -132,16 +139,18 @@ def load(args):
     return data.split(*data.shuffled(texts, labels, seed=args.seed, limit=args.limit))
 
 
-def print_table(rows):
-    sam = next((seconds for name, _, _, seconds, _ in rows if name == "SAM"), None)
+def print_table(models, logs, test_set):
+    sam = logs["sam"].step_time() if "sam" in logs else None
     print()
     print("method           learning rate  test accuracy  s/step  active  time / SAM's")
-    for name, learning_rate, accuracy, seconds, share in rows:
-        accuracy = "-" if accuracy is None else f"{accuracy:.3f}"
+    for method, model in models.items():
+        scores = model.evaluate(*test_set, batch_size=128, verbose=0, return_dict=True)
+        rate = float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
+        seconds, shares = logs[method].step_time(), logs[method].shares
         ratio = "-" if sam is None else f"{seconds / sam:.2f}"
         print(
-            f"{name:<16} {learning_rate:>13g} {accuracy:>14} {seconds:>7.3f}"
-            f" {share:>7.0%} {ratio:>13}"
+            f"{METHODS[method][0]:<16} {rate:>13g} {scores['accuracy']:>14.3f}"
+            f" {seconds:>7.3f} {np.mean(shares or 1):>7.0%} {ratio:>13}"
         )
 
 
@@ -149,7 +158,9 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--method", choices=METHODS, help="default: adamw, then slsam")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=["adamw", "sam", "slsam"]
+    )
     parser.add_argument("--data", type=pathlib.Path, help="lines `label<TAB>sentence`")
     parser.add_argument(
         "--length", type=int, help="tokens a text; default: 16, with --data 64"
@@ -168,12 +179,7 @@ def main():
         f"Keras {keras.__version__} on {keras.config.backend()}: "
         f"{len(train_set[0])} texts to train on, {len(test_set[0])} to test on"
     )
-    methods = [args.method] if args.method else ["adamw", "slsam"]
-    rows = [train(method, train_set, test_set, args) for method in methods]
-    if "slsam" in methods or "sl+s2" in methods:
-        # SAM's own time, measured in the same run: a few of its steps will do.
-        rows.append(train("sam", train_set, test_set, args, timed_only=True))
-    print_table(rows)
+    print_table(*train(args.methods, train_set, args), test_set)
 
 
 if __name__ == "__main__":

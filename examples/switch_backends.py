@@ -101,7 +101,7 @@ def run(folder, backend, origin=None):
     Args:
         folder: Path of the files.
         backend: String.
-        origin: String, the backend whose checkpoint is gone on from.
+        origin: String, the backend that wrote the checkpoint.
     """
     name = f"{origin}-{backend}" if origin else backend
     checkpoint = folder / f"{origin or backend}.weights.h5"

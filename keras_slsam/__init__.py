@@ -1,13 +1,15 @@
 """Sharpness-aware fine-tuning in Keras 3, with the compute truly saved."""
 
 from keras_slsam import samplers
+from keras_slsam.fit import SAMTrainStep
+from keras_slsam.fit import sharpness_aware
 from keras_slsam.optimizers import RST
 from keras_slsam.optimizers import S2SAM
 from keras_slsam.optimizers import SAM
 from keras_slsam.optimizers import SLSAM
-from keras_slsam.training import SAMTrainStep
-from keras_slsam.training import sharpness_aware
-from keras_slsam.training import stateless_step
+from keras_slsam.stateless import get_state
+from keras_slsam.stateless import set_state
+from keras_slsam.stateless import stateless_step
 from keras_slsam.training import step
 
 __version__ = "0.1.0"
@@ -18,7 +20,9 @@ __all__ = [
     "SAM",
     "SLSAM",
     "SAMTrainStep",
+    "get_state",
     "samplers",
+    "set_state",
     "sharpness_aware",
     "stateless_step",
     "step",

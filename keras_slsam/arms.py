@@ -10,11 +10,11 @@ def group(variables, grouping):
             to a hashable key; variables of the same key make an arm.
 
     Returns:
-        List of int, one a variable; arms are numbered in the order in which they
+        List of int, one per variable; arms are numbered in the order in which they
         first appear.
 
     Raises:
-        ValueError: if the function returns something that is not hashable.
+        ValueError: if the function returns something that is no key of a dict.
     """
     if isinstance(grouping, str):
         keys = _GROUPINGS[grouping](variables)
@@ -24,12 +24,16 @@ def group(variables, grouping):
     arms = []
     for variable, key in zip(variables, keys):
         try:
-            arms.append(numbers.setdefault(key, len(numbers)))
+            is_key = hash(key) is not None and key == key  # nan is not
         except TypeError:
+            is_key = False
+        if not is_key:
             raise ValueError(
-                "The function given as `arms` must return something hashable, like "
-                f"a string. Received: {key!r} for the variable {variable.path!r}"
-            ) from None
+                "The function given as `arms` must return something hashable that "
+                f"equals itself, like a string. Received: {key!r} for the variable "
+                f"{variable.path!r}"
+            )
+        arms.append(numbers.setdefault(key, len(numbers)))
     return arms
 
 

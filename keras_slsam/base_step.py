@@ -12,7 +12,6 @@ import keras
 from keras import ops
 
 from keras_slsam import gradients as backend
-from keras_slsam import perturbation
 
 
 class BaseStep:
@@ -24,31 +23,33 @@ class BaseStep:
     Args:
         base_optimizer: `keras.optimizers.Optimizer`, built.
         variables: List of `keras.Variable`s, those that it was built for.
-        members: List of lists of int, the variables of each arm.
+        num_arms: int, the number of arms.
+        dtype: String, float dtype of the norms.
         all_active: bool, whether all arms are active in every step.
         remember: bool, whether to keep the gradients that are applied.
         owner: `keras.optimizers.Optimizer`, which makes and holds the state.
+
+    Attributes:
+        skipped_steps: `keras.Variable`, the number of steps that were left out.
     """
 
-    def __init__(self, base_optimizer, variables, members, all_active, remember, owner):
+    def __init__(
+        self, base_optimizer, variables, num_arms, dtype, all_active, remember, owner
+    ):
         self._base = base_optimizer
         self._variables = variables
-        self._members = members
         self._all_active = all_active
-        self._dtype = keras.backend.result_type(
-            "float32", *(v.dtype for v in variables)
-        )
-        shape = (len(members),)
+        self.skipped_steps = owner.add_variable((), dtype="int", name="skipped_steps")
 
         def add(name, dtype, initializer="zeros"):
-            return owner.add_variable(shape, initializer, dtype, name=name)
+            return owner.add_variable((num_arms,), initializer, dtype, name=name)
 
         self._applied = []
         if remember:
             self._applied = owner.add_optimizer_variables(
                 variables, "previous_gradient"
             )
-            self._applied_squares = add("previous_squares", self._dtype)
+            self._applied_squares = add("previous_squares", dtype)
         if not all_active:
             self._own_iterations = add(
                 "own_iterations", base_optimizer._iterations.dtype
@@ -56,33 +57,37 @@ class BaseStep:
             if isinstance(base_optimizer, keras.optimizers.Nadam):
                 self._own_products = add("own_products", variables[0].dtype, "ones")
 
-    def __call__(self, gradients, squares, active, last, finite):
+    def __call__(self, gradients, squares, arms, last, finite):
         """Updates the active arms, or adds up their gradients.
 
         Args:
-            gradients: List of tensors, one a variable; anything where inactive.
+            gradients: List of tensors, one per variable; anything where inactive.
             squares: List of float scalars, the squared norms of the arms' gradients.
-            active: List of bools or scalar boolean tensors, one an arm.
+            arms: `ActiveArms`.
             last: Whether this is the last step of a window, see `window`.
-            finite: Whether the gradients are finite; else nothing changes.
+            finite: Whether all gradients are finite: else the step is left out, and
+                counted.
         """
         base = self._base
         steps = base.gradient_accumulation_steps
+        if finite is not True:
+            skipped = ops.cast(ops.logical_not(finite), self.skipped_steps.dtype)
+            self.skipped_steps.assign_add(skipped)
         if self._all_active and not (steps and self._applied):
             backend.select(finite, lambda: self._apply(gradients, squares))
             return
         # For a step that is left out it is as if no arm were active.
-        active = [backend.both(on, finite) for on in active]
+        arms = arms.where(finite)
         counts = []
         if steps:
-            self._accumulate(gradients, active)
+            self._accumulate(gradients, arms)
             last = backend.both(last, finite)
-            backend.when(last, lambda: self._apply_mean(active))
+            backend.when(last, lambda: self._apply_mean(arms))
         else:
-            counts = self._update(gradients, squares, active)
+            counts = self._update(gradients, squares, arms)
         if base.use_ema:
             backend.when(finite, self._average)
-        self._constrain(active)
+        self._constrain(arms)
         for variable, value in counts:
             variable.assign(value)
         backend.when(finite, lambda: base._iterations.assign_add(1))
@@ -94,18 +99,19 @@ class BaseStep:
                 applied.assign(gradient)
             self._applied_squares.assign(ops.stack(squares))
 
-    def _constrain(self, active):
+    def _constrain(self, arms):
         # Last, and in each step of a window, as in Keras.
-        for on, indices in zip(active, self._members):
+        def project(arm):
+            for variable in constrained[arm]:
+                variable.assign(variable.constraint(variable))
+
+        constrained = {}
+        for arm, indices in enumerate(arms.members):
             variables = [self._variables[i] for i in indices]
             variables = [v for v in variables if v.constraint is not None]
-
-            def project(variables=variables):
-                for variable in variables:
-                    variable.assign(variable.constraint(variable))
-
             if variables:
-                backend.when(on, project)
+                constrained[arm] = variables
+        arms.when(project, constrained)
 
     @contextlib.contextmanager
     def counted(self, finite):
@@ -122,19 +128,27 @@ class BaseStep:
         finally:
             count.assign(before)
 
-    def applied(self):
-        """The gradient last applied to each variable, or 0, and the arms' norms.
+    def applied(self, arms):
+        """The gradient last applied to each variable: the ascent of `single_step`.
+
+        Args:
+            arms: `ActiveArms`.
 
         Returns:
-            Tuple of a list of tensors and a float tensor of shape `(num_arms,)`, the
-            squared norms.
+            Tuple of a list of tensors, 0 where there was none, and a float scalar,
+            the squared norm of those of the active arms.
         """
         gradients = [backend.read(gradient) for gradient in self._applied]
-        return gradients, backend.read(self._applied_squares)
+        squares = backend.read(self._applied_squares)
+        return gradients, ops.sum(ops.where(arms.mask, squares, 0.0))
 
     def position(self):
-        """Int tensor, how many steps of this window were made before this one."""
-        return self._base._iterations % (self._base.gradient_accumulation_steps or 1)
+        """Int tensor, how many steps of this window were made before this one.
+
+        `None` without `gradient_accumulation_steps`.
+        """
+        steps = self._base.gradient_accumulation_steps
+        return self._base._iterations % steps if steps else None
 
     def window(self):
         """Whether this is the first, and the last, step of a window.
@@ -142,51 +156,40 @@ class BaseStep:
         Returns:
             Tuple of two bools, or scalar boolean tensors inside a traced step.
         """
-        steps = self._base.gradient_accumulation_steps
-        if not steps:
-            return True, True
         position = self.position()
-        return tuple(
-            backend.concrete(ops.stack([position == 0, position == steps - 1]))
-        )
+        if position is None:
+            return True, True
+        last = self._base.gradient_accumulation_steps - 1
+        return tuple(backend.concrete(ops.stack([position == 0, position == last])))
 
-    def _accumulate(self, gradients, active):
+    def _accumulate(self, gradients, arms):
         sums = self._base._accumulated_gradients
-        for on, indices in zip(active, self._members):
 
-            def add(indices=indices):
-                for i in indices:
-                    one = ops.ones((), sums[i].dtype)
-                    total = backend.add(backend.read(sums[i]), gradients[i], one)
-                    sums[i].assign(total)
+        def add(arm):
+            for i in arms.members[arm]:
+                one = ops.ones((), sums[i].dtype)
+                total = backend.add(backend.read(sums[i]), gradients[i], one)
+                sums[i].assign(total)
 
-            backend.when(on, add)
+        arms.when(add)
 
-    def _apply_mean(self, active):
+    def _apply_mean(self, arms):
         sums = self._base._accumulated_gradients
         share = 1.0 / self._base.gradient_accumulation_steps
-        means = perturbation.of_active(
-            lambda i, total: total * share,
-            [backend.read(total) for total in sums],
-            self._members,
-            active,
-        )
-        squares = None  # not asked for, unless the gradients are remembered
-        if self._applied:
-            squares = perturbation.squared_norms(
-                means, self._members, active, self._dtype
-            )
-        for variable, value in self._update(means, squares, active):
+        totals = [backend.read(total) for total in sums]
+        means = arms.map(lambda i, total: total * share, totals)
+        # Asked for only where the gradients are remembered.
+        squares = arms.squared_norms(means) if self._applied else None
+        for variable, value in self._update(means, squares, arms):
             variable.assign(value)
-        for on, indices in zip(active, self._members):
 
-            def reset(indices=indices):
-                for i in indices:
-                    sums[i].assign(ops.zeros_like(backend.read(sums[i])))
+        def reset(arm):
+            for i in arms.members[arm]:
+                sums[i].assign(ops.zeros_like(backend.read(sums[i])))
 
-            backend.when(on, reset)
+        arms.when(reset)
 
-    def _update(self, gradients, squares, active):
+    def _update(self, gradients, squares, arms):
         """Updates the active arms.
 
         Returns:
@@ -196,36 +199,38 @@ class BaseStep:
         present = [i for i, gradient in enumerate(gradients) if gradient is not None]
         clipped = base._clip_gradients([gradients[i] for i in present])
         clipped = dict(zip(present, clipped))
-        mask = ops.convert_to_tensor(active, dtype="bool")
-        own_counts, counts_after = self._own_counts(mask)
-        members = self._members
-        if self._all_active:
-            members = [range(len(self._variables))]  # Nadam counts the updates
+        own_counts, counts_after = self._own_counts(arms.mask)
         with _fixed_learning_rate(base) as learning_rate:
-            for arm, indices in enumerate(members):
+
+            def update_variables(indices):
                 variables = [self._variables[i] for i in indices]
-                slots = [self._applied[i] for i in indices] if self._applied else []
+                decayed = [v for v in variables if base._use_weight_decay(v)]
+                if decayed:
+                    base._apply_weight_decay(decayed)
+                base._backend_update_step(
+                    [clipped[i] for i in indices], variables, learning_rate
+                )
+                if self._applied:
+                    for i in indices:
+                        self._applied[i].assign(gradients[i])
 
-                def update(arm=arm, indices=indices, variables=variables, slots=slots):
-                    for count, own, _ in own_counts:
-                        count.assign(own[arm])
-                    try:
-                        decayed = [v for v in variables if base._use_weight_decay(v)]
-                        if decayed:
-                            base._apply_weight_decay(decayed)
-                        base._backend_update_step(
-                            [clipped[i] for i in indices], variables, learning_rate
-                        )
-                    finally:
-                        for count, _, everyone in own_counts:
-                            count.assign(everyone)
-                    for i, applied in zip(indices, slots):
-                        applied.assign(gradients[i])
+            def update(arm):
+                for count, own, _ in own_counts:
+                    count.assign(own[arm])
+                try:
+                    update_variables(arms.members[arm])
+                finally:
+                    for count, _, everyone in own_counts:
+                        count.assign(everyone)
 
-                backend.when(active[arm], update)
+            if self._all_active:  # together: Nadam counts the updates
+                everything = range(len(self._variables))
+                backend.when(arms.active[0], lambda: update_variables(everything))
+            else:
+                arms.when(update)
         if self._applied:
             before = backend.read(self._applied_squares)
-            value = ops.where(mask, ops.stack(squares), before)
+            value = ops.where(arms.mask, ops.stack(squares), before)
             counts_after.append((self._applied_squares, value))
         return counts_after
 
@@ -234,7 +239,7 @@ class BaseStep:
 
         Returns:
             Two lists: `(variable of the base optimizer, its value for each arm, its
-            value for the whole)`, and `(variable of ours, its value after the step)`.
+            value for the whole)`, and `(own variable, its value after the step)`.
         """
         if self._all_active:
             return [], []

@@ -43,7 +43,7 @@ class Loss:
         """The loss at `weights`.
 
         Args:
-            weights: List of tensors, one a trainable variable.
+            weights: List of tensors, one per trainable variable.
             differentiate: Function that is called with the loss while layers still
                 read `weights`, for those that recompute in the backward pass.
 
@@ -88,7 +88,7 @@ class Loss:
         """Takes over what the first call did to the metrics.
 
         Args:
-            outputs: What that call returned besides the scaled loss.
+            outputs: What that call returned next to the scaled loss.
 
         Returns:
             `(loss, y_pred)`, with the masks that Keras attached to the outputs.
@@ -108,7 +108,7 @@ class Loss:
         """Takes over what the first call did to the model's state, and to generators.
 
         Args:
-            outputs: What that call returned besides the scaled loss.
+            outputs: What that call returned next to the scaled loss.
         """
         *_, values = outputs
         metrics = {id(v) for v in self.model.metrics_variables}

@@ -29,6 +29,24 @@ def read(scaler):
     return None if scaler is None else backend.read(scaler.dynamic_scale)
 
 
+def unscale(gradients, arms, scale):
+    """Gradients of the loss, from those of the loss times `scale`.
+
+    Args:
+        gradients: List of tensors, one per variable; anything where inactive.
+        arms: `ActiveArms`.
+        scale: Float scalar, or `None` for a loss that was not scaled.
+
+    Returns:
+        List of tensors like `gradients`.
+    """
+    if scale is None:
+        return gradients
+    return arms.map(
+        lambda i, gradient: backend.multiply(gradient, 1.0 / scale), gradients
+    )
+
+
 def adapt(scaler, finite):
     """Adapts the scale after a step.
 

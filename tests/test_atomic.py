@@ -200,7 +200,42 @@ def test_a_step_that_raises_leaves_everything_as_it_was(method):
     assert missing == once | dense
 
 
-def test_metrics_that_a_failed_step_made_start_anew():
+class Checked(keras.metrics.Mean):
+    """Fails where a label is 0, on TensorFlow by a check in the graph."""
+
+    def update_state(self, y, y_pred, sample_weight=None):
+        super().update_state(y_pred)
+        if BACKEND == "tensorflow":
+            import tensorflow as tf
+
+            tf.debugging.assert_positive(y)
+        elif ops.min(y) <= 0:
+            raise ValueError("not positive")
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="nothing in a compiled step can raise")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_check_that_fails_in_a_step_of_fit(method):
+    model = compiled(method, Faults(), run_eagerly=False)
+    model.compile(model.optimizer, "mse", metrics=[Checked(name="metric")])
+    x, y = DATA
+    model.train_on_batch(x, y + 1)
+    before = snapshot(model)
+    refused = ValueError
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        refused = tf.errors.InvalidArgumentError
+    with pytest.raises(refused, match="positive"):
+        model.train_on_batch(x, y)
+    # Keras begins with fresh metrics, and what a graph has done to them stays.
+    metrics = {v.path for v in model.metrics_variables}
+    moved = {name.split(" ")[-1] for name in differences(before, snapshot(model))}
+    assert moved <= metrics
+    model.train_on_batch(x, y + 1)
+
+
+def test_metrics_that_a_failed_step_made_start_again():
     faults = Faults()
     model = compiled("sam", faults)
     faults.at("second metric")
@@ -229,6 +264,14 @@ def test_an_error_in_a_constraint_moves_weights_and_moments_only():
     assert not any("iteration" in path for path in moved)
 
 
+@pytest.fixture
+def interrupts():
+    """Ctrl-C as Python has it, also where the tests run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @contextlib.contextmanager
 def interrupt_at(line):
     """Ctrl-C at the n-th line of the package that is executed.
@@ -253,6 +296,7 @@ def interrupt_at(line):
         sys.settrace(None)
 
 
+@pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("method", ["sam", "slsam", "sl+s2"])
 def test_a_step_that_is_interrupted_happens_whole_or_not_at_all(method):
     keras.utils.set_random_seed(0)
@@ -272,6 +316,7 @@ def test_a_step_that_is_interrupted_happens_whole_or_not_at_all(method):
             assert differences(before, now) == []
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_ctrl_c_is_held_back_once():
     held = []
     with pytest.raises(KeyboardInterrupt), atomic.hold_back_interrupt():

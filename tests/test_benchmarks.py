@@ -2,15 +2,15 @@
 
 import argparse
 import json
+import re
 import sys
 
 import keras
 import numpy as np
 import pytest
 
-from benchmarks import cost_model
-from benchmarks import layer_calls
-from benchmarks import masks
+from benchmarks import alone
+from benchmarks import long_run
 from benchmarks import memory
 from benchmarks import methods
 from benchmarks import models
@@ -47,16 +47,18 @@ def run(tmp_path, command, *methods, more=()):
     return json.loads(file.read_text())
 
 
-def reported(tmp_path, *commands):
-    """The text of a page with the commands' files reported on it, and the picture."""
+def reported(tmp_path, command):
+    """The text of a page with a command's file reported on it, and the picture."""
     page, picture = tmp_path / "page.md", tmp_path / "page.svg"
-    names = ("time", "memory", "cost", "scale")
+    names = ("time", "memory", "scale", "long")
     page.write_text("".join(f"<!-- {n} -->\nold\n<!-- /{n} -->\n" for n in names))
-    report.write([tmp_path / f"{command}.json" for command in commands], page, picture)
-    return page.read_text(), picture
+    report.write([tmp_path / f"{command}.json"], page)
+    text = page.read_text()
+    assert text.count("old") == 3  # of the other commands there is nothing new
+    return re.sub(" +", " ", text), picture
 
 
-def test_time_and_cost_and_the_report_of_them(tmp_path):
+def test_time_and_the_report_of_it(tmp_path):
     more = ["--flop-steps", "1"]
     timed = run(tmp_path, "time", "AdamW", "SL-SAM block", more=more)
     assert {"backend", "machine", "versions", "flags", "line"} < set(timed)
@@ -69,22 +71,41 @@ def test_time_and_cost_and_the_report_of_them(tmp_path):
     assert row["traces"] == {"jax": 1, "tensorflow": 3, "torch": None}[BACKEND]
     assert dense["traces"] == {"jax": 1, "tensorflow": 2, "torch": None}[BACKEND]
     # Forward, gradients of two inputs and three weights; kernels 8x8, 8x8 and 8x2.
-    assert dense["flops"][0]["flops"] == 2 * 4 * (3 * (64 + 64 + 16) - 64)
+    assert dense["flops"] == [2 * 4 * (3 * (64 + 64 + 16) - 64)]
     ratio = timed["result"]["ratios"]["SL-SAM block / AdamW"]
     assert ratio["of_means"] > 0 and len(ratio["of_rounds"]) == 2
 
-    cost = run(tmp_path, "cost", "AdamW", "SL-SAM block")
-    assert cost["result"]["layers"]["Dense"]["calls"] == 3
-    assert set(cost["result"]["total"]) == set(cost_model.Costs._fields)
-    prediction = cost["result"]["predictions"]["SL-SAM block"]
-    assert prediction["active_share"] == pytest.approx(row["active_share"])
-
-    text, picture = reported(tmp_path, "time", "cost")
-    assert text.count("old") == 2  # of memory and scale there is nothing new
-    assert text.count(timed["line"]) == text.count(cost["line"]) == 1
+    text, picture = reported(tmp_path, "time")
+    assert text.count(timed["line"]) == 1
+    assert "--json" not in timed["line"]
     assert f"| SL-SAM block | {row['mean']:.4f} |" in text
-    assert f"{ratio['of_means']:.3f} ±" in text.partition("<!-- cost -->")[2]
-    assert picture.stat().st_size > 1000
+    assert f"{ratio['of_means']:.3f} ±" in text
+    # Each backend has its own color, also without the others.
+    own = {"jax": "#1f77b4", "tensorflow": "#ff7f0e", "torch": "#2ca02c"}
+    colors = {color for color in own.values() if color in picture.read_text()}
+    assert colors == {own[BACKEND]}
+
+
+def test_each_method_can_have_a_process_of_its_own(tmp_path, monkeypatch):
+    def measure(module, name, args):
+        assert module == "step_time"
+        seconds = {"AdamW": 1.0, "SAM": 2.0}[name]
+        row = dict.fromkeys(("active_share", "trace", "compile", "traces"))
+        for part in (
+            "mean",
+            "median",
+            "lower_quartile",
+            "upper_quartile",
+            "first_call",
+        ):
+            row[part] = seconds
+        return {**row, "seconds": [[seconds], [seconds]], "flops": []}
+
+    monkeypatch.setattr(alone, "measure", measure)
+    run(tmp_path, "time", "AdamW", "SAM", more=["--alone"])
+    text, _ = reported(tmp_path, "time")
+    assert "each method in a process of its own" in text
+    assert "| SAM | 2.0000 | 2.0000 to 2.0000 | 2.000 ± 0.000 |" in text
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the resident set is Linux's")
@@ -129,55 +150,20 @@ def test_masks_and_conditions_of_a_step():
     for step in np.ndindex(turns.shape[:2]):
         step_time.fit(model, x, y, args.batch)
         turns[step] = keras.ops.convert_to_numpy(model.optimizer.active)
-    again = masks.of_timed_steps(num_arms, args)
+    again = step_time.timed_masks(num_arms, args)
     np.testing.assert_array_equal(again, np.concatenate(turns[1:, 1:]))
 
     count = probes.conditions(model, x, y)
     assert count is None if BACKEND == "torch" else count > num_arms
 
 
-def test_costs_by_the_rule():
-    def count(name):
-        return cost_model.rule(name, active_share=0.2, lowest=0.3)
-
-    assert count("AdamW") == count("S2-SAM") == 3
-    assert count("SAM") == count("tutorial SAM") == 6
-    assert count("SL-SAM") == pytest.approx(2 * (2 + 0.2))
-    assert count("SL+S2") == pytest.approx(2 + 0.2)
-    assert count("SL-SAM block") == pytest.approx(1 + 3 * (1 - 0.3) + 2 * 0.2)
-
-
-def test_the_sam_of_tutorials_draws_noise_again():
-    known = cost_model.EVERYTHING._replace(forward_again=0.9)
-    costs = [
-        cost_model.predict(name, cost_model.UNIT, known)
-        for name in ("tutorial SAM", "SAM")
-    ]
-    assert costs == [6, pytest.approx(5.9)]
-
-
-def test_what_gradients_share_counts_once():
-    total = dict(forward=1.0, to_inputs=2.0, to_weights=9.0, ascent=0.1, update=0.2)
-    whole = {"forward": 0.9, "forward_and_gradients": 7.0}
-    expected = cost_model.Costs(0.9, 2.0, 4.1, 0.1, 0.2)
-    assert cost_model.of_step(total, whole) == expected
-
-
-def test_the_chain_ends_at_the_lowest_active_arm():
-    calls = [cost_model.Call(1.0, 1.0, 1.0, {i: 1.0}, {i: 1.0}) for i in range(4)]
-    mask = np.array([[False, True, False, True]])
-    found = cost_model.shares(calls, [0, 1, 2, 3], mask)
-    assert found == cost_model.Shares(3 / 4, 2 / 4, 2 / 4, 2 / 4)
-    assert cost_model.lowest_active(mask) == 1 / 4
-
-
 def test_scale(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        memory, "of_method", lambda name, args: {"resident": {"later_steps": 1e6}}
-    )
+    resident = {"resident": {"later_steps": 1e6}}
+    found = {"methods": {"SAM": resident, "SL-SAM": resident}}
+    monkeypatch.setattr(memory, "measure", lambda args: found)
     # Quickly compiled, with two weights a layer and a head.
-    monkeypatch.setattr(scale, "MODEL", "dense")
-    monkeypatch.setattr(scale, "WIDTH", 8)
+    dense = {"model": "dense", "width": 8, "batch": 8, "length": None}
+    monkeypatch.setattr(scale, "ENCODER", dense)
     file = tmp_path / "scale.json"
     few = ["--rounds", "1", "--steps", "1", "--depths", "1", "2"]
     main(["scale", *few, "--json", str(file)])
@@ -190,50 +176,37 @@ def test_scale(tmp_path, monkeypatch):
         assert shallow["conditions"] < deep["conditions"] < 2 * shallow["conditions"]
     for name in ("SAM", "SL-SAM"):
         assert shallow["times"][name]["first_call"] > 0
-        assert (result["exponents"][name]["trace"] is None) == (BACKEND == "torch")
-
+    *_, powers = scale.rows(result)
+    assert powers["first call, s"] != "-"
+    assert (powers["trace, s"] == "-") == (BACKEND == "torch")
     text, _ = reported(tmp_path, "scale")
-    assert text.count("old") == 3
+    assert "| 2 | 6 |" in text
 
 
 def test_the_encoder_of_scale_has_the_depth_asked_for():
-    args = flags(model=scale.MODEL, layers=2, width=scale.WIDTH, length=scale.LENGTH)
+    args = flags(**scale.ENCODER, layers=2)
     # A block has 16 weights; 9 are those of embeddings and of the head.
     assert len(models.make(args).trainable_variables) == 9 + 2 * 16
 
 
 def test_powers_of_the_depth():
-    rows = [
-        {
-            "layers": depth,
-            "times": {
-                "SL-SAM": {"first_call": 3 * depth, "trace": depth**2, "compile": None}
-            },
-        }
-        for depth in (6, 12, 24)
-    ]
-    assert scale.exponents(rows, "SL-SAM") == {
-        "first_call": pytest.approx(1),
-        "trace": pytest.approx(2),
-        "compile": None,
-    }
+    depths = [6, 12, 24]
+    assert scale.power(depths, [3 * depth for depth in depths]) == pytest.approx(1)
+    assert scale.power(depths, [depth**2 for depth in depths]) == pytest.approx(2)
+    assert scale.power(depths, [None] * 3) is None
+    assert scale.power([6], [1.0]) is None
 
 
-def test_calls_are_recorded_and_can_be_repeated():
-    attention = keras.layers.MultiHeadAttention(2, 4, dropout=0.1)
-    inputs = keras.Input((3, 8))
-    x = keras.layers.LayerNormalization()(inputs)
-    model = keras.Model(inputs, attention(x, x))
-    x = keras.ops.ones((2, 3, 8))
-    calls = layer_calls.record(model, x)
-    kinds = ["LayerNormalization", *["EinsumDense"] * 3]
-    assert [call.kind for call in calls] == [
-        *kinds,
-        layer_calls.ATTENTION,
-        "EinsumDense",
-    ]
-    assert [call.num_inputs for call in calls] == [1, 1, 1, 1, 3, 1]
-    assert calls[1].signature == calls[2].signature != calls[5].signature
-    shapes = [tuple(call.run(call.arguments()).shape) for call in calls]
-    assert shapes == [(2, 3, 8), *[(2, 3, 2, 4)] * 4, (2, 3, 8)]
-    assert sum(len(call.weights) for call in calls) == len(model.trainable_variables)
+@pytest.mark.skipif(BACKEND != "torch", reason="one text, and others compile it")
+def test_long(tmp_path, monkeypatch):
+    name = "SL-SAM proportional"
+    monkeypatch.setattr(long_run, "METHODS", {name: long_run.METHODS[name]})
+    monkeypatch.setattr(long_run, "THOUSAND", 3)
+    file = tmp_path / "long.json"
+    main(["long", "--steps", "6", "--json", str(file)])
+    row = json.loads(file.read_text())["result"]["methods"][name]
+    assert len(row["seconds"]) == len(row["resident"]) == 2
+    # Of the last three steps; each draws at least one arm.
+    assert max(row["drawn"]) <= 3 <= sum(row["drawn"])
+    text, _ = reported(tmp_path, "long")
+    assert f"| {name} |" in text

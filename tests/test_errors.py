@@ -59,7 +59,7 @@ def test_base_optimizer_is_missing(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_base_optimizer_is_ours(method):
-    with pytest.raises(ValueError, match=r"`base_optimizer`.*ours already"):
+    with pytest.raises(ValueError, match=r"`base_optimizer`.*optimizer already"):
         method(keras_slsam.SAM("sgd"))
 
 
@@ -332,3 +332,17 @@ def test_a_first_step_that_fails_fails_again(method):
     for _ in range(2):
         with pytest.raises(ValueError, match="no loss"):
             model.train_on_batch(np.ones((4, 2)), np.ones((4, 1)))
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="strategies are TensorFlow's")
+def test_a_strategy_of_other_than_one_device_is_refused():
+    import tensorflow as tf
+
+    devices = [d.name for d in tf.config.list_logical_devices("CPU")]
+    with tf.distribute.OneDeviceStrategy(devices[0]).scope():
+        model = keras_slsam.sharpness_aware(small_model())
+        fit(model, keras_slsam.SLSAM("sgd", active_fraction=1.0, seed=0))
+    with tf.distribute.MirroredStrategy(devices).scope():
+        model = keras_slsam.sharpness_aware(small_model())
+        with pytest.raises(ValueError, match="1 replicas of a MirroredStrategy"):
+            fit(model, keras_slsam.SLSAM("sgd"))

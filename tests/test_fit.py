@@ -164,7 +164,9 @@ def test_a_step_with_gradients_that_are_not_finite_is_left_out(kind, at):
     kept = [
         v
         for v in inner.variables
-        if "seed" not in v.path and v is not inner._active and v is not skipped
+        if "seed" not in v.path
+        and v is not inner._selection.active
+        and v is not skipped
     ]
     before = [ops.convert_to_numpy(v).copy() for v in model.weights + kept]
     scale = float(optimizer.dynamic_scale)

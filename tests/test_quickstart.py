@@ -1,6 +1,6 @@
-"""The quickstart runs on each backend and prints its table.
+"""The quickstart and the digits run on each backend and print their table.
 
-On JAX the tests' session runs it by the README's command.
+On JAX the session of the tests runs the quickstart by the command of the README.
 """
 
 import pathlib
@@ -10,18 +10,29 @@ import keras
 import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
+import digits
 import quickstart
 
 
 @pytest.mark.skipif(keras.config.backend() == "jax", reason="run in noxfile.py")
 def test_quickstart(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--limit=240"])
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--limit=160"])
     quickstart.main()
-    *_, adamw, slsam, sam = capsys.readouterr().out.splitlines()
-    assert [adamw.split()[0], slsam.split()[0], sam.split()[0]] == [
-        "AdamW",
-        "SL-SAM",
-        "SAM",
-    ]
-    accuracies = [float(row.split()[2]) for row in (adamw, slsam)]
-    assert all(0 < accuracy <= 1 for accuracy in accuracies)
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("turn ") for line in lines) == quickstart.TURNS
+    rows = [line.split() for line in lines[-3:]]
+    assert [row[0] for row in rows] == ["AdamW", "SAM", "SL-SAM"]
+    assert [float(row[1]) for row in rows] == [5e-5, 5e-5, 2e-4]
+    assert all(0 < float(row[2]) <= 1 for row in rows)
+    assert float(rows[1][-1]) == 1.0
+
+
+def test_digits(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["digits.py", "--epochs=3"])
+    monkeypatch.setattr(digits, "WIDTH", 32)
+    monkeypatch.setattr(digits, "DEPTH", 1)
+    digits.main()
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert [row[0] for row in rows] == ["AdamW", "SAM", "SL-SAM"]
+    assert all(0.5 < float(row[1]) <= 1 for row in rows)
+    assert float(rows[1][-1]) == 1.0

@@ -14,7 +14,7 @@ from keras import layers
 from keras import ops
 
 from keras_slsam import gradients as backend
-from keras_slsam import perturbation
+from keras_slsam.active_arms import ActiveArms
 from keras_slsam.loss import Loss
 
 BACKEND = keras.config.backend()
@@ -300,9 +300,8 @@ def functions(model, x, y):
         keras.utils.set_random_seed(0)  # PyTorch's unseeded dropout
         active = backend.concrete(mask)
         weights = [backend.read(v) for v in variables]
-        perturbed = perturbation.of_active(
-            lambda i, w: w + noise[i], weights, members, active
-        )
+        selected = ActiveArms(members, active, "float32")
+        perturbed = selected.map(lambda i, w: w + noise[i], weights)
         batch = keras.tree.map_structure(of_unknown_size, (x, y))
         loss = Loss(model, variables, *batch, None)
         return backend.Passes(loss, arms, active), weights, perturbed

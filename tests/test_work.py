@@ -117,20 +117,12 @@ def counter(model, optimizer, x):
     if BACKEND == "jax":
         import jax
 
-        variables = (
-            model.trainable_variables,
-            model.non_trainable_variables,
-            optimizer.variables,
-            model.metrics_variables,
-        )
         step = jax.jit(
             lambda state, data: keras_slsam.stateless_step(
                 model, optimizer, state, data
             )
         )
-        return lambda: count(
-            step, tuple([v.value for v in group] for group in variables), data
-        )
+        return lambda: count(step, keras_slsam.get_state(model, optimizer), data)
 
     def step(x, y):
         return keras_slsam.step(model, optimizer, (x, y))

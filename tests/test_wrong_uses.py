@@ -194,6 +194,14 @@ WRONG = {
         lambda m, _: setattr(m.optimizer, "single_step", True),
         "`single_step` of `SLSAM` cannot be replaced",
     ),
+    "accumulation later": (
+        lambda m, _: setattr(m.optimizer, "gradient_accumulation_steps", 2),
+        "`gradient_accumulation_steps`.*cannot be changed.*new base optimizer",
+    ),
+    "an average later": (
+        lambda m, _: setattr(m.optimizer, "use_ema", True),
+        "`use_ema`.*cannot be changed",
+    ),
     "a loss scale factor": (
         lambda m, _: setattr(m.optimizer, "loss_scale_factor", 2.0),
         "`loss_scale_factor`.*LossScaleOptimizer",
@@ -231,7 +239,7 @@ WRONG = {
     ),
     "an optimizer in an optimizer": (
         lambda m, _: keras_slsam.SAM(m.optimizer),
-        "ours already",
+        "optimizer already",
     ),
     "step of a Keras optimizer": (
         lambda m, _: step(m, X, Y, optimizer=keras.optimizers.SGD()),
@@ -258,6 +266,12 @@ WRONG = {
         "num_arms",
     ),
     "a mask that is a number": (lambda m, _: train_with(Draws(True)), "num_arms"),
+    "no mask": (lambda m, _: train_with(Draws(lambda: None)), r"num_arms.*None"),
+    "a mask of text": (lambda m, _: train_with(Draws(lambda: "on")), r"num_arms.*'on'"),
+    "a mask of nan": (
+        lambda m, _: train_with(Draws([float("nan")] * 4)),
+        "boolean tensor",
+    ),
     "a sampler without draw": (
         lambda m, _: train_with(samplers.Sampler()),
         r"must implement `draw\(\)`",
@@ -274,6 +288,10 @@ WRONG = {
     "arms that are lists": (
         lambda m, _: make_model(SLSAM("sgd", arms=lambda v: [v.path])),
         "`arms`.*hashable",
+    ),
+    "arms that are nan": (
+        lambda m, _: make_model(SLSAM("sgd", arms=lambda v: float("nan"))),
+        "`arms`.*nan",
     ),
     "arms by another name": (lambda m, _: SLSAM("sgd", arms="neuron"), "`arms`"),
     # Models.

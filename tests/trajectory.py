@@ -1,6 +1,6 @@
 """Steps of SL-SAM with the library's own draws, for any backend.
 
-python trajectory.py resume FOLDER FILE    goes on from the checkpoints in FOLDER
+python trajectory.py resume FOLDER FILE    resumes from the checkpoints in FOLDER
 python trajectory.py all FOLDER FILE       also twenty steps of each kind
 """
 

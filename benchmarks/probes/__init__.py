@@ -1,16 +1,14 @@
-"""What is measured in a framework's own way, with the same names in each file.
+"""What is measured in a framework's own way, one file per backend.
 
+- `TRACES`: whether a step is traced and compiled.
 - `device()`: the name of the device that computes.
-- `StepFlops(model)(x, y)`: FLOPs of the model's next step, which is taken.
+- `step_flops(model, x, y)`: takes steps of the model, and yields the FLOPs of each.
 - `conditions(model, x, y)`: the number of conditions in the traced step.
 - `planned_memory(model, x, y)`: bytes that the compiled step plans for.
-- `live_bytes(variables, steps)`: the most bytes of tensors during each step.
-- `runner(function, arguments, wanted, cotangent, jit_compile)`: a pure function and
-  some of its gradients, ready to be timed.
-- `update_runner(optimizer, variables, gradients, jit_compile)`: an update, ready to be
-  timed.
+- `live_bytes(model, step)`: the most bytes of tensors during `step()`.
+- `num_tensors()`: how many tensors are alive.
 
-What a framework does not tell is `None`.
+What a backend's file lacks, its framework does not tell: the answer is `None`.
 """
 
 import importlib
@@ -22,11 +20,15 @@ _backend: typing.Any = importlib.import_module(
     f"benchmarks.probes.{keras.config.backend()}"
 )
 
+
+def _unknown(*args):
+    return None
+
+
 TRACES = _backend.TRACES
-StepFlops = _backend.StepFlops
-conditions = _backend.conditions
 device = _backend.device
-live_bytes = _backend.live_bytes
-planned_memory = _backend.planned_memory
-runner = _backend.runner
-update_runner = _backend.update_runner
+step_flops = _backend.step_flops
+conditions = getattr(_backend, "conditions", _unknown)
+planned_memory = getattr(_backend, "planned_memory", _unknown)
+live_bytes = getattr(_backend, "live_bytes", _unknown)
+num_tensors = getattr(_backend, "num_tensors", _unknown)

@@ -6,7 +6,7 @@ from jax.extend import core
 
 from benchmarks.work.jax import executed_flops
 
-TRACES = True  # a step is traced and compiled
+TRACES = True
 
 
 def device():
@@ -14,18 +14,12 @@ def device():
     return jax.devices()[0].device_kind
 
 
-class StepFlops:
-    """FLOPs of a model's steps; all are of one trace."""
-
-    def __init__(self, model):
-        self._model = model
-        self._step = jax.jit(model.train_step)
-
-    def __call__(self, x, y):
-        """FLOPs of the next step, which is taken."""
-        flops = executed_flops(self._step, *_arguments(self._model, x, y))
-        self._model.fit(x, y, batch_size=len(y), shuffle=False, verbose=0)
-        return flops
+def step_flops(model, x, y):
+    """Takes steps of the model, and yields the FLOPs of each; all are of one trace."""
+    step = jax.jit(model.train_step)
+    while True:
+        yield executed_flops(step, *_arguments(model, x, y))
+        model.fit(x, y, batch_size=len(y), shuffle=False, verbose=0)
 
 
 def conditions(model, x, y):
@@ -76,62 +70,6 @@ def _arguments(model, x, y):
     return state, jax.tree.map(jnp.asarray, (x, y))
 
 
-def live_bytes(variables, steps):
-    """Nothing: a compiled step plans its buffers ahead."""
-    return None
-
-
-def runner(function, arguments, wanted=(), cotangent=None, jit_compile=False):
-    """A function and some of its gradients, compiled.
-
-    Args:
-        function: Pure function of a list of arrays.
-        arguments: That list.
-        wanted: Indices of the arguments to differentiate by.
-        cotangent: Gradient of the function's result.
-        jit_compile: Ignored, all is compiled.
-
-    Returns:
-        Function without arguments, which computes both and waits for the end.
-    """
-
-    @jax.jit
-    def run(arguments, cotangent):
-        def of_wanted(chosen):
-            full = list(arguments)
-            for i, value in zip(wanted, chosen):
-                full[i] = value
-            return function(full)
-
-        result, pullback = jax.vjp(of_wanted, [arguments[i] for i in wanted])
-        return result, pullback(cotangent) if wanted else None
-
-    return lambda: jax.block_until_ready(run(arguments, cotangent))
-
-
-def update_runner(optimizer, variables, gradients, jit_compile=False):
-    """An optimizer's update, compiled; each call makes one.
-
-    Args:
-        optimizer: `keras.optimizers.Optimizer`, built for `variables`.
-        variables: List of `keras.Variable`s; their values are left as they are.
-        gradients: List of arrays.
-        jit_compile: Ignored, all is compiled.
-
-    Returns:
-        Function without arguments.
-    """
-    step = jax.jit(
-        lambda state, gradients: optimizer.stateless_apply(
-            state[1], gradients, state[0]
-        ),
-        donate_argnums=0,
-    )
-    state = [
-        [jnp.array(v.value) for v in vs] for vs in (variables, optimizer.variables)
-    ]
-
-    def run():
-        state[:] = jax.block_until_ready(step(tuple(state), gradients))
-
-    return run
+def num_tensors():
+    """How many arrays are alive."""
+    return len(jax.live_arrays())

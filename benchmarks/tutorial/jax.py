@@ -24,7 +24,7 @@ def train_step(model, rho, state, data):
     perturbed = [w + scale * gradient for w, gradient in zip(trainable, gradients)]
     _, gradients = value_and_grad(perturbed)
 
-    # The step from w with the gradient found up there.
+    # Step from w with the gradient at w + e(w).
     trainable, optimizer_variables = model.optimizer.stateless_apply(
         optimizer_variables, gradients, trainable
     )

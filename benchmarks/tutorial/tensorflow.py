@@ -25,7 +25,7 @@ def train_step(model, rho, data):
         perturbed = model.compute_loss(x=x, y=y, y_pred=model(x, training=True))
     gradients = tape.gradient(perturbed, variables)
 
-    # Back to w, and the step with the gradient found up there.
+    # Back to w, and step with the gradient at w + e(w).
     for variable, ascent in zip(variables, ascents):
         variable.assign_sub(ascent)
     model.optimizer.apply_gradients(zip(gradients, variables))

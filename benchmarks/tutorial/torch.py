@@ -27,7 +27,7 @@ def train_step(model, rho, data):
     model.zero_grad()
     model.compute_loss(x=x, y=y, y_pred=model(x, training=True)).backward()
 
-    # Back to w, and the step with the gradient found up there.
+    # Back to w, and step with the gradient at w + e(w).
     with torch.no_grad():
         for weight, ascent in zip(weights, ascents):
             weight.sub_(ascent)

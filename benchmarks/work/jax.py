@@ -22,8 +22,8 @@ _EMPTY = jax.make_jaxpr(lambda: ())().jaxpr
 def executed_flops(fn, *args):
     """FLOPs of the matrix products and convolutions that `fn(*args)` executes.
 
-    Equations are evaluated one by one: of a `cond` the branch that is taken, of a
-    loop as many iterations as it makes, of the rest what the results depend on.
+    Only equations that the results depend on are evaluated, one by one: of a `cond`
+    the branch that is taken, of a loop as many iterations as it makes.
 
     Args:
         fn: Function of structures of arrays that `jax.jit` could trace.
@@ -118,7 +118,7 @@ def _scan(params, inputs):
 
 
 def _flops(equation):
-    """Two for each product of two numbers; zeros between dilated rows are free."""
+    """Two for each product of two numbers; zeros of a dilation do not count."""
     if equation.primitive.name == "dot_general":
         left, right = (v.aval.shape for v in equation.invars)
         (summed, _), _ = equation.params["dimension_numbers"]

@@ -12,16 +12,13 @@ def executed_flops(fn, *args):
     """FLOPs of the matrix products and convolutions of one execution of `fn`.
 
     A multiplication and an addition are two, as `torch.utils.flop_counter` counts.
-    The graph of `fn` is run by a session that traces every operation, on copies of
-    the variables, and without optimisations of the graph. What is in the branch of a
-    condition that was not taken, or in no step of a loop, is not in the trace.
+    A session runs the graph of `fn` and traces every operation, on copies of the
+    variables, without optimising the graph. Branches that are not taken, and loops
+    without an iteration, are not in the trace.
 
     Args:
-        fn: `tf.function`, not compiled by XLA.
-        *args: Its arguments, tensors; variables in it are left as they are.
-
-    Returns:
-        int.
+        fn: `tf.function`, not compiled by XLA. Its variables do not change.
+        *args: Its arguments, tensors.
 
     Raises:
         NotImplementedError: if an operation was executed whose FLOPs are unknown.
@@ -51,8 +48,8 @@ def _trace(concrete, args):
     """Runs a concrete function in a session.
 
     Returns:
-        `(nodes, executed)`: the operations by name, and a list of what was executed,
-        with shapes; what runs several times is in it several times.
+        `(nodes, executed)`: the operations by name, and the statistics of each
+        execution of an operation, with shapes.
     """
     handles = {id(v.handle): v.numpy() for v in concrete.variables}
     given = [*tf.nest.flatten(args), *concrete.captured_inputs]

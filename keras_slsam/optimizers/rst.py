@@ -1,16 +1,13 @@
 """RST: SAM on randomly chosen steps."""
 
-import numbers
-
 import keras
 from keras import ops
 
 from keras_slsam import gradients as backend
 from keras_slsam import samplers
 from keras_slsam import threefry
+from keras_slsam.optimizers import settings
 from keras_slsam.optimizers.sharpness_aware import SharpnessAware
-from keras_slsam.optimizers.sharpness_aware import as_float
-from keras_slsam.optimizers.sharpness_aware import as_number
 
 
 @keras.saving.register_keras_serializable("keras_slsam")
@@ -58,7 +55,7 @@ class RST(SharpnessAware):
         seed: int | None = None,
         name: str = "rst",
     ) -> None:
-        probability = _checked_probability(probability)
+        probability = settings.checked_probability(probability)
         first_seed = threefry.make_seed(seed, "RST")
         super().__init__(
             base_optimizer,
@@ -67,7 +64,7 @@ class RST(SharpnessAware):
             sampler=samplers.All(),
             name=name,
         )
-        self._probability = self._add_setting("probability", probability)
+        self._probability = settings.add(self, "probability", probability)
         self.seed = None if seed is None else int(seed)
         self._seed_state = self.add_variable((2,), dtype="int32", name="seed_state")
         self._seed_state.assign([first_seed, 0])
@@ -82,9 +79,9 @@ class RST(SharpnessAware):
 
     @probability.setter
     def probability(self, probability):
-        self._probability.assign(_checked_probability(probability))
+        self._probability.assign(settings.checked_probability(probability))
 
-    def draw_perturbed(self):
+    def _draw_ascent(self):
         seed, draw = self._seed_state[0], self._seed_state[1]
         perturbed = threefry.uniform(seed, draw, 1)[0] < backend.read(self._probability)
         self._seed_state.assign(ops.stack([seed, draw + 1]))
@@ -93,20 +90,6 @@ class RST(SharpnessAware):
     def get_config(self):
         return {
             **super().get_config(),
-            "probability": as_float(self._probability),
+            "probability": settings.as_float(self._probability),
             "seed": self.seed,
         }
-
-
-def _checked_probability(probability):
-    number = as_number(probability)
-    if (
-        isinstance(number, bool)
-        or not isinstance(number, numbers.Real)
-        or not 0 <= number <= 1
-    ):
-        raise ValueError(
-            "Argument `probability` of `RST` is the share of SAM steps and must "
-            f"be a number in [0, 1]. Received: probability={probability!r}"
-        )
-    return float(number)

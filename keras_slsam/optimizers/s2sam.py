@@ -13,7 +13,7 @@ class S2SAM(SharpnessAware):
     Perturbs the weights along the gradient that the step before applied, so that
     one forward and one backward pass are enough. The first step is not perturbed.
     The loss and the metrics reported are those at the perturbed weights, the only
-    ones that a step sees. Keeps one more tensor a weight, the last gradient.
+    ones that a step sees. Keeps one more tensor per weight, the last gradient.
 
     The model needs the matching train step: `keras_slsam.sharpness_aware(model)`.
 

@@ -15,6 +15,7 @@ from keras.src.optimizers.base_optimizer import BaseOptimizer
 from keras.src.trainers.trainer import Trainer
 
 import keras_slsam
+from keras_slsam import fit
 from keras_slsam import loss_scale
 from keras_slsam import training
 from keras_slsam.optimizers import SharpnessAware
@@ -47,7 +48,7 @@ class Routing:
 
     def install(self):
         # The models of Keras' trainer tests are trainers, but no `keras.Model`.
-        training.keras = types.SimpleNamespace(**vars(keras))
+        fit.keras = training.keras = types.SimpleNamespace(**vars(keras))
         training.keras.Model = BackendTrainer
         training.step = self._counted(training.step)
         Trainer.compile = self._compiled(Trainer.compile)

@@ -1,0 +1,30 @@
+"""The cells of tables, and tables in Markdown."""
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """A table of rows with the same columns, without the columns that are empty."""
+    names = [name for name in rows[0] if any(row[name] != "-" for row in rows)]
+    lines = [names, *([row[name] for name in names] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
+    cells = ([c.ljust(width) for c, width in zip(line, widths)] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def number(value: float | None, digits: int = 0) -> str:
+    """A number; what is unknown is a dash."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def megabytes(value: float | None, digits: int = 0) -> str:
+    """Bytes as megabytes."""
+    return number(value and value / 1e6, digits)
+
+
+def ratio(found: dict | None) -> str:
+    """A ratio of means with its standard error, see `step_time.ratio`."""
+    if found is None:
+        return "-"
+    error = found["standard_error"]
+    spread = "" if error is None else f" ± {error:.3f}"
+    return f"{found['of_means']:.3f}{spread}"

@@ -1,0 +1,97 @@
+"""The active arms of one step, and what is done to their variables only."""
+
+from keras import ops
+
+from keras_slsam import gradients as backend
+
+
+class ActiveArms:
+    """Which arms are active in a step.
+
+    Lists with one entry per variable hold anything, or `None`, where the arm of the
+    variable is inactive.
+
+    Args:
+        members: List of lists of int, the variables of each arm.
+        active: List of bools or scalar boolean tensors, one per arm.
+        dtype: String, float dtype of the norms.
+
+    Attributes:
+        members: As given.
+        active: As given.
+    """
+
+    def __init__(self, members, active, dtype):
+        self.members = members
+        self.active = active
+        self._dtype = dtype
+
+    @property
+    def mask(self):
+        """Boolean tensor of shape `(num_arms,)`."""
+        return ops.convert_to_tensor(self.active, dtype="bool")
+
+    def where(self, condition):
+        """These arms where `condition`, a bool or scalar boolean tensor; else none."""
+        active = [backend.both(on, condition) for on in self.active]
+        return ActiveArms(self.members, active, self._dtype)
+
+    def map(self, function, values):
+        """A function of the values of the active arms; the others stay as they are.
+
+        Args:
+            function: Function of the number of a variable and its value.
+            values: List of tensors, one per variable.
+
+        Returns:
+            List of tensors like `values`.
+        """
+        result = list(values)
+        for on, indices in zip(self.active, self.members):
+            found = backend.cond(
+                on,
+                lambda i=indices: [function(j, values[j]) for j in i],
+                lambda i=indices: [values[j] for j in i],
+            )
+            for i, value in zip(indices, found):
+                result[i] = value
+        return result
+
+    def squared_norms(self, directions, weights=None):
+        """Squared norm of each arm's direction.
+
+        Args:
+            directions: List of tensors, one per variable.
+            weights: List of tensors. If given, the norms of `|w| * g` (ASAM).
+
+        Returns:
+            List of float scalars, one per arm, 0 where inactive.
+        """
+
+        def of_arm(indices):
+            total = ops.zeros((), self._dtype)
+            for i in indices:
+                scaled = directions[i]
+                if weights is not None:
+                    scaled = ops.multiply(weights[i], scaled)
+                total = total + ops.cast(backend.squared_sum(scaled), self._dtype)
+            return total
+
+        return [
+            backend.cond(
+                on,
+                lambda i=indices: of_arm(i),
+                lambda: ops.zeros((), self._dtype),
+            )
+            for on, indices in zip(self.active, self.members)
+        ]
+
+    def when(self, update, arms=None):
+        """Runs `update(arm)`, which assigns to Keras variables, for each active arm.
+
+        Args:
+            update: Function of the number of an arm.
+            arms: Iterable of int, those to update. All by default.
+        """
+        for arm in range(len(self.members)) if arms is None else arms:
+            backend.when(self.active[arm], lambda arm=arm: update(arm))

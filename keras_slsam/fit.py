@@ -1,0 +1,181 @@
+"""How `fit` comes to take the step: a mixin for classes, and a function for models."""
+
+import functools
+import types
+import warnings
+
+import keras
+
+from keras_slsam import gradients as backend
+from keras_slsam import loss_scale
+from keras_slsam import stateless
+from keras_slsam import training
+
+
+class SAMTrainStep:
+    """Gives a model of your own class the sharpness-aware train step.
+
+    A mixin: put it before `keras.Model`. With an optimizer that is not of this
+    package the model trains as Keras does. `sharpness_aware` does the same for a model
+    that exists.
+
+    Example:
+
+    >>> import keras, keras_slsam
+    >>> class Model(keras_slsam.SAMTrainStep, keras.Model):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.dense = keras.layers.Dense(1)
+    ...     def call(self, x):
+    ...         return self.dense(x)
+    >>> model = Model()
+    >>> model.compile(optimizer=keras_slsam.SAM("sgd"), loss="mse")
+    >>> x, y = keras.random.normal((8, 4)), keras.random.normal((8, 1))
+    >>> history = model.fit(x, y, verbose=0)
+    """
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if keras.Model in order and order.index(keras.Model) < order.index(
+            SAMTrainStep
+        ):
+            raise ValueError(
+                f"`{cls.__name__}` must name `SAMTrainStep` before `keras.Model`, "
+                f"whose train step it replaces: `class {cls.__name__}(SAMTrainStep, "
+                "keras.Model)`."
+            )
+
+    def train_step(self, *args):
+        """The step of `fit`, with the arguments that the backend's Keras gives it."""
+        if training.is_sharpness_aware(self.optimizer):
+            return _step(self, *args)
+        return super().train_step(*args)
+
+    def make_train_function(self, force=False):
+        """What `fit` calls for the function that takes its steps."""
+        _make(self, super().make_train_function, force)
+
+
+def sharpness_aware(model: keras.Model) -> keras.Model:
+    """Gives an existing model the sharpness-aware train step, in place.
+
+    Nothing is copied, and the model's class stays what it is: a saved model loads
+    without `keras_slsam`'s step and takes it again by one more call. On PyTorch a
+    model that was saved on another backend may come with `jit_compile=True`, which
+    is switched off with a warning.
+
+    Args:
+        model: `keras.Model`: functional, sequential, subclassed, or a KerasHub task.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: if `model` is no `keras.Model`, or overrides `train_step`, or with
+            KERAS_NNX_ENABLED, where the class must be a `SAMTrainStep`.
+
+    Example:
+
+    >>> import keras, keras_slsam
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    >>> keras_slsam.sharpness_aware(model) is model
+    True
+    """
+    if not isinstance(model, keras.Model):
+        raise ValueError(
+            "Argument `model` of `sharpness_aware` must be a `keras.Model`. "
+            f"Received: model={model!r} of type {type(model).__name__}"
+        )
+    if model.compiled and model.jit_compile and not backend.can_compile:
+        warnings.warn(
+            f"The model {model.name!r} was compiled with jit_compile=True, as models "
+            "that were saved on another backend are. It is set to False: on PyTorch a "
+            "sharpness-aware step cannot be compiled.",
+            stacklevel=2,
+        )
+        model.jit_compile = False
+    own = vars(model).get("train_step")
+    if getattr(own, "__func__", None) is _train_step:
+        return model
+    if own is None and isinstance(model, SAMTrainStep):
+        return model
+    if own is not None or type(model).train_step is not keras.Model.train_step:
+        right = (
+            "stateless_step(self, self.optimizer, state, data)"
+            if keras.config.backend() == "jax"
+            else "step(self, self.optimizer, data)"
+        )
+        raise ValueError(
+            f"Argument `model` of `sharpness_aware`, a `{type(model).__name__}`, "
+            "overrides `train_step` itself, which would be lost. Return "
+            f"`keras_slsam.{right}` there, or leave out the override."
+        )
+    if keras.config.is_nnx_enabled():
+        raise ValueError(
+            "With KERAS_NNX_ENABLED Keras takes the train step from the model's class, "
+            "which `sharpness_aware` leaves as it is. Derive the class from "
+            "`keras_slsam.SAMTrainStep`, or switch NNX off. "
+            f"Received: model={model!r} of type {type(model).__name__}"
+        )
+    model.train_step = types.MethodType(_train_step, model)
+    model.make_train_function = types.MethodType(_make_train_function, model)
+    model.train_function = None  # what `fit` has compiled holds the old step
+    return model
+
+
+def _train_step(model, *args):
+    """The method `train_step` of a model that `sharpness_aware` was given."""
+    step = (
+        _step
+        if training.is_sharpness_aware(model.optimizer)
+        else type(model).train_step
+    )
+    return step(model, *args)
+
+
+def _make_train_function(model, force=False):
+    """Its method `make_train_function`."""
+    _make(model, functools.partial(type(model).make_train_function, model), force)
+
+
+def _step(model, *args):
+    """The step, with the arguments that the backend's Keras gives it."""
+    if len(args) == 2:
+        # The stateless trainer of the JAX backend gives `(state, data)`.
+        return stateless.stateless_step(model, model.optimizer, *args)
+    return training.step(model, model.optimizer, *args)
+
+
+def _make(model, keras_make, force):
+    """Has Keras make the train function, unless it has one for this optimizer.
+
+    Args:
+        model: `keras.Model`.
+        keras_make: Its method `make_train_function` without ours.
+        force: bool, whether to make it in any case.
+    """
+    _, optimizer = loss_scale.split(model.optimizer)
+    if not training.is_sharpness_aware(optimizer):
+        optimizer = None  # Keras compares nothing
+    elif optimizer.built:
+        optimizer._check_variables(model.trainable_variables)
+    before = model.train_function
+    made_for, ascends = getattr(before, "made_for", (optimizer, False))
+    # With `rho` above 0 both passes were compiled, without a condition.
+    force = force or made_for is not optimizer or (ascends and not optimizer.ascends)
+    own = vars(model).get("train_step")
+    # A function of its own for each that Keras makes: `jax.jit` knows its traces by it.
+    model.train_step = functools.partial(model.train_step)
+    try:
+        keras_make(force)
+    finally:
+        if own is None:
+            del model.train_step
+        else:
+            model.train_step = own
+    if model.train_function is before:
+        return
+    if optimizer is not None:
+        model.train_function = backend.build_first(model, model.train_function)
+    model.train_function.made_for = optimizer, getattr(optimizer, "ascends", False)

@@ -1,0 +1,137 @@
+"""The state of an optimizer as one list, with what it is the state of."""
+
+import json
+import warnings
+
+import keras
+import numpy as np
+from keras import ops
+
+_WAY_OUT = (
+    "Make the optimizer as it was when its state was saved. To begin with a fresh one, "
+    "leave the state out, with `model.load_weights(path, skip_mismatch=True)`, and "
+    "compile with a new optimizer."
+)
+
+
+class Stateful(keras.optimizers.Optimizer):
+    """A mixin: state is saved whole, may come before `build`, and is checked.
+
+    All of `variables` is saved, with a layout. An optimizer takes over state that was
+    saved with the same layout only.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._restored = None  # what was loaded before `build`, and its layout
+
+    def _layout(self):
+        """Dict of what saved state must have in common with this optimizer.
+
+        An entry is `None` where it is not known before `build`.
+        """
+        raise NotImplementedError
+
+    def set_weights(self, weights):
+        """Sets all state. Before `build` it is kept for `build`.
+
+        Args:
+            weights: List of arrays, one for each of `variables`.
+
+        Raises:
+            ValueError: if they do not fit.
+        """
+        self._restore(weights)
+
+    def save_own_variables(self, store):
+        """Writes all state to `store`, and what it is the state of."""
+        if self.built:
+            values, layout = self.variables, self._layout()
+        elif self._restored is not None:
+            values, layout = self._restored
+        else:
+            return
+        for i, value in enumerate(values):
+            store[str(i)] = ops.convert_to_numpy(value)
+        store["layout"] = np.frombuffer(json.dumps(layout).encode(), "uint8")
+
+    def load_own_variables(self, store):
+        """Sets all state from `store`. Before `build` it is kept for `build`.
+
+        Raises:
+            ValueError: if it does not fit, or is that of another method, sampler or
+                base optimizer, or of other arms.
+        """
+        keys = set(store.keys())
+        if "layout" in keys:
+            layout = json.loads(np.array(store["layout"]).tobytes())
+            names = [str(i) for i in range(len(keys) - 1)]
+            if keys != {"layout", *names}:
+                raise ValueError(
+                    f"The state given to `{type(self).__name__}` is not complete. "
+                    f"Received: {sorted(keys)}. {_WAY_OUT}"
+                )
+            self._restore([store[name] for name in names], layout)
+        elif keys and self.built:
+            raise ValueError(
+                f"The state given to `{type(self).__name__}` was not saved by it. "
+                f"Received: {len(keys)} values. {_WAY_OUT}"
+            )
+        else:
+            # There is none, or that of a Keras optimizer before ours has begun, as
+            # where training goes on from a file of weights. Keras warns with the same.
+            warnings.warn(
+                f"Skipping variable loading for optimizer {self.name!r}, because it "
+                f"has {len(self.variables)} variables whereas the saved optimizer has "
+                f"{len(keys)} variables.",
+                stacklevel=2,
+            )
+
+    def _take_over_restored(self):
+        """Sets the state that was loaded before `build`."""
+        if self._restored is None:
+            return
+        try:
+            self._restore(*self._restored)
+        except ValueError:
+            self.built = False  # another step is refused as well
+            raise
+        self._restored = None
+
+    def _restore(self, values, layout=None):
+        self._check_layout(layout, self._layout())
+        if not self.built:
+            self._restored = [ops.convert_to_numpy(v) for v in values], layout
+            return
+        variables = self.variables
+        unlike = [
+            f"{variable.path} {tuple(np.shape(value))}, not {tuple(variable.shape)}"
+            for variable, value in zip(variables, values)
+            if tuple(np.shape(value)) != tuple(variable.shape)
+        ]
+        if unlike or len(values) != len(variables):
+            raise ValueError(
+                f"The state of `{type(self).__name__}` is {len(variables)} values, "
+                "with the shapes of `optimizer.variables`. "
+                f"Received: {'; '.join([f'{len(values)} values', *unlike])}. {_WAY_OUT}"
+            )
+        for variable, value in zip(variables, values):
+            variable.assign(value)
+
+    def _check_layout(self, saved, own):
+        """Refuses state that was saved by an optimizer unlike this one.
+
+        Args:
+            saved: What `_layout` returned there, or `None` where it is not known.
+            own: What it returns here.
+        """
+        unlike = [
+            f"{key}={saved.get(key)!r}, not {value!r}"
+            for key, value in own.items()
+            if saved is not None and value is not None and value != saved.get(key)
+        ]
+        if unlike:
+            raise ValueError(
+                f"The state given to `{type(self).__name__}` was saved by an optimizer "
+                f"with other arguments. Received: {'; '.join(unlike)}. {_WAY_OUT}"
+            )

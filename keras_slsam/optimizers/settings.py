@@ -1,0 +1,76 @@
+"""Numbers that may be set between two steps, like the learning rate."""
+
+import math
+import numbers
+
+import keras
+from keras import ops
+
+
+def add(optimizer, name, value):
+    """Makes the variable of a setting.
+
+    Args:
+        optimizer: `keras.optimizers.Optimizer`, which holds it.
+        name: String.
+        value: Float.
+
+    Returns:
+        Scalar `keras.Variable`.
+    """
+    dtype = "float64" if keras.config.floatx() == "float64" else "float32"
+    variable = optimizer.add_variable((), dtype=dtype, name=name)
+    variable.assign(value)
+    return variable
+
+
+def as_float(variable):
+    """The value of a scalar variable, in few digits: 0.05, not 0.0500000007."""
+    return float(str(ops.convert_to_numpy(variable)[()]))
+
+
+def checked_rho(owner, rho):
+    """`rho` as a float, if it is one that is allowed.
+
+    Args:
+        owner: String, who asks, for the message.
+        rho: Number, or a scalar tensor or variable.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    number = _as_number(rho)
+    if number is None or not (number >= 0 and math.isfinite(number)):
+        raise ValueError(
+            f"Argument `rho` of `{owner}` is the radius of the perturbation and "
+            f"must be a finite number >= 0. Received: rho={rho!r}"
+        )
+    return number
+
+
+def checked_probability(probability):
+    """`probability` as a float, if it is one that is allowed.
+
+    Args:
+        probability: Number, or a scalar tensor or variable.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    number = _as_number(probability)
+    if number is None or not 0 <= number <= 1:
+        raise ValueError(
+            "Argument `probability` of `RST` is the share of SAM steps and must "
+            f"be a number in [0, 1]. Received: probability={probability!r}"
+        )
+    return number
+
+
+def _as_number(value):
+    """The float that a number or a scalar tensor stands for, else `None`."""
+    if isinstance(value, keras.Variable) or ops.is_tensor(value):
+        value = ops.convert_to_numpy(value)
+        value = value.item() if value.ndim == 0 else None
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    return float(value)

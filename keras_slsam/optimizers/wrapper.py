@@ -1,0 +1,103 @@
+"""A Keras optimizer around another, whose attributes are those of the other."""
+
+import keras
+
+# Attributes of the base optimizer on which the variables that it makes depend.
+_MAKE_STATE = {"gradient_accumulation_steps", "use_ema"}
+
+
+class _OfBase:
+    """An attribute of a Keras optimizer that is the base optimizer's."""
+
+    def __set_name__(self, owner, name):
+        self._name = name
+
+    def __get__(self, optimizer, owner=None):
+        if optimizer is None:
+            return self
+        return getattr(optimizer.base_optimizer, self._name)
+
+    def __set__(self, optimizer, value):
+        # Keras' constructor sets its own defaults, before there is a base optimizer.
+        if "base_optimizer" not in vars(optimizer):
+            return
+        if (
+            self._name in _MAKE_STATE
+            and optimizer.built
+            and value != getattr(optimizer, self._name)
+        ):
+            raise ValueError(
+                f"`{self._name}` of `{type(optimizer).__name__}` cannot be changed "
+                "any more: the optimizer has made its state with it. "
+                f"Received: {self._name}={value!r}. Give it to a new base optimizer, "
+                "and call `model.compile` with it."
+            )
+        setattr(optimizer.base_optimizer, self._name, value)
+
+
+class Wrapper(keras.optimizers.Optimizer):
+    """Base class of optimizers that leave the update to `base_optimizer`.
+
+    What Keras' trainers, callbacks and savers read from an optimizer, or set on it, is
+    the base optimizer's.
+
+    Args:
+        base_optimizer: `keras.optimizers.Optimizer`.
+        name: String, the optimizer's name.
+    """
+
+    # `optimizers` is that of a `MultiOptimizer`; the others have none.
+    clipnorm = _OfBase()
+    clipvalue = _OfBase()
+    ema_momentum = _OfBase()
+    ema_overwrite_frequency = _OfBase()
+    global_clipnorm = _OfBase()
+    gradient_accumulation_steps = _OfBase()
+    iterations = _OfBase()
+    learning_rate = _OfBase()
+    optimizers = _OfBase()
+    use_ema = _OfBase()
+    weight_decay = _OfBase()
+    _accumulated_gradients = _OfBase()
+    _iterations = _OfBase()
+    _learning_rate = _OfBase()
+    _model_variables_moving_average = _OfBase()
+
+    def __init__(self, base_optimizer, name):
+        # The learning rate that counts is the base optimizer's.
+        super().__init__(learning_rate=0.0, name=name)
+        self.base_optimizer = base_optimizer
+
+    @property
+    def variables(self):
+        """List of all state: that of this optimizer, and the base optimizer's."""
+        return self._variables + self.base_optimizer.variables
+
+    def __dir__(self):
+        # Keras' savers look here for what has state of its own to save. The base
+        # optimizer's is among `variables`.
+        hidden = {"base_optimizer", "optimizers"}
+        return [name for name in super().__dir__() if name not in hidden]
+
+    @property
+    def loss_scale_factor(self):
+        """`None`: a `LossScaleOptimizer` around this one scales the loss."""
+        return self.base_optimizer.loss_scale_factor
+
+    @loss_scale_factor.setter
+    def loss_scale_factor(self, factor):
+        if factor is not None:
+            raise ValueError(
+                f"Attribute `loss_scale_factor` of `{type(self).__name__}` must be "
+                "None: the perturbation needs the true gradients. "
+                f"Received: loss_scale_factor={factor!r}. Put a "
+                "`keras.optimizers.LossScaleOptimizer` around the optimizer."
+            )
+
+    def exclude_from_weight_decay(self, var_list=None, var_names=None):
+        """Excludes variables from the base optimizer's weight decay."""
+        self.base_optimizer.exclude_from_weight_decay(var_list, var_names)
+
+    def finalize_variable_values(self, var_list):
+        """Sets the final weights, like the base optimizer's moving average."""
+        self.base_optimizer.finalize_variable_values(var_list)

@@ -1,0 +1,108 @@
+"""Which arms are active: a sampler draws them, and learns from their gradients."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_slsam import atomic
+from keras_slsam import gradients as backend
+from keras_slsam.active_arms import ActiveArms
+
+
+class Selection:
+    """Draws the active arms of each step, and lets the sampler learn.
+
+    Args:
+        sampler: `samplers.Sampler`, built.
+        arm_of: List of int, the arm of each variable.
+        members: List of lists of int, the variables of each arm.
+        all_active: bool, whether all arms are active in every step.
+        dtype: String, float dtype of the norms.
+        owner: `keras.optimizers.Optimizer`, which makes and holds the state.
+
+    Attributes:
+        arm_of: As given.
+        members: As given.
+        active: `keras.Variable` of shape `(num_arms,)`, the mask of the last step.
+        norms: `keras.Variable` of shape `(num_arms,)`, the norms of its first pass's
+            gradients.
+    """
+
+    def __init__(self, sampler, arm_of, members, all_active, dtype, owner):
+        self.arm_of = arm_of
+        self.members = members
+        self._sampler = sampler
+        self._all_active = all_active
+        shape = (len(members),)
+        self.active = owner.add_variable(shape, dtype="bool", name="active")
+        self.norms = owner.add_variable(shape, dtype=dtype, name="norms")
+
+    def draw(self, first):
+        """Draws the active arms.
+
+        Args:
+            first: Whether this is the first step of a window of accumulated gradients,
+                in which the arms stay: a bool or scalar boolean tensor.
+
+        Returns:
+            `ActiveArms`, with scalar boolean tensors inside a traced step, unless all
+            arms are always active.
+
+        Raises:
+            ValueError: if the sampler's mask has another shape, or is seen to have
+                no active arm.
+        """
+        atomic.assign_if(first, self._draw)
+        if self._all_active:
+            active = [True] * len(self.members)
+        else:
+            active = backend.concrete(backend.read(self.active))
+        if not any(on is not False for on in active):
+            raise ValueError(
+                "`draw()` of a sampler must return at least one active arm. "
+                f"Received: none of {self._sampler!r}"
+            )
+        return ActiveArms(self.members, active, self.norms.dtype)
+
+    def _draw(self):
+        mask = self._sampler.draw()
+        shape, expected = tuple(np.shape(mask)), (len(self.members),)
+        if not _is_mask(mask) or (None not in shape and shape != expected):
+            raise ValueError(
+                "`draw()` of a sampler must return a boolean tensor of shape "
+                f"(num_arms,), here {expected}. Received: {mask!r} of {self._sampler!r}"
+            )
+        self.active.assign(ops.cast(mask, "bool"))
+
+    def learn(self, squares, position, last):
+        """Records the arms' norms and lets the sampler learn from them.
+
+        In a window of accumulated gradients the norms are root mean squares, and the
+        sampler learns from them once.
+
+        Args:
+            squares: List of float scalars, the arms' squared gradient norms.
+            position: Int tensor, the number of steps of this window before this one,
+                or `None` without accumulation.
+            last: Whether this is the last step of a window.
+        """
+        squares = ops.stack(squares)
+        if position is not None:
+            position = ops.cast(position, squares.dtype)
+            # Norms of the window before, which may not be finite, do not count.
+            before = ops.where(position > 0, ops.square(self.norms) * position, 0.0)
+            squares = (before + squares) / (position + 1)
+        norms = ops.sqrt(squares)
+        self.norms.assign(norms)
+        active = self.active
+        atomic.assign_if(
+            last, lambda: self._sampler.update(backend.read(active), norms)
+        )
+
+
+def _is_mask(x):
+    """Whether `x` is an array or tensor of bools or ints."""
+    if not hasattr(x, "dtype"):
+        return False
+    dtype = keras.backend.standardize_dtype(x.dtype)
+    return dtype == "bool" or keras.backend.is_int_dtype(dtype)
