@@ -32,7 +32,7 @@ def get_state(
     >>> model.compile(loss="mse")
     >>> state = keras_slsam.get_state(model, keras_slsam.SAM("sgd"))
     >>> [len(values) for values in state]
-    [2, 0, 4, 2]
+    [2, 0, 8, 2]
     """
     optimizer.build(model.trainable_variables)
     if data is not None:

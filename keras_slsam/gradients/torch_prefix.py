@@ -31,7 +31,7 @@ _CALLED = ("forward", "call")
 
 
 class Scope(keras.StatelessScope):
-    """A scope that lists what is read and assigned.
+    """A scope that lists what is read, until it is an active weight, and assigned.
 
     Attributes:
         reads, writes: Lists of pairs, a variable and its value.
@@ -45,8 +45,9 @@ class Scope(keras.StatelessScope):
 
     def get_current_value(self, variable):
         value = super().get_current_value(variable)
-        self.reads.append((variable, value))
-        self.is_active |= value is not None and value.requires_grad
+        if not self.is_active:
+            self.reads.append((variable, value))
+            self.is_active = value is not None and value.requires_grad
         return value
 
     def add_update(self, update):
