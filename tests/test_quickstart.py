@@ -28,8 +28,8 @@ def test_quickstart(monkeypatch, capsys):
 
 
 def test_digits(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["digits.py", "--epochs=3"])
-    monkeypatch.setattr(digits, "WIDTH", 32)
+    monkeypatch.setattr(sys, "argv", ["digits.py", "--epochs=4"])
+    monkeypatch.setattr(digits, "WIDTH", 64)
     monkeypatch.setattr(digits, "DEPTH", 1)
     digits.main()
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[-3:]]
