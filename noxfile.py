@@ -35,7 +35,9 @@ SHARED_COMPILATION = {
 }
 ROOT = pathlib.Path(__file__).parent
 # What the oldest versions are tested with: the numbers, the work, the state, `fit`.
-OF_MINIMA = ("golden", "gradients", "work", "optimizers", "saving", "fit")
+OF_MINIMA = (
+    *("fit", "golden", "gradients", "optimizers", "private_names", "saving", "work"),
+)
 # Folders of Keras' tests for each of our optimizers. Where tracing and compiling takes
 # long, each folder has one of them: SLSAM where the most is trained.
 KERAS_SPLIT = {

@@ -47,7 +47,7 @@ class Sampler:
     #: Probability of each arm in the next draw, shape `(num_arms,)`, or `None`.
     probabilities = None
 
-    #: The least probability that an arm can have in a draw, 0 if that is not known. A
+    #: The least probability of an arm, where arms are drawn independently, else 0. A
     #: compiled step has no conditions for work that is left out in hardly any step.
     min_probability: float = 0.0
 

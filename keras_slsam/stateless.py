@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_slsam import loss_scale
 from keras_slsam import training
 from keras_slsam.optimizers import SharpnessAware
 
@@ -18,7 +19,7 @@ def get_state(
             around one. It is built if it is not.
         data: Tuple `(x, y)` or `(x, y, sample_weight)` of one batch. The loss and
             most metrics make their variables when they see data: give it where the
-            model was not evaluated or trained since `compile`.
+            model was not evaluated or trained since `compile`. The metrics are reset.
 
     Returns:
         Tuple of four lists of arrays, the values of `model.trainable_variables`,
@@ -34,11 +35,13 @@ def get_state(
     >>> [len(values) for values in state]
     [2, 0, 8, 2]
     """
-    optimizer.build(model.trainable_variables)
     if data is not None:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         model.test_on_batch(x, y, sample_weight)
         model.reset_metrics()
+    for each in (optimizer, loss_scale.split(optimizer)[1]):
+        if not each.built:
+            each.build(model.trainable_variables)
     groups = _variables(model, optimizer)
     return tuple([ops.copy(v) for v in group] for group in groups)
 

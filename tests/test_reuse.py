@@ -106,6 +106,23 @@ class Drawing(Counter):
         return self.inner(x)
 
 
+class Casting(Counter):
+    """The same, in the autocast that a layer of Keras inherits."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = dense()
+
+    def call(self, x):
+        import torch
+
+        self.calls += 1
+        if not hasattr(x, "device") or x.device.type == "meta":
+            return self.inner(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.calls % 2 == 0):
+            return ops.cast(self.inner(x), "float32")
+
+
 class Writer(layers.Layer):
     """Writes to a variable that others read."""
 
@@ -576,7 +593,7 @@ def test_derivatives_forwards_are_not_missed(transform, compile_step):
 
 
 @on_torch
-@pytest.mark.parametrize("kind", [Counter, Sloped, Assigning, Drawing])
+@pytest.mark.parametrize("kind", [Counter, Sloped, Assigning, Drawing, Casting])
 def test_hidden_state_is_not_missed(kind, compile_step):
     inner = keras.Sequential([dense(), Counter()])
     model = chain(kind(), inner, dense())

@@ -784,6 +784,26 @@ def test_a_state_is_a_copy_that_can_be_set_again():
     assert not all(equal(before, after))
 
 
+def test_the_state_of_a_scaled_optimizer_stays_as_it_is():
+    inner = keras_slsam.SLSAM("adamw", active_fraction=0.5, seed=0)
+    scaled = keras.optimizers.LossScaleOptimizer(inner, initial_scale=8.0)
+    model, x, y = compiled("dense", inner)
+    first = keras_slsam.get_state(model, scaled, (x, y))
+    scaled.dynamic_scale.assign(2.0)
+    second = keras_slsam.get_state(model, scaled)
+    assert [len(values) for values in first] == [len(values) for values in second]
+    assert float(ops.convert_to_numpy(scaled.dynamic_scale)) == 2.0
+
+
+def test_the_state_of_a_model_that_data_build():
+    model = keras.Sequential([keras.layers.Dense(2)])
+    model.compile(loss="mse")
+    data = np.ones((4, 3), "float32"), np.ones((4, 2), "float32")
+    optimizer = keras_slsam.SAM("sgd")
+    state = keras_slsam.get_state(model, optimizer, data)
+    assert optimizer.built and len(state[0]) == 2
+
+
 def test_a_plain_optimizer_trains_as_keras_does():
     assert_same_training("dense", "sgd")
 

@@ -84,6 +84,12 @@ class Learns(samplers.Uniform):
         raise ValueError("cannot learn")
 
 
+class Knows(samplers.Uniform):
+    def __init__(self, active_fraction):
+        super().__init__(active_fraction, seed=0)
+        self.min_probability = None
+
+
 def train_with(sampler):
     model = keras.Sequential([keras.Input((3,)), layers.Dense(2), layers.Dense(1)])
     model = keras_slsam.sharpness_aware(model)
@@ -271,6 +277,10 @@ WRONG = {
     "a mask of nan": (
         lambda m, _: train_with(Draws([float("nan")] * 4)),
         "boolean tensor",
+    ),
+    "a sampler of no probability": (
+        lambda m, _: train_with(Knows(0.5)),
+        "`min_probability`.*None",
     ),
     "a sampler without draw": (
         lambda m, _: train_with(samplers.Sampler()),

@@ -17,9 +17,9 @@ What each file holds:
 - `concrete(mask)`: the entries of a boolean tensor of shape `(num_arms,)`, as
   Python bools if they are known, else as scalar boolean tensors. At most one
   synchronisation with the device.
-- `Passes(loss_fn, arms, active, twice, jit_compile)`: the passes of a step. `first`
-  gives loss, auxiliary outputs and the gradients of the active weights, `second` the
-  gradients at other values of these, with the same random numbers.
+- `Passes(loss_fn, arms, active, twice, jit_compile, min_probability)`: the passes of a
+  step. `first` gives loss, auxiliary outputs and the gradients of the active weights,
+  `second` the gradients at other values of these, with the same random numbers.
 - `Scope`: the `keras.StatelessScope` that the loss is computed in.
 - `read(variable)`: the value of a `keras.Variable` as a tensor, not a copy.
 - `when(active, update)`: run an update, which assigns to Keras variables, only if
@@ -28,7 +28,8 @@ What each file holds:
   keeps the old values, which takes less than a condition around it.
 - `apply(optimizer, gradients, variables)`: the step of a Keras optimizer, by the method
   that Keras' own train step calls.
-- `cond(active, true_fn, false_fn)` (in this file): a value, by `active`.
+- `cond(active, true_fn, false_fn)`, `both(one, other)` (in this file): a value by
+  `active`, and whether two conditions hold.
 - `own_parameters(model, variables)`: contexts in which layers that do not read their
   weights as Keras variables compute with other weights, and what takes over their
   state.

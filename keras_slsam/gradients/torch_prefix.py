@@ -15,6 +15,7 @@ replayed.
 import contextlib
 import functools
 import operator
+import threading
 import typing
 
 import keras
@@ -87,13 +88,14 @@ class Prefix:
     def _called_by(self, handle):
         """Has operations called by `handle(scope, operation, function, args, kwargs)`.
 
-        Other threads have no scope, and what a layer computes in one of its own is no
-        part of the pass.
+        What other threads compute, and a layer in a scope of its own, is no part of the
+        pass.
         """
+        thread = threading.get_ident()
 
         def through(operation, function, *args, **kwargs):
             scope = get_stateless_scope()
-            if isinstance(scope, Scope):
+            if isinstance(scope, Scope) and threading.get_ident() == thread:
                 return handle(scope, operation, function, args, kwargs)
             return function(*args, **kwargs)
 
@@ -115,7 +117,7 @@ class Prefix:
             return function(*args, **kwargs)
         lists = self._calls, scope.reads, scope.writes, scope.losses
         num_calls, *starts = map(len, lists)
-        given = _snapshot((args, kwargs, self._random_states()))
+        given = self._given(operation, args, kwargs)
         attributes = self._attributes(operation)
         outputs = function(*args, **kwargs)
         reads, writes, losses = (x[n:] for x, n in zip(lists[1:], starts))
@@ -142,7 +144,7 @@ class Prefix:
             call is not None
             and call.operation is operation  # or else it may call the next one
             and call.is_constant()
-            and call.given == _snapshot((args, kwargs, self._random_states()))
+            and call.given == self._given(operation, args, kwargs)
             and _are_same(call.attributes, self._attributes(operation))
             and all(x == _Leaf(scope.get_current_value(v)) for v, x in call.reads)
         ):
@@ -160,6 +162,19 @@ class Prefix:
                 set_keras_mask(x, leaf.mask)
         return outputs
 
+    def _given(self, operation, args, kwargs):
+        """A snapshot of arguments, random states, and what a call inherits."""
+        inherited = [
+            (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+            for device in ("cpu", "cuda")
+        ]
+        if isinstance(operation, keras.Layer):
+            # Like `training`. Keras has no public name for it.
+            context = vars(operation._get_call_context())
+            names = sorted(context.keys() - {"entry_layer"})
+            inherited += [(name, context[name]) for name in names]
+        return _snapshot((args, kwargs, self._random_states(), inherited))
+
     def _attributes(self, operation):
         """The values of the attributes of an operation, and of those in it."""
         parts = self._inside[id(operation)]
@@ -173,7 +188,7 @@ class _Call(typing.NamedTuple):
     """A call: what it depended on, and what it did."""
 
     operation: keras.Operation
-    given: tuple  # arguments and states of generators
+    given: tuple  # arguments, states of generators, and what it inherits
     attributes: list
     reads: list
     results: tuple  # arguments and outputs, after it
@@ -291,7 +306,7 @@ def _is_of_keras(operation):
     return (
         all(map(_comes_with_keras, [type(operation), type(operation).call, *called]))
         # A recomputation must enter as many checkpoints as the call did.
-        and operation._remat_mode is None
+        and getattr(operation, "_remat_mode", None) is None
         # What these call is no attribute, or no layer.
         and type(operation) not in (keras.layers.TorchModuleWrapper, keras.Function)
         and not attributes.keys() & set(_CALLED)

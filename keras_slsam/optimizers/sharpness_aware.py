@@ -1,6 +1,7 @@
 """The base of all our optimizers: a wrapper around a Keras optimizer."""
 
 import copy
+import numbers
 import warnings
 
 import keras
@@ -137,6 +138,12 @@ class SharpnessAware(Stateful, Wrapper):
             raise ValueError(
                 f"Argument `sampler` of `{owner}` belongs to another optimizer. "
                 f"Received: {self.sampler!r}. Make a new one for each optimizer."
+            )
+        low = self.sampler.min_probability
+        if not isinstance(low, numbers.Real) or not 0 <= low <= 1:
+            raise ValueError(
+                f"`min_probability` of the sampler of `{owner}` must be a number in "
+                f"[0, 1], 0 if it is not known. Received: {low!r} of {self.sampler!r}"
             )
         # First what may be refused: a failed call leaves everything as it was.
         arms = arms_module.group(variables, self._grouping)
