@@ -96,10 +96,11 @@ def test_masks_of_a_seed_are_these_on_every_backend():
     assert drawn == EXPECTED_MASKS
 
 
-def test_draws_have_the_exact_conditional_distribution():
+def test_draws_have_the_exact_conditional_distribution(compile_step):
     p = np.float32([0.05, 0.3, 0.02, 0.1])
     sampler = sampler_with(p)
-    draws = np.stack([numpy(sampler.draw()) for _ in range(4000)])
+    draw = compile_step(sampler.draw, sampler.variables)
+    draws = np.stack([numpy(draw()) for _ in range(4000)])
     assert draws.any(axis=1).all()
     codes, counts = np.unique(draws @ [1, 2, 4, 8], return_counts=True)
     share = np.zeros(16)
@@ -164,13 +165,19 @@ def test_bandit_is_finite_and_right_in_float32_at_any_scale(scale):
             np.testing.assert_allclose(after, expected, rtol=2e-2, atol=1e-6)
 
 
-def test_bandit_moves_towards_the_norms():
+def test_bandit_moves_towards_the_norms(compile_step):
     sampler = samplers.Bandit(0.25, seed=0)
     sampler.build(8)
     norms = np.linspace(0.1, 3.0, 8).astype("float32")
-    for _ in range(3000):
+
+    def learn():
         mask = sampler.draw()
         sampler.update(mask, ops.cast(mask, "float32") * ops.convert_to_tensor(norms))
+        return mask
+
+    step = compile_step(learn, sampler.variables)
+    for _ in range(3000):
+        step()
     p = numpy(sampler.probabilities)
     np.testing.assert_allclose(p.sum(), 2.0, rtol=1e-4)
     assert np.corrcoef(p, norms)[0, 1] > 0.9
