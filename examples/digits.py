@@ -26,7 +26,7 @@ def adamw(learning_rate=1e-3):
 
 # A sparse step moves a share of the weights only: its learning rate is higher.
 METHODS = {
-    "AdamW": lambda: adamw(),
+    "AdamW": adamw,
     "SAM": lambda: keras_slsam.SAM(adamw(), rho=0.05),
     "SL-SAM": lambda: keras_slsam.SLSAM(  # (1)
         adamw(3e-3), rho=0.05, sampler="proportional", arms="layer", seed=0

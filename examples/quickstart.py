@@ -113,19 +113,15 @@ def train(methods, train_set, args):
     for turn, (texts, labels) in enumerate(turns, 1):
         report = []
         for method in methods:
-            history = (
-                models[method]
-                .fit(
-                    texts,
-                    labels,
-                    batch_size=args.batch_size,
-                    shuffle=False,  # `load` has shuffled
-                    callbacks=[logs[method]],
-                    verbose=0,
-                )
-                .history
+            history = models[method].fit(
+                texts,
+                labels,
+                batch_size=args.batch_size,
+                shuffle=False,  # `load` has shuffled
+                callbacks=[logs[method]],
+                verbose=0,
             )
-            (accuracy,) = history["accuracy"]
+            (accuracy,) = history.history["accuracy"]
             report.append(f"{METHODS[method][0]} {accuracy:.2f}")
         print(f"turn {turn} of {len(turns)}, accuracy: {', '.join(report)}", flush=True)
     return models, logs

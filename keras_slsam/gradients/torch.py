@@ -42,7 +42,7 @@ class Passes:
             with the loss in the middle of it, to `(loss, aux)` with a scalar `loss`
             and any structure `aux`.
         arms: List of int, the arm of each weight.
-        active: List of bool, one an arm.
+        active: List of bool, one per arm.
         twice: bool, whether there may be a second pass.
         jit_compile: Ignored, PyTorch runs eagerly.
         min_probability: Ignored, what is active is known.
