@@ -17,9 +17,9 @@ What each file holds:
 - `concrete(mask)`: the entries of a boolean tensor of shape `(num_arms,)`, as
   Python bools if they are known, else as scalar boolean tensors. At most one
   synchronisation with the device.
-- `Passes(loss_fn, arms, active, twice, jit_compile, min_probability)`: the passes of a
-  step. `first` gives loss, auxiliary outputs and the gradients of the active weights,
-  `second` the gradients at other values of these, with the same random numbers.
+- `Passes`, a subclass of that in `passes.py`: the passes of a step. `first` gives loss,
+  auxiliary outputs and the gradients of the active weights, `second` the gradients at
+  other values of these, with the same random numbers.
 - `Scope`: the `keras.StatelessScope` that the loss is computed in.
 - `read(variable)`: the value of a `keras.Variable` as a tensor, not a copy.
 - `when(active, update)`: run an update, which assigns to Keras variables, only if

@@ -21,6 +21,7 @@ from jax.extend import core
 from keras_slsam.atomic import Staged
 from keras_slsam.atomic import assign_if
 from keras_slsam.gradients import jax_graph
+from keras_slsam.gradients import passes
 from keras_slsam.gradients.replay import Replay
 
 no_grad = contextlib.nullcontext  # JAX differentiates only what it is told to
@@ -36,44 +37,15 @@ def concrete(mask):
     return np.asarray(mask).tolist()
 
 
-class Passes:
-    """The two passes of a step: one loss and its gradients, at two sets of weights.
+class Passes(passes.Passes):
+    """The passes on JAX, traced or with a known mask."""
 
-    Args:
-        loss_fn: Pure function from a list of arrays to `(loss, aux)` with a scalar
-            `loss` and any structure `aux` of arrays.
-        arms: List of int, the arm of each weight.
-        active: List, one entry per arm: bools, or scalar boolean arrays of which at
-            least one will be true.
-        twice: bool, whether there may be a second pass.
-        jit_compile: Ignored, a traced step is compiled anyway.
-        min_probability: Float, the least probability that an arm is active in a step,
-            0 if that is not known.
-
-    Raises:
-        ValueError: with several processes.
-    """
-
-    def __init__(
-        self,
-        loss_fn,
-        arms,
-        active,
-        twice=True,
-        jit_compile=False,
-        min_probability=0.0,
-    ):
+    def _check_devices(self):
         if jax.process_count() > 1:
             raise ValueError(
                 "Sharpness-aware steps in several processes of JAX are not supported "
                 f"yet. Received: {jax.process_count()} processes. Train in one process."
             )
-        self._loss_fn = loss_fn
-        self._arms = arms
-        self._active = active
-        self._twice = twice
-        self._min_probability = min_probability
-        self._known = all(isinstance(on, bool) for on in active)
 
     def first(self, weights):
         """Value of the loss and the gradients of the active weights.
@@ -86,6 +58,7 @@ class Passes:
             `active` holds bools and zero otherwise, that of an active weight that the
             loss does not reach is zero.
         """
+        self._known = all(isinstance(on, bool) for on in self._active)
         if self._known:
             self._replay = replay(self._loss_fn.model)
             return self._of_known(weights)

@@ -15,6 +15,7 @@ import contextlib
 import keras
 import tensorflow as tf
 
+from keras_slsam.gradients import passes
 from keras_slsam.gradients import tensorflow_graph
 from keras_slsam.gradients import tensorflow_names as names
 from keras_slsam.gradients.replay import Replay
@@ -33,33 +34,17 @@ def concrete(mask):
     return mask.numpy().tolist() if tf.executing_eagerly() else tf.unstack(mask)
 
 
-class Passes:
-    """The two passes of a step: one loss and its gradients, at two sets of weights.
+class Passes(passes.Passes):
+    """The passes on TensorFlow, in the graph around the step or eagerly."""
 
-    Args:
-        loss_fn: `Loss`.
-        arms: List of int, the arm of each weight.
-        active: List with one entry per arm: bools, or scalar boolean tensors of
-            the surrounding graph, of which at least one is true.
-        twice: bool, whether there may be a second pass.
-        jit_compile: bool, whether XLA compiles the surrounding graph.
-        min_probability: Float, the least probability that an arm is active in a step,
-            0 if that is not known.
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._eager = tf.executing_eagerly()
+        if all(on is True for on in self._active) and not self._eager:
+            # Dense, but what depends on no weight, like noise, is not computed twice.
+            self._arms, self._active = [0] * len(self._arms), [tf.constant(True)]
 
-    Raises:
-        ValueError: with several replicas, whose gradients would have to be exchanged,
-            and under a strategy that assigns to no variable in a condition.
-    """
-
-    def __init__(
-        self,
-        loss_fn,
-        arms,
-        active,
-        twice=True,
-        jit_compile=False,
-        min_probability=0.0,
-    ):
+    def _check_devices(self):
         strategy = tf.distribute.get_strategy()
         replicas = strategy.num_replicas_in_sync
         one_device = isinstance(strategy, tf.distribute.OneDeviceStrategy)
@@ -71,16 +56,6 @@ class Passes:
                 f"{type(strategy).__name__}. Train on one device, without a strategy "
                 "or under `tf.distribute.OneDeviceStrategy`."
             )
-        self._eager = tf.executing_eagerly()
-        if all(on is True for on in active) and not self._eager:
-            # Dense, but what depends on no weight, like noise, is not computed twice.
-            arms, active = [0] * len(arms), [tf.constant(True)]
-        self._loss_fn = loss_fn
-        self._arms = arms
-        self._active = active
-        self._twice = twice
-        self._min_probability = min_probability
-        self._jit_compile = jit_compile
 
     def first(self, weights):
         """Value of the loss and the gradients of the active weights.

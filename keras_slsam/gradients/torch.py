@@ -14,6 +14,7 @@ import torch
 # what is rematerialised needs them.
 from torch.autograd.graph import _engine_run_backward
 
+from keras_slsam.gradients import passes
 from keras_slsam.gradients.replay import Replay
 from keras_slsam.gradients.torch_modules import check_graph
 from keras_slsam.gradients.torch_modules import is_read_apart
@@ -34,29 +35,15 @@ def concrete(mask):
     return mask.tolist()
 
 
-class Passes:
-    """The two passes of a step: one loss and its gradients, at two sets of weights.
+class Passes(passes.Passes):
+    """The passes on PyTorch, eager: what is active is known."""
 
-    Args:
-        loss_fn: `Loss`, a pure function from a list of tensors and a function to call
-            with the loss in the middle of it, to `(loss, aux)` with a scalar `loss`
-            and any structure `aux`.
-        arms: List of int, the arm of each weight.
-        active: List of bool, one per arm.
-        twice: bool, whether there may be a second pass.
-        jit_compile: Ignored, PyTorch runs eagerly.
-        min_probability: Ignored, what is active is known.
-    """
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._wanted = [self._active[arm] for arm in self._arms]
+        self._own = [variable.value for variable in self._loss_fn.variables]
 
-    def __init__(
-        self,
-        loss_fn,
-        arms,
-        active,
-        twice=True,
-        jit_compile=False,
-        min_probability=0.0,
-    ):
+    def _check_devices(self):
         distributed = torch.distributed
         if distributed.is_available() and distributed.is_initialized():
             processes = distributed.get_world_size()
@@ -66,12 +53,6 @@ class Passes:
                     f"not supported yet. Received: {processes} processes. Train in one "
                     "process."
                 )
-        self._loss_fn = loss_fn
-        self._wanted = [active[arm] for arm in arms]
-        self._twice = twice
-        self._own = [variable.value for variable in loss_fn.variables]
-        self._replay = None
-        self._prefix = None
 
     def first(self, weights):
         """Value of the loss and the gradients of the active weights.
