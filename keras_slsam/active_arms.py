@@ -2,7 +2,7 @@
 
 from keras import ops
 
-from keras_slsam import gradients as backend
+from keras_slsam.gradients import backend
 
 
 class ActiveArms:

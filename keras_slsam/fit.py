@@ -6,10 +6,10 @@ import warnings
 
 import keras
 
-from keras_slsam import gradients as backend
 from keras_slsam import loss_scale
 from keras_slsam import stateless
 from keras_slsam import training
+from keras_slsam.gradients import backend
 
 
 class SAMTrainStep:

@@ -8,7 +8,7 @@ from keras import ops
 from keras.src.backend.common.masking import get_keras_mask
 from keras.src.backend.common.masking import set_keras_mask
 
-from keras_slsam import gradients as backend
+from keras_slsam.gradients import backend
 
 
 class Loss:
@@ -122,7 +122,7 @@ class Loss:
                 variable.assign(value)
 
 
-class _Scope(backend.Scope):
+class _Scope(backend.Scope):  # type: ignore[name-defined]
     """A scope that lists the variables that were assigned to.
 
     Not all are the model's: a generator of random numbers may be anyone's. What was

@@ -10,7 +10,7 @@ gradients of either pass are not finite, with a scale or without one.
 import keras
 from keras import ops
 
-from keras_slsam import gradients as backend
+from keras_slsam.gradients import backend
 
 
 def split(optimizer):

@@ -8,7 +8,7 @@ The norm is one over all active weights; the other weights stay put.
 
 from keras import ops
 
-from keras_slsam.gradients import add
+from keras_slsam.gradients import backend
 
 _EPSILON = 1e-12
 
@@ -38,6 +38,6 @@ def perturb(weights, directions, squared_norm, arms, rho, adaptive=False):
     def ascended(i, weight):
         step = ops.cast(scale, weight.dtype)
         step = ops.multiply(step, ops.square(weight)) if adaptive else step
-        return add(weight, directions[i], step)
+        return backend.add(weight, directions[i], step)
 
     return arms.map(ascended, weights)

@@ -5,8 +5,8 @@ import numpy as np
 from keras import ops
 
 from keras_slsam import atomic
-from keras_slsam import gradients as backend
 from keras_slsam.active_arms import ActiveArms
+from keras_slsam.gradients import backend
 
 
 class Selection:

@@ -6,9 +6,9 @@ import keras
 from keras import ops
 
 from keras_slsam import atomic
-from keras_slsam import gradients as backend
 from keras_slsam import loss_scale
 from keras_slsam import perturbation
+from keras_slsam.gradients import backend
 from keras_slsam.loss import Loss
 from keras_slsam.loss import call
 from keras_slsam.optimizers.sharpness_aware import SharpnessAware
@@ -163,6 +163,7 @@ def _prepare(model, optimizer, x):
             "Received: jit_compile=True. Call `model.compile(..., jit_compile=False)`, "
             "or set `model.jit_compile = False` on a model that was loaded."
         )
+    backend.check_devices()
     for layer in model._flatten_layers():
         # Keras has no public name for the layers at any depth.
         if isinstance(layer, keras.layers.TFSMLayer) and layer.trainable_variables:

@@ -71,10 +71,10 @@ class CompileStep:
         return run
 
     def _no_grad(self, function):
-        from keras_slsam import gradients
+        from keras_slsam.gradients import backend
 
         def run(*args):
-            with gradients.no_grad():
+            with backend.no_grad():
                 return function(*args)
 
         return run

@@ -9,7 +9,7 @@ import zoo
 from keras import layers
 from keras import ops
 
-from keras_slsam import gradients as backend
+from keras_slsam.gradients import backend
 from keras_slsam.loss import Loss
 
 BACKEND = keras.config.backend()

@@ -14,8 +14,8 @@ import zoo
 from keras import layers
 from keras import ops
 
-from keras_slsam import gradients as backend
 from keras_slsam.active_arms import ActiveArms
+from keras_slsam.gradients import backend
 from keras_slsam.loss import Loss
 
 BACKEND = keras.config.backend()

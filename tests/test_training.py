@@ -13,7 +13,7 @@ from matrix import row
 from replay import Replay
 
 import keras_slsam
-from keras_slsam import gradients as backend
+from keras_slsam.gradients import backend
 
 BACKEND = keras.config.backend()
 TINY = 1e-9

@@ -15,7 +15,7 @@ from keras import ops
 from replay import Replay
 
 import keras_slsam
-from keras_slsam import gradients as backend
+from keras_slsam.gradients import backend
 
 BACKEND = keras.config.backend()
 BATCH, LENGTH = 6, 5

@@ -1,12 +1,8 @@
-"""What the passes of a step get, on every backend."""
+"""The two passes of a step: one loss and its gradients, at two sets of weights."""
 
 
 class Passes:
-    """The two passes of a step: one loss and its gradients, at two sets of weights.
-
-    Each backend has a subclass with two methods. `first(weights)` returns
-    `((loss, aux), gradients)`, and `second(weights)` returns the gradients at other
-    values of the active weights.
+    """The passes of a step. Each backend has a subclass.
 
     Args:
         loss_fn: `Loss`, a pure function from a list of tensors, and a function to call
@@ -19,15 +15,11 @@ class Passes:
         jit_compile: bool, whether XLA compiles the graph of TensorFlow around the step.
         min_probability: Float, the least probability that an arm is active in a traced
             step, 0 if that is not known.
-
-    Raises:
-        ValueError: with several devices or processes that are not supported.
     """
 
     def __init__(
         self, loss_fn, arms, active, twice=True, jit_compile=False, min_probability=0.0
     ):
-        self._check_devices()
         self._loss_fn = loss_fn
         self._arms = arms
         self._active = active
@@ -35,5 +27,33 @@ class Passes:
         self._jit_compile = jit_compile
         self._min_probability = min_probability
 
-    def _check_devices(self):
+    def first(self, weights):
+        """Value of the loss and the gradients of the active weights.
+
+        Args:
+            weights: List of tensors to differentiate at.
+
+        Returns:
+            `((loss, aux), gradients)`. The gradient of an inactive weight is `None` if
+            `active` holds bools and zero otherwise. That of an active weight that the
+            loss does not reach is zero. On TensorFlow those of embeddings are
+            `tf.IndexedSlices`.
+
+        Raises:
+            ValueError: if a weight is read or written where it cannot be replaced.
+        """
+        raise NotImplementedError
+
+    def second(self, weights):
+        """The gradients at other values of the active weights.
+
+        Random numbers are those of the first pass. Only those of TensorFlow's own
+        stateful operations cannot be repeated.
+
+        Args:
+            weights: List of tensors, the inactive ones those of the first pass.
+
+        Returns:
+            List like the gradients of `first`.
+        """
         raise NotImplementedError

@@ -16,22 +16,12 @@ import keras
 import tensorflow as tf
 
 from keras_slsam.gradients import passes
+from keras_slsam.gradients import tensorflow_build
 from keras_slsam.gradients import tensorflow_graph
 from keras_slsam.gradients import tensorflow_names as names
+from keras_slsam.gradients import tensorflow_scope
+from keras_slsam.gradients.interface import Backend
 from keras_slsam.gradients.replay import Replay
-from keras_slsam.gradients.tensorflow_build import build_first  # noqa: F401
-from keras_slsam.gradients.tensorflow_build import only_builds  # noqa: F401
-from keras_slsam.gradients.tensorflow_scope import Scope  # noqa: F401
-from keras_slsam.gradients.tensorflow_scope import check_state
-
-no_grad = contextlib.nullcontext
-can_compile = True
-init_scope = tf.init_scope
-
-
-def concrete(mask):
-    """The entries of `mask`: bools if run eagerly, else scalar tensors."""
-    return mask.numpy().tolist() if tf.executing_eagerly() else tf.unstack(mask)
 
 
 class Passes(passes.Passes):
@@ -44,48 +34,14 @@ class Passes(passes.Passes):
             # Dense, but what depends on no weight, like noise, is not computed twice.
             self._arms, self._active = [0] * len(self._arms), [tf.constant(True)]
 
-    def _check_devices(self):
-        strategy = tf.distribute.get_strategy()
-        replicas = strategy.num_replicas_in_sync
-        one_device = isinstance(strategy, tf.distribute.OneDeviceStrategy)
-        # Other strategies assign to their variables in no condition.
-        if replicas > 1 or (tf.distribute.has_strategy() and not one_device):
-            raise ValueError(
-                "Sharpness-aware steps under a `tf.distribute` strategy are not "
-                f"supported yet. Received: {replicas} replicas of a "
-                f"{type(strategy).__name__}. Train on one device, without a strategy "
-                "or under `tf.distribute.OneDeviceStrategy`."
-            )
-
     def first(self, weights):
-        """Value of the loss and the gradients of the active weights.
-
-        Args:
-            weights: List of tensors to differentiate at.
-
-        Returns:
-            `((loss, aux), gradients)`. The gradient of an active weight that the loss
-            does not reach is zero, that of an inactive weight `None` if `active` holds
-            bools and zero otherwise. Those of embeddings are `tf.IndexedSlices`.
-        """
         if self._eager:
-            self._replay = replay(self._loss_fn.model)
+            self._replay = Replay(self._loss_fn.model)
             return self._run(weights)
         self._trace()
         return self._results(self._gradients.first(weights), weights)
 
     def second(self, weights):
-        """The gradients at other values of the active weights.
-
-        Keras' random numbers are functions of seeds, its state, and the same again.
-        Those of TensorFlow's own stateful operations cannot be repeated.
-
-        Args:
-            weights: List of tensors, the inactive ones those of the first pass.
-
-        Returns:
-            List like the gradients of `first`.
-        """
         if self._eager:
             return self._run(weights)[1]
         return self._results(self._gradients.second(weights), weights)[1]
@@ -116,7 +72,7 @@ class Passes(passes.Passes):
             lambda: _record(self._loss_fn, variables, wanted), autograph=False
         ).get_concrete_function()
         self._outputs = value, gradients = traced.structured_outputs
-        check_state(traced, self._loss_fn.state)
+        tensorflow_scope.check_state(traced, self._loss_fn.state)
 
         outputs = [t for t in tf.nest.flatten(value, True) if tf.is_tensor(t)]
         needs = [(1 << len(self._active)) - 1] * len(outputs)
@@ -156,104 +112,79 @@ class Passes(passes.Passes):
         ]
 
 
-def apply(optimizer, gradients, variables):
-    """The step of a Keras optimizer, as Keras' own train step asks for it.
+class TensorFlowBackend(Backend):
+    """TensorFlow, in the graph of a step or eagerly."""
 
-    Args:
-        optimizer: `keras.optimizers.Optimizer`, built for `variables`.
-        gradients: List of tensors.
-        variables: List of `keras.Variable`s.
-    """
-    optimizer.apply_gradients(zip(gradients, variables))
+    Passes = Passes
+    Scope = tensorflow_scope.Scope
+    build_first = staticmethod(tensorflow_build.build_first)
+    only_builds = staticmethod(tensorflow_build.only_builds)
 
+    def check_devices(self):
+        strategy = tf.distribute.get_strategy()
+        replicas = strategy.num_replicas_in_sync
+        one_device = isinstance(strategy, tf.distribute.OneDeviceStrategy)
+        # Other strategies assign to their variables in no condition.
+        if replicas > 1 or (tf.distribute.has_strategy() and not one_device):
+            raise ValueError(
+                "Sharpness-aware steps under a `tf.distribute` strategy are not "
+                f"supported yet. Received: {replicas} replicas of a "
+                f"{type(strategy).__name__}. Train on one device, without a strategy "
+                "or under `tf.distribute.OneDeviceStrategy`."
+            )
 
-def read(variable):
-    """The value of a `keras.Variable` as a tensor."""
-    return tf.convert_to_tensor(variable.value)
+    def init_scope(self):
+        return tf.init_scope()
 
+    def after(self, *structures):
+        if tf.executing_eagerly():
+            return contextlib.nullcontext()
+        tensors = [
+            tf.convert_to_tensor(t)  # a `keras.Variable` may be among the logs
+            for t in tf.nest.flatten(structures, True)
+            if tf.is_tensor(t)
+        ]
+        checks = [
+            op
+            for op in tf.compat.v1.get_default_graph().get_operations()
+            if op.type in names.CHECKS
+        ]
+        return tf.control_dependencies([tf.group(*tensors, *checks)])
 
-def own_parameters(model, variables):
-    """Nothing: all layers read their weights as Keras variables."""
-    return lambda weights: contextlib.nullcontext(), lambda: None
+    def concrete(self, mask):
+        return mask.numpy().tolist() if tf.executing_eagerly() else tf.unstack(mask)
 
+    def read(self, variable):
+        return tf.convert_to_tensor(variable.value)
 
-# Keras' generators are variables, so there are no others but Python's and NumPy's.
-replay = Replay
+    def when(self, active, update):
+        if isinstance(active, bool):
+            super().when(active, update)
+        else:
+            # Both branches give nothing, whatever `update` returns.
+            tf.cond(active, lambda: [update()] and None, lambda: None)
 
+    def apply(self, optimizer, gradients, variables):
+        optimizer.apply_gradients(zip(gradients, variables))
 
-def after(*structures):
-    """Context whose operations run after those that give the tensors in a graph.
+    def squared_sum(self, gradient):
+        dtype = keras.backend.result_type(gradient.dtype.name, "float32")
+        if isinstance(gradient, tf.IndexedSlices):
+            gradient = gradient.values
+        return 2 * tf.nn.l2_loss(tf.cast(gradient, dtype))  # no buffer for the squares
 
-    And after the graph's checks, like `tf.debugging.assert_equal`, which give none.
+    def multiply(self, gradient, factor):
+        if isinstance(gradient, tf.IndexedSlices):
+            values = super().multiply(gradient.values, factor)
+            return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
+        return super().multiply(gradient, factor)
 
-    Args:
-        *structures: Structures of tensors.
-    """
-    if tf.executing_eagerly():
-        return contextlib.nullcontext()
-    tensors = [
-        tf.convert_to_tensor(t)  # a `keras.Variable` may be among the logs
-        for t in tf.nest.flatten(structures, True)
-        if tf.is_tensor(t)
-    ]
-    checks = [
-        op
-        for op in tf.compat.v1.get_default_graph().get_operations()
-        if op.type in names.CHECKS
-    ]
-    return tf.control_dependencies([tf.group(*tensors, *checks)])
-
-
-def when(active, update):
-    """Runs `update()`, which assigns to Keras variables, if `active`.
-
-    Args:
-        active: bool or scalar boolean tensor.
-        update: Function without arguments; what it returns is ignored.
-    """
-    if not isinstance(active, bool):
-        # Both branches give nothing, whatever `update` returns.
-        tf.cond(active, lambda: [update()] and None, lambda: None)
-    elif active:
-        update()
-
-
-select = when
-
-
-def squared_sum(gradient):
-    """Sum of the squares of the entries of `gradient`, at least in float32."""
-    dtype = keras.backend.result_type(gradient.dtype.name, "float32")
-    if isinstance(gradient, tf.IndexedSlices):
-        gradient = gradient.values
-    return 2 * tf.nn.l2_loss(tf.cast(gradient, dtype))  # no buffer for the squares
-
-
-def multiply(gradient, factor):
-    """`factor * gradient`, for a scalar `factor`; `tf.IndexedSlices` stay such."""
-    factor = tf.cast(factor, gradient.dtype)
-    if isinstance(gradient, tf.IndexedSlices):
-        values = gradient.values * factor
-        return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
-    return gradient * factor
-
-
-def add(weight, gradient, scale):
-    """`weight + scale * gradient`, a new tensor.
-
-    Args:
-        weight: Tensor.
-        gradient: Tensor of the shape of `weight`, or `tf.IndexedSlices`.
-        scale: Scalar tensor, or one of the shape of `weight`.
-
-    Returns:
-        Tensor of the shape of `weight`.
-    """
-    if isinstance(gradient, tf.IndexedSlices):
-        rows = tf.gather(scale, gradient.indices) if scale.shape.rank else scale
-        indices = gradient.indices[:, tf.newaxis]
-        return tf.tensor_scatter_nd_add(weight, indices, rows * gradient.values)
-    return weight + scale * gradient
+    def add(self, weight, gradient, scale):
+        if isinstance(gradient, tf.IndexedSlices):
+            rows = tf.gather(scale, gradient.indices) if scale.shape.rank else scale
+            indices = gradient.indices[:, tf.newaxis]
+            return tf.tensor_scatter_nd_add(weight, indices, rows * gradient.values)
+        return super().add(weight, gradient, scale)
 
 
 def _record(loss_fn, weights, wanted):

@@ -5,8 +5,6 @@ gradient. Autograd then neither computes the other weight gradients, nor keeps
 the activations that they would need, nor walks below the lowest active layer.
 """
 
-import contextlib
-
 import keras
 import torch
 
@@ -15,24 +13,10 @@ import torch
 from torch.autograd.graph import _engine_run_backward
 
 from keras_slsam.gradients import passes
+from keras_slsam.gradients import torch_modules
+from keras_slsam.gradients import torch_prefix
+from keras_slsam.gradients.interface import Backend
 from keras_slsam.gradients.replay import Replay
-from keras_slsam.gradients.torch_modules import check_graph
-from keras_slsam.gradients.torch_modules import is_read_apart
-from keras_slsam.gradients.torch_modules import is_written
-from keras_slsam.gradients.torch_modules import own_parameters  # noqa: F401
-from keras_slsam.gradients.torch_prefix import Prefix
-from keras_slsam.gradients.torch_prefix import Scope  # noqa: F401
-
-no_grad = torch.no_grad
-
-# `torch.compile` would specialise on each mask and compile again for the next.
-can_compile = False
-init_scope = contextlib.nullcontext
-
-
-def concrete(mask):
-    """The entries of `mask` as Python bools: a synchronisation."""
-    return mask.tolist()
 
 
 class Passes(passes.Passes):
@@ -43,49 +27,17 @@ class Passes(passes.Passes):
         self._wanted = [self._active[arm] for arm in self._arms]
         self._own = [variable.value for variable in self._loss_fn.variables]
 
-    def _check_devices(self):
-        distributed = torch.distributed
-        if distributed.is_available() and distributed.is_initialized():
-            processes = distributed.get_world_size()
-            if processes > 1:
-                raise ValueError(
-                    "Sharpness-aware steps in a `torch.distributed` process group are "
-                    f"not supported yet. Received: {processes} processes. Train in one "
-                    "process."
-                )
-
     def first(self, weights):
-        """Value of the loss and the gradients of the active weights.
-
-        Args:
-            weights: List of tensors to differentiate at.
-
-        Returns:
-            `((loss, aux), gradients)`; the gradient of an inactive weight is `None`,
-            that of an active weight that the loss does not reach is zero.
-
-        Raises:
-            ValueError: if the loss depends on a weight in a way that the second pass
-                would not follow, or writes to it.
-        """
         if not self._twice:
             return self._differentiate(weights)
         model = self._loss_fn.model
         modules = _generators(model)
         self._replay = _replay(model, modules)
-        self._prefix = Prefix(model, modules)
+        self._prefix = torch_prefix.Prefix(model, modules)
         with self._replay, self._prefix.recorded():
             return self._differentiate(weights)
 
     def second(self, weights):
-        """The gradients at other values of the active weights.
-
-        Args:
-            weights: List of tensors, the inactive ones those of the first pass.
-
-        Returns:
-            List like the gradients of `first`.
-        """
         with self._replay, self._prefix.replayed():
             return self._differentiate(weights)[1]
 
@@ -105,7 +57,7 @@ class Passes(passes.Passes):
 
         def differentiate(loss):
             self._check_unwritten(leaves, versions)
-            check_graph(self._loss_fn.model, loss)
+            torch_modules.check_graph(self._loss_fn.model, loss)
             gradients[:] = self._gradients(loss, leaves)
 
         with torch.enable_grad():
@@ -135,7 +87,7 @@ class Passes(passes.Passes):
         # A gradient of the weight itself is one that no leaf gets.
         for i, gradient in zip(own, found[len(wanted) :]):
             if gradient is not None:
-                raise is_read_apart(
+                raise torch_modules.is_read_apart(
                     self._loss_fn.model, self._loss_fn.variables[i], self._own[i]
                 )
         found = iter(found)
@@ -152,24 +104,14 @@ class Passes(passes.Passes):
     def _check_unwritten(self, leaves, versions):
         for i, (leaf, version) in enumerate(zip(leaves, versions)):
             if leaf._version != version:
-                raise is_written(
+                raise torch_modules.is_written(
                     self._loss_fn.model, self._loss_fn.variables[i], self._own[i]
                 )
 
 
-def replay(model):
-    """Context in which generators of random numbers give the same each time.
-
-    Layers without a seed of their own, like Keras' Dropout on PyTorch, draw from the
-    global generators of the devices.
-
-    Args:
-        model: `keras.Model`.
-    """
-    return _replay(model, _generators(model))
-
-
 def _replay(model, modules):
+    # Layers without a seed of their own, like Keras' Dropout on PyTorch, draw from the
+    # global generators of the devices.
     return Replay(model, [(m.get_rng_state, m.set_rng_state) for m in modules])
 
 
@@ -179,71 +121,44 @@ def _generators(model):
     return [torch, *map(torch.get_device_module, kinds)]
 
 
-def after(*structures):
-    """Nothing: what was computed was computed."""
-    return contextlib.nullcontext()
+class TorchBackend(Backend):
+    """PyTorch, eager: bools tell what is active."""
 
+    Passes = Passes
+    Scope = torch_prefix.Scope
+    # `torch.compile` would specialise on each mask and compile again for the next.
+    can_compile = False
+    own_parameters = staticmethod(torch_modules.own_parameters)
 
-def only_builds():
-    """Never: Keras makes all variables before the first step."""
-    return False
+    def check_devices(self):
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized():
+            processes = distributed.get_world_size()
+            if processes > 1:
+                raise ValueError(
+                    "Sharpness-aware steps in a `torch.distributed` process group are "
+                    f"not supported yet. Received: {processes} processes. Train in one "
+                    "process."
+                )
 
+    def no_grad(self):
+        return torch.no_grad()
 
-def build_first(model, train_function):
-    """The same function."""
-    return train_function
+    def replay(self, model):
+        return _replay(model, _generators(model))
 
+    def concrete(self, mask):
+        return mask.tolist()  # a synchronisation
 
-def when(active, update):
-    """Runs `update()`, which assigns to Keras variables, if `active`.
+    def read(self, variable):
+        return variable.value.detach()  # shares its memory
 
-    Args:
-        active: bool.
-        update: Function without arguments; what it returns is ignored.
-    """
-    if active:
-        update()
+    def squared_sum(self, gradient):
+        dtype = torch.promote_types(gradient.dtype, torch.float32)
+        return torch.linalg.vector_norm(gradient, dtype=dtype).square()
 
+    def multiply(self, gradient, factor):
+        return gradient * factor
 
-select = when
-
-
-def squared_sum(gradient):
-    """Sum of the squares of the entries of `gradient`, at least in float32."""
-    dtype = torch.promote_types(gradient.dtype, torch.float32)
-    return torch.linalg.vector_norm(gradient, dtype=dtype).square()
-
-
-def multiply(gradient, factor):
-    """`factor * gradient`, for a scalar `factor`."""
-    return gradient * factor
-
-
-def add(weight, gradient, scale):
-    """`weight + scale * gradient`, a new tensor.
-
-    Args:
-        weight: Tensor.
-        gradient: Tensor of the shape of `weight`.
-        scale: Scalar tensor, or one of the shape of `weight`.
-
-    Returns:
-        Tensor of the shape of `weight`.
-    """
-    return torch.addcmul(weight, gradient, scale)
-
-
-def apply(optimizer, gradients, variables):
-    """The step of a Keras optimizer, as Keras' own train step asks for it.
-
-    Args:
-        optimizer: `keras.optimizers.Optimizer`, built for `variables`.
-        gradients: List of tensors.
-        variables: List of `keras.Variable`s.
-    """
-    optimizer.apply(gradients, variables)
-
-
-def read(variable):
-    """The value of a `keras.Variable` as a tensor: it shares its memory."""
-    return variable.value.detach()
+    def add(self, weight, gradient, scale):
+        return torch.addcmul(weight, gradient, scale)

@@ -256,44 +256,28 @@ def check_graph(model, loss):
         waiting.extend(parent for parent, _ in node.next_functions)
 
 
+_WRITTEN = (
+    "The forward pass writes to the trainable weight {}. It would write to a perturbed "
+    "weight. Leave that out, or make the weight not trainable: `requires_grad = False` "
+    "before the module is wrapped, or `trainable = False` on the layer."
+)
+_READ_APART = (
+    "The loss depends on the trainable weight {} by a way on which it cannot be "
+    "replaced by a perturbed one. That is where its value was kept from before the "
+    "step, or goes to a `torch.autograd.Function` or a transform of `torch.func` as it "
+    "is. Read it in each call, and give a function of your own "
+    "`weight.view_as(weight)`."
+)
+
+
 def is_written(model, variable, weight):
-    """An error: a forward pass writes to a trainable weight.
-
-    Args:
-        model: `keras.Model`.
-        variable: `keras.Variable`.
-        weight: Its own tensor.
-
-    Returns:
-        `ValueError`.
-    """
-    return ValueError(
-        "The forward pass writes to the trainable weight "
-        f"{_name(model, variable, weight)}. It would write to a perturbed weight. "
-        "Leave that out, or make the weight not trainable: `requires_grad = False` "
-        "before the module is wrapped, or `trainable = False` on the layer."
-    )
+    """An error: a pass writes to `weight`, the own tensor of `variable`."""
+    return ValueError(_WRITTEN.format(_name(model, variable, weight)))
 
 
 def is_read_apart(model, variable, weight):
-    """An error: a loss depends on a weight that it reads where it cannot be given.
-
-    Args:
-        model: `keras.Model`.
-        variable: `keras.Variable`.
-        weight: Its own tensor.
-
-    Returns:
-        `ValueError`.
-    """
-    return ValueError(
-        "The loss depends on the trainable weight "
-        f"{_name(model, variable, weight)} by a way "
-        "on which it cannot be replaced by a perturbed one. That is where its value "
-        "was kept from before the step, or goes to a `torch.autograd.Function` or a "
-        "transform of `torch.func` as it is. Read it in each call, and give a function "
-        "of your own `weight.view_as(weight)`."
-    )
+    """An error: a loss reads `weight`, the own tensor of `variable`, as it is."""
+    return ValueError(_READ_APART.format(_name(model, variable, weight)))
 
 
 def _name(model, variable, weight):

@@ -3,9 +3,9 @@
 import keras
 from keras import ops
 
-from keras_slsam import gradients as backend
 from keras_slsam import samplers
 from keras_slsam import threefry
+from keras_slsam.gradients import backend
 from keras_slsam.optimizers import settings
 from keras_slsam.optimizers.sharpness_aware import SharpnessAware
 

@@ -8,10 +8,12 @@ import keras
 from keras import ops
 
 from keras_slsam import arms as arms_module
-from keras_slsam import base_step
-from keras_slsam import gradients as backend
 from keras_slsam import samplers
+from keras_slsam.base_step import BaseStep
+from keras_slsam.gradients import backend
 from keras_slsam.optimizers import settings
+from keras_slsam.optimizers.base_optimizer import check_can_skip_arms
+from keras_slsam.optimizers.base_optimizer import get_base_optimizer
 from keras_slsam.optimizers.saving import Stateful
 from keras_slsam.optimizers.wrapper import Wrapper
 from keras_slsam.selection import Selection
@@ -82,7 +84,7 @@ class SharpnessAware(Stateful, Wrapper):
                 '`keras.optimizers.AdamW(2e-5)` or "adamw". '
                 f"Received: base_optimizer={base_optimizer!r}"
             )
-        base_optimizer = base_step.get(owner, base_optimizer)
+        base_optimizer = get_base_optimizer(owner, base_optimizer)
         arms_module.validate(arms)
         super().__init__(base_optimizer, name)
         self._rho = settings.add(self, "rho", rho)
@@ -94,7 +96,7 @@ class SharpnessAware(Stateful, Wrapper):
         self._all_active = type(sampler) is samplers.All
         accumulates = bool(base_optimizer.gradient_accumulation_steps)
         if not self._all_active or (single_step and accumulates):
-            base_step.check_can_skip_arms(owner, base_optimizer)
+            check_can_skip_arms(owner, base_optimizer)
 
     def __setattr__(self, name, value):
         if name in _FIXED and name in vars(self):
@@ -172,7 +174,7 @@ class SharpnessAware(Stateful, Wrapper):
         self._selection = Selection(
             self.sampler, arms, members, self._all_active, dtype, owner=self
         )
-        self._base_step = base_step.BaseStep(
+        self._base_step = BaseStep(
             self.base_optimizer,
             variables,
             num_arms,

@@ -1,0 +1,93 @@
+"""The bandit of the paper."""
+
+import keras
+from keras import ops
+
+from keras_slsam.samplers import projection
+from keras_slsam.samplers.independent import Independent
+from keras_slsam.samplers.independent import check_number
+
+
+@keras.saving.register_keras_serializable("keras_slsam")
+class Bandit(Independent):
+    """The multi-armed bandit of SL-SAM.
+
+    After a step with active arms A, gradient norms n and probabilities p:
+
+        l_i = max_{j in A} (n_j / p_j)^2 - (n_i / p_i)^2
+        p_i <- p_i * exp(-learning_rate * l_i / p_i)            for i in A
+
+    and p is projected back to `sum(p) = active_fraction * num_arms`, `p <= 1`.
+    The fixed point is p proportional to n. How fast it gets there depends on the
+    scale of the loss, and an arm's probability can fall so low that the arm is
+    not drawn again, also with an `active_fraction` of 1: `Proportional` has neither
+    trait.
+
+    Args:
+        active_fraction: Float in (0, 1], the expected share of active arms.
+        learning_rate: Float > 0, the bandit's own step size (alpha).
+        min_probability: Float in [1e-8, active_fraction], the least probability of
+            an arm.
+        seed: int, or `None` for a fresh one.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+
+    Example:
+
+    >>> from keras_slsam import samplers
+    >>> sampler = samplers.Bandit(active_fraction=0.2, seed=0)
+    >>> sampler.build(num_arms=10)
+    >>> round(float(sampler.probabilities[0]), 3)
+    0.2
+
+    Reference:
+        Cheng et al., arXiv 2602.09395, the layer bandit of SL-SAM.
+    """
+
+    def __init__(
+        self,
+        active_fraction: float,
+        learning_rate: float = 0.001,
+        min_probability: float = 1e-8,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(active_fraction, seed)
+        check_number("Bandit", "learning_rate", learning_rate)
+        if not 0 < learning_rate < float("inf"):
+            raise ValueError(
+                "Argument `learning_rate` of `Bandit` must be a finite float > 0. "
+                f"Received: learning_rate={learning_rate!r}"
+            )
+        check_number("Bandit", "min_probability", min_probability)
+        if not 1e-8 <= min_probability <= active_fraction:
+            raise ValueError(
+                "Argument `min_probability` of `Bandit` must be in "
+                "[1e-8, active_fraction]. "
+                f"Received: min_probability={min_probability!r}, "
+                f"active_fraction={active_fraction!r}"
+            )
+        self.learning_rate = float(learning_rate)
+        self.min_probability = float(min_probability)
+
+    def update(self, active, norms):
+        p = ops.convert_to_tensor(self.probabilities)
+        norms, active = projection.finite(norms, active, p.dtype)
+        # Norms relative to the largest: squares of n / p itself would overflow.
+        scale = ops.max(norms)
+        ratio = projection.relative(norms) / p
+        best = ops.max(ratio)
+        gap = (best - ratio) * (best + ratio) / p
+        # The best arm's loss is 0 also where the scale's square overflows.
+        exponent = ops.where(gap > 0, self.learning_rate * gap * scale * scale, 0.0)
+        weights = ops.where(active, p * ops.exp(-exponent), p)
+        budget = self.active_fraction * self._num_arms
+        p = ops.clip(projection.project(weights, budget), self.min_probability, 1.0)
+        self.probabilities.assign(p)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "learning_rate": self.learning_rate,
+            "min_probability": self.min_probability,
+        }

@@ -1,0 +1,110 @@
+"""Probabilities that follow the gradient norms at once."""
+
+import keras
+from keras import ops
+
+from keras_slsam.samplers import projection
+from keras_slsam.samplers.independent import Independent
+from keras_slsam.samplers.independent import check_number
+
+
+@keras.saving.register_keras_serializable("keras_slsam")
+class Proportional(Independent):
+    """Probabilities proportional to the arms' mean gradient norms.
+
+    Goes straight to the bandit's fixed point: free of the scale of the loss, and
+    every arm stays in the draw. With m_i the running mean of arm i's norms over
+    the steps in which it was active, and q the projection of m on
+    `sum(q) = active_fraction * num_arms`, `q <= 1`:
+
+        p = min_probability + (1 - min_probability / active_fraction) * q
+
+    so p keeps the budget (unless fewer than `active_fraction * num_arms` arms have
+    norms worth mentioning). Arms not seen yet count with the largest mean, and p
+    stays uniform until half of the arms have been seen. This sampler is ours, not
+    of the SL-SAM paper.
+
+    Args:
+        active_fraction: Float in (0, 1], the expected share of active arms.
+        momentum: Float in [0, 1). The newest norm weighs at least
+            `1 - momentum` in the mean; the first norms of an arm weigh equally.
+        min_probability: Float in (0, active_fraction], the least probability of
+            an arm.
+        seed: int, or `None` for a fresh one.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+
+    Example:
+
+    >>> from keras_slsam import samplers
+    >>> sampler = samplers.Proportional(active_fraction=0.2, seed=0)
+    >>> sampler.build(num_arms=10)
+    >>> sampler.draw().shape[0]
+    10
+    """
+
+    def __init__(
+        self,
+        active_fraction: float,
+        momentum: float = 0.9,
+        min_probability: float = 0.05,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(active_fraction, seed)
+        check_number("Proportional", "momentum", momentum)
+        if not 0 <= momentum < 1:
+            raise ValueError(
+                "Argument `momentum` of `Proportional` must be in [0, 1). "
+                f"Received: momentum={momentum!r}"
+            )
+        check_number("Proportional", "min_probability", min_probability)
+        if not 0 < min_probability <= active_fraction:
+            raise ValueError(
+                "Argument `min_probability` of `Proportional` must be in "
+                "(0, active_fraction]: all arms together would exceed the budget "
+                f"otherwise. Received: min_probability={min_probability!r}, "
+                f"active_fraction={active_fraction!r}. Pass "
+                "`samplers.Proportional(active_fraction, min_probability=...)` with "
+                "a smaller value."
+            )
+        self.momentum = float(momentum)
+        self.min_probability = float(min_probability)
+
+    def build(self, num_arms):
+        super().build(num_arms)
+        dtype = self.probabilities.dtype
+        self._means, self._counts = (
+            keras.Variable(
+                ops.zeros((num_arms,), dtype=dtype),
+                dtype=dtype,
+                trainable=False,
+                name=name,
+            )
+            for name in ("means", "counts")
+        )
+
+    def update(self, active, norms):
+        norms, active = projection.finite(norms, active, self.probabilities.dtype)
+        counts = self._counts + ops.cast(active, norms.dtype)
+        newest = ops.maximum(1.0 / ops.maximum(counts, 1.0), 1.0 - self.momentum)
+        means = ops.convert_to_tensor(self._means)
+        means = ops.where(active, means + newest * (norms - means), means)
+        self._counts.assign(counts)
+        self._means.assign(means)
+        seen = counts > 0
+        # Relative means: the projection then never sees a huge or a tiny sum.
+        known = ops.logical_and(seen, ops.max(means) > 0)
+        relative = ops.where(known, projection.relative(means), 1.0)
+        q = projection.project(relative, self.active_fraction * self._num_arms)
+        low, share = self.min_probability, self.active_fraction
+        enough = 2 * ops.sum(ops.cast(seen, "int32")) >= self._num_arms
+        p = ops.where(enough, low + (1 - low / share) * q, share)
+        self.probabilities.assign(ops.clip(p, low, 1.0))
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "momentum": self.momentum,
+            "min_probability": self.min_probability,
+        }

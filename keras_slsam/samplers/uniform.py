@@ -1,0 +1,29 @@
+"""Every arm is equally likely: what a sampler that learns is compared with."""
+
+import keras
+
+from keras_slsam.samplers.independent import Independent
+
+
+@keras.saving.register_keras_serializable("keras_slsam")
+class Uniform(Independent):
+    """Every arm with the same probability in every step.
+
+    Shows what a sampler that learns adds.
+
+    Args:
+        active_fraction: Float in (0, 1], the probability of each arm.
+        seed: int, or `None` for a fresh one.
+
+    Example:
+
+    >>> from keras_slsam import samplers
+    >>> sampler = samplers.Uniform(active_fraction=0.5, seed=0)
+    >>> sampler.build(num_arms=4)
+    >>> sampler.draw().shape[0]
+    4
+    """
+
+    def __init__(self, active_fraction: float, seed: int | None = None) -> None:
+        super().__init__(active_fraction, seed)
+        self.min_probability = self.active_fraction
