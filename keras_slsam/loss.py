@@ -37,6 +37,7 @@ class Loss:
         self._given, self._record_own = backend.own_parameters(model, variables)
         self.state = model.non_trainable_variables + model.metrics_variables
         self._state = [(v, backend.read(v)) for v in self.state]
+        self._generators = None
         self._assigned = None
 
     def __call__(self, weights, differentiate=None):
@@ -56,6 +57,10 @@ class Loss:
         # Keras multiplies sample weights by masks in place on PyTorch.
         sample_weight = keras.tree.map_structure(_copy, sample_weight)
         mapping = list(zip(self.variables, weights)) + self._state
+        if self._generators is None:
+            self._generators = backend.generators(model)
+        else:
+            self._generators.rewind()
         with self._given(weights), _Scope(mapping) as scope:
             y_pred = call(model, x)
             # Keras' own way to call a `compute_loss` of any signature, not public.

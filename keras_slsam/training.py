@@ -60,7 +60,7 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
     with (
         atomic.hold_back_interrupt(),
         backend.no_grad(),
-        backend.replay(model),
+        backend.generators(model),
     ):
         scale = loss_scale.read(scaler)
         loss = Loss(model, variables, x, y, sample_weight, scale)

@@ -186,7 +186,7 @@ def test_arms_of_several_variables(make):
 
 @pytest.mark.skipif(BACKEND == "torch", reason="PyTorch has no conditions")
 def test_any_number_of_arms_saves_what_is_inactive(compile_step):
-    depth, width = 70, 2
+    depth, width = 192, 2
     variables = [keras.Variable(np.eye(width, dtype="float32")) for _ in range(depth)]
     x = np.ones((BATCH, width), "float32")
 

@@ -6,7 +6,7 @@ The rest of the package uses `backend` from here, and speaks `keras.ops` otherwi
 | --- | --- |
 | `interface` | the class of `backend`, a subclass for each framework |
 | `passes` | the two passes of a step |
-| `replay` | random numbers outside of Keras, the same in both passes |
+| `generators` | random numbers outside of Keras, the same in both passes |
 | `partition`, `program` | which arms need which work of a traced step |
 | `jax`, `jax_*` | JAX: a jaxpr, put under conditions |
 | `tensorflow`, `tensorflow_*` | TensorFlow: a graph, put under conditions |

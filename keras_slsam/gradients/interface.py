@@ -11,8 +11,8 @@ import contextlib
 import keras
 from keras import ops
 
+from keras_slsam.gradients.generators import Generators
 from keras_slsam.gradients.passes import Passes
-from keras_slsam.gradients.replay import Replay
 
 
 class Backend:
@@ -24,7 +24,7 @@ class Backend:
         can_compile: bool, whether a step may run with `jit_compile=True`.
     """
 
-    Passes = Passes
+    Passes: type[Passes]
     Scope = keras.StatelessScope
     can_compile = True
 
@@ -39,12 +39,9 @@ class Backend:
         """Context in which variables are made, outside any graph."""
         return contextlib.nullcontext()
 
-    def replay(self, model):
-        """Context in which random numbers outside of Keras are the same each time.
-
-        If something raises in it, their generators are set back.
-        """
-        return Replay(model)
+    def generators(self, model):
+        """The `Generators` of a model's layers that are no Keras variables."""
+        return Generators(model)
 
     def own_parameters(self, model, variables):
         """Lets layers that do not read Keras variables compute with other weights.
@@ -85,7 +82,7 @@ class Backend:
         return contextlib.nullcontext()
 
     def concrete(self, mask):
-        """The entries of a boolean tensor of shape `(num_arms,)`.
+        """The entries of a boolean tensor of shape `(n,)`.
 
         Returns:
             List of bools if they are known, else of scalar boolean tensors. At most

@@ -19,25 +19,17 @@ from keras_slsam import atomic
 from keras_slsam.gradients import jax_graph
 from keras_slsam.gradients import passes
 from keras_slsam.gradients.interface import Backend
-from keras_slsam.gradients.replay import Replay
 
 
 class Passes(passes.Passes):
     """The passes on JAX, traced or with a known mask."""
 
     def first(self, weights):
-        self._known = all(isinstance(on, bool) for on in self._active)
+        self._known = all(isinstance(on, bool) for on in self.active)
         if self._known:
-            self._replay = Replay(self._loss_fn.model)
             return self._of_known(weights)
-        self._gradients = jax_graph.Gradients(
-            jax.value_and_grad(self._loss_fn, has_aux=True),
-            weights,
-            self._arms,
-            self._active,
-            self._twice,
-            self._min_probability,
-        )
+        function = jax.value_and_grad(self.loss_fn, has_aux=True)
+        self._gradients = jax_graph.Gradients(function, weights, self)
         return self._gradients.first(weights)
 
     def second(self, weights):
@@ -47,16 +39,15 @@ class Passes(passes.Passes):
 
     def _of_known(self, weights):
         """Differentiates with respect to the active weights only."""
-        wanted = [self._active[arm] for arm in self._arms]
+        wanted = [self.active[arm] for arm in self.arm_of]
 
         def loss_of(leaves):
             leaves = iter(leaves)
             given = [next(leaves) if on else w for w, on in zip(weights, wanted)]
-            return self._loss_fn(given)
+            return self.loss_fn(given)
 
         leaves = [w for w, on in zip(weights, wanted) if on]
-        with self._replay:
-            value, found = jax.value_and_grad(loss_of, has_aux=True)(leaves)
+        value, found = jax.value_and_grad(loss_of, has_aux=True)(leaves)
         found = iter(found)
         return value, [next(found) if on else None for on in wanted]
 

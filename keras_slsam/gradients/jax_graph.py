@@ -32,13 +32,10 @@ class Gradients(program.Program):
         function: Function from a list of arrays to `(value, gradients)`, of which the
             gradients are a list like the weights.
         weights: List of arrays to trace it with.
-        arms: List of int, the arm of each weight.
-        active: List of scalar boolean arrays, one per arm.
-        twice: bool, whether there may be a second run.
-        min_probability: Float, the least probability that an arm is active, or 0.
+        passes: `Passes`, of a traced step.
     """
 
-    def __init__(self, function, weights, arms, active, twice, min_probability):
+    def __init__(self, function, weights, passes):
         closed, shapes = jax.make_jaxpr(function, return_shape=True)(weights)
         self._jaxpr = closed.jaxpr
         self._structure = jax.tree.structure(shapes)
@@ -49,33 +46,20 @@ class Gradients(program.Program):
                 self._constants[outputs[i]] = jnp.asarray(v.val, v.aval.dtype)
         nodes = [_node(equation) for equation in equations]
         independent = set()
-        if twice:
+        if passes.twice:
             independent = partition.find_independent(nodes, closed.jaxpr.invars)
-        everyone = (1 << len(active)) - 1
-        needs = [everyone] * (len(outputs) - len(arms)) + [1 << arm for arm in arms]
-        super().__init__(nodes, outputs, needs, active, independent, min_probability)
+        needs = [None] * (len(outputs) - len(passes.arm_of)) + passes.arm_of
+        super().__init__(nodes, outputs, needs, independent, passes)
 
     def choose_copied(self, nodes, outputs):
         given = [*self._jaxpr.invars, *self._constants]
         jax_recompute.mark(nodes, given, outputs, self._everyone)
 
-    def first(self, weights):
-        """The value and the gradients at the given weights.
-
-        Args:
-            weights: List of arrays.
-
-        Returns:
-            What the function returns; the gradients of inactive arms are zero.
-        """
-        return jax.tree.unflatten(self._structure, self.run(self._given(weights)))
-
-    def second(self, weights):
-        """The same at weights of which the inactive ones are those of `first`."""
-        return jax.tree.unflatten(self._structure, self.run_again(self._given(weights)))
-
-    def _given(self, weights):
+    def given(self, weights):
         return {**self._constants, **dict(zip(self._jaxpr.invars, weights))}
+
+    def _results(self, values):
+        return jax.tree.unflatten(self._structure, super()._results(values))
 
     def place(self, part, values):
         jaxpr = self._jaxpr.replace(

@@ -18,8 +18,6 @@ import math
 import operator
 import typing
 
-import numpy as np
-
 # What is skipped in fewer steps than this share is not worth a condition.
 RARELY = 0.01
 
@@ -186,9 +184,3 @@ def partition_passes(nodes, outputs, independent):
     read = [*outputs, *(v for part in second for v in part.inputs)]
     kept = list(dict.fromkeys(v for v in read if v in made))
     return partition(nodes, [*outputs, *kept]), second, kept
-
-
-def membership(sets, num_arms):
-    """Which sets hold which arms: boolean, of shape `(len(sets), num_arms)`."""
-    rows = [[arms >> arm & 1 for arm in range(num_arms)] for arms in sets]
-    return np.array(rows, bool).reshape(-1, num_arms)

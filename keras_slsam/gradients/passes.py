@@ -8,7 +8,7 @@ class Passes:
         loss_fn: `Loss`, a pure function from a list of tensors, and a function to call
             with the loss while layers still read these, to `(loss, aux)` with a scalar
             `loss` and any structure `aux`.
-        arms: List of int, the arm of each weight.
+        arm_of: List of int, the arm of each weight.
         active: List with one entry per arm: bools, or scalar boolean tensors inside a
             traced step, of which at least one is true.
         twice: bool, whether there may be a second pass.
@@ -18,14 +18,20 @@ class Passes:
     """
 
     def __init__(
-        self, loss_fn, arms, active, twice=True, jit_compile=False, min_probability=0.0
+        self,
+        loss_fn,
+        arm_of,
+        active,
+        twice=True,
+        jit_compile=False,
+        min_probability=0.0,
     ):
-        self._loss_fn = loss_fn
-        self._arms = arms
-        self._active = active
-        self._twice = twice
-        self._jit_compile = jit_compile
-        self._min_probability = min_probability
+        self.loss_fn = loss_fn
+        self.arm_of = arm_of
+        self.active = active
+        self.twice = twice
+        self.jit_compile = jit_compile
+        self.min_probability = min_probability
 
     def first(self, weights):
         """Value of the loss and the gradients of the active weights.

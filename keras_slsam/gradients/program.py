@@ -6,6 +6,7 @@ arms, on "any of these is active".
 
 import functools
 
+import numpy as np
 from keras import ops
 
 from keras_slsam.gradients import partition
@@ -17,19 +18,19 @@ class Program:
     Args:
         nodes: List of `partition.Node`s, each after those that make what it reads.
         outputs: List of values, what the function returns.
-        needs: List of int, the sets of arms that need them: all arms, or one.
-        active: List of scalar boolean tensors, one per arm.
-        independent: Set of nodes that a second run need not compute again.
-        min_probability: Float, the least probability that an arm is active, or 0.
+        needs: List of int, the arm that needs each, or `None` for all arms.
+        independent: Set of nodes that the second pass need not compute again.
+        passes: `Passes`, of a traced step.
     """
 
-    def __init__(self, nodes, outputs, needs, active, independent, min_probability):
-        self._outputs, self._needs, self._active = outputs, needs, active
-        self._everyone = (1 << len(active)) - 1
+    def __init__(self, nodes, outputs, needs, independent, passes):
+        self._outputs, self._needs, self._active = outputs, needs, passes.active
+        self._everyone = (1 << len(self._active)) - 1
         wanted = {}
-        for value, arms in zip(outputs, needs):
+        for value, arm in zip(outputs, needs):
+            arms = self._everyone if arm is None else 1 << arm
             wanted[value] = wanted.get(value, 0) | arms
-        most = partition.most_arms(min_probability)
+        most = partition.most_arms(passes.min_probability)
         partition.mark(nodes, wanted, self._everyone, independent, most)
         self.choose_copied(nodes, wanted)
         partition.place_free(nodes, wanted, self._everyone)
@@ -40,6 +41,14 @@ class Program:
 
     def choose_copied(self, nodes, outputs):
         """Marks nodes that are to be copied, where that depends on the arms."""
+
+    def given(self, weights):
+        """Dict from the inputs of the graph to tensors.
+
+        Args:
+            weights: List of tensors.
+        """
+        raise NotImplementedError
 
     def place(self, part, values):
         """Puts a part into what is being traced.
@@ -65,23 +74,22 @@ class Program:
         """
         raise NotImplementedError
 
-    def run(self, given):
-        """What the function returns.
+    def first(self, weights):
+        """What the function returns at `weights`.
 
         Args:
-            given: Dict from the inputs of the graph to tensors.
+            weights: List of tensors.
 
         Returns:
-            List of tensors, zero where none of their arms is active.
+            List of tensors, zero where their arm is inactive.
         """
-        self._values = self._evaluate(self._parts, given)
+        self._values = self._evaluate(self._parts, self.given(weights))
         return self._results(self._values)
 
-    def run_again(self, given):
-        """The same at other weights, of which the inactive ones are those of `run`."""
-        kept = {value: self._values[value] for value in self._kept}
-        values = self._evaluate(self._parts_again, {**given, **kept}, self._values)
-        return self._results(values)
+    def second(self, weights):
+        """The same at weights of which the inactive ones are those of `first`."""
+        given = {**self.given(weights), **{v: self._values[v] for v in self._kept}}
+        return self._results(self._evaluate(self._parts_again, given, self._values))
 
     def _evaluate(self, parts, values, before=None):
         sets = [part.arms for part in parts if part.arms != self._everyone]
@@ -94,7 +102,8 @@ class Program:
                 skip = functools.partial(self.zeros, part, work)
                 if before and part.arms.bit_count() == 1:
                     # The zero gradient of a single arm is there: nothing is written.
-                    skip = functools.partial(_of, part.outputs, before)
+                    zeros = [before[value] for value in part.outputs]
+                    skip = functools.partial(list, zeros)
                 made = ops.cond(wanted[part.arms], work, skip)
             values.update(zip(part.outputs, made))
         return values
@@ -103,20 +112,18 @@ class Program:
         """Whether an arm of each set is active, a list of scalar boolean tensors."""
         if not sets:
             return []
-        members = partition.membership(sets, len(self._active))
+        arms = range(len(self._active))
+        members = np.array([[each >> arm & 1 for arm in arms] for each in sets], bool)
         found = ops.any(ops.logical_and(ops.stack(self._active), members), axis=1)
         return ops.unstack(found, len(sets))
 
     def _results(self, values):
         results = [values[value] for value in self._outputs]
-        for i, (value, arms) in enumerate(zip(self._outputs, self._needs)):
-            if self._sets.get(value, self._everyone) != arms:
+        for i, (value, arm) in enumerate(zip(self._outputs, self._needs)):
+            made_for = self._sets.get(value, self._everyone)
+            if arm is not None and made_for != 1 << arm:
                 # Made for others too: a loop yields the gradients of all its weights,
                 # the terms of a sum have the same gradient.
-                active = self._active[arms.bit_length() - 1]
-                results[i] = ops.where(active, results[i], ops.zeros_like(results[i]))
+                zeros = ops.zeros_like(results[i])
+                results[i] = ops.where(self._active[arm], results[i], zeros)
         return results
-
-
-def _of(chosen, values):
-    return [values[value] for value in chosen]

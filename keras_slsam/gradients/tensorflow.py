@@ -21,7 +21,6 @@ from keras_slsam.gradients import tensorflow_graph
 from keras_slsam.gradients import tensorflow_names as names
 from keras_slsam.gradients import tensorflow_scope
 from keras_slsam.gradients.interface import Backend
-from keras_slsam.gradients.replay import Replay
 
 
 class Passes(passes.Passes):
@@ -30,13 +29,12 @@ class Passes(passes.Passes):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._eager = tf.executing_eagerly()
-        if all(on is True for on in self._active) and not self._eager:
+        if all(on is True for on in self.active) and not self._eager:
             # Dense, but what depends on no weight, like noise, is not computed twice.
-            self._arms, self._active = [0] * len(self._arms), [tf.constant(True)]
+            self.arm_of, self.active = [0] * len(self.arm_of), [tf.constant(True)]
 
     def first(self, weights):
         if self._eager:
-            self._replay = Replay(self._loss_fn.model)
             return self._run(weights)
         self._trace()
         return self._results(self._gradients.first(weights), weights)
@@ -47,13 +45,13 @@ class Passes(passes.Passes):
         return self._results(self._gradients.second(weights), weights)[1]
 
     def _run(self, weights):
-        own = [v.value for v in self._loss_fn.variables]
+        own = [v.value for v in self.loss_fn.variables]
         weights = [tf.Variable(w, name=v.name) for w, v in zip(weights, own)]
-        wanted = [self._active[arm] for arm in self._arms]
-        with self._replay, names.VariableWatcher() as watcher:
-            results = _record(self._loss_fn, weights, wanted)
+        wanted = [self.active[arm] for arm in self.arm_of]
+        with names.VariableWatcher() as watcher:
+            results = _record(self.loss_fn, weights, wanted)
         read = {id(v) for v in watcher.watched_variables()}
-        for variable, value in zip(self._loss_fn.variables, own):
+        for variable, value in zip(self.loss_fn.variables, own):
             if id(value) in read:
                 raise ValueError(
                     f"The weight {variable.path!r} is read by a `tf.function` that a "
@@ -66,17 +64,17 @@ class Passes(passes.Passes):
         return results
 
     def _trace(self):
-        variables = [v.value for v in self._loss_fn.variables]
+        variables = [v.value for v in self.loss_fn.variables]
         wanted = [True] * len(variables)
         traced = tf.function(
-            lambda: _record(self._loss_fn, variables, wanted), autograph=False
+            lambda: _record(self.loss_fn, variables, wanted), autograph=False
         ).get_concrete_function()
         self._outputs = value, gradients = traced.structured_outputs
-        tensorflow_scope.check_state(traced, self._loss_fn.state)
+        tensorflow_scope.check_state(traced, self.loss_fn.state)
 
         outputs = [t for t in tf.nest.flatten(value, True) if tf.is_tensor(t)]
-        needs = [(1 << len(self._active)) - 1] * len(outputs)
-        for weight, arm, gradient in zip(variables, self._arms, gradients):
+        needs = [None] * len(outputs)
+        for weight, arm, gradient in zip(variables, self.arm_of, gradients):
             if isinstance(gradient, tf.IndexedSlices):
                 gradient.values.set_shape([None, *weight.shape[1:]])
                 parts = [gradient.values, gradient.indices]
@@ -84,17 +82,8 @@ class Passes(passes.Passes):
                 gradient.set_shape(weight.shape)
                 parts = [gradient]
             outputs += parts
-            needs += [1 << arm] * len(parts)
-        self._gradients = tensorflow_graph.Gradients(
-            traced,
-            self._loss_fn.variables,
-            outputs,
-            needs,
-            self._active,
-            self._twice,
-            self._jit_compile,
-            self._min_probability,
-        )
+            needs += [arm] * len(parts)
+        self._gradients = tensorflow_graph.Gradients(traced, outputs, needs, self)
 
     def _results(self, tensors, weights):
         results = iter(tensors)

@@ -20,14 +20,7 @@ def build_first(model, train_function):
     """A train function that makes variables before it is traced.
 
     A `tf.function` that makes variables is traced twice. So they are made in a trace of
-    its own, of steps without gradients and updates.
-
-    Args:
-        model: `keras.Model`.
-        train_function: Function of an iterator over batches.
-
-    Returns:
-        Function like `train_function`.
+    its own, of steps without gradients and updates. See `Backend.build_first`.
     """
     fresh = True
 

@@ -28,59 +28,79 @@ class Gradients(program.Program):
 
     Args:
         traced: The function, without arguments; what it reads was captured.
-        variables: List of `keras.Variable`, the weights.
         outputs: List of tensors of the function.
-        needs: List of int, the set of arms that needs each.
-        active: List of scalar boolean tensors, one per arm.
-        twice: bool, whether there may be a second run.
-        min_probability: Float, the least probability that an arm is active, or 0.
-        jit_compile: bool, whether XLA compiles the surrounding graph.
+        needs: List of int, the arm that needs each, or `None` for all arms.
+        passes: `Passes`, of a traced step.
     """
 
-    def __init__(
-        self,
-        traced,
-        variables,
-        outputs,
-        needs,
-        active,
-        twice,
-        jit_compile,
-        min_probability,
-    ):
+    def __init__(self, traced, outputs, needs, passes):
         self._traced = traced
-        self._jit_compile = jit_compile
-        self._weights, self._shadows = _find_weights(traced, variables)
-        self._source = _Source(traced.graph, self._weights)
+        self._jit_compile = passes.jit_compile
+        self._weights, self._shadows = _find_weights(traced, passes.loss_fn.variables)
+        definition = traced.graph.as_graph_def()
+        self._versions = definition.versions
+        self._definitions = {node.name: node for node in definition.node}
+        # A loop's gradient adds inputs to the loop, so the graph is not in order.
+        reads = {
+            op: [*(t.op for t in op.inputs), *op.control_inputs]
+            for op in traced.graph.get_operations()
+        }
+        inputs = {tensor.op for tensor in traced.graph.inputs} | set(self._weights)
+        order = graphlib.TopologicalSorter(reads).static_order()
+        operations = [op for op in order if op not in inputs]
+        self._tensors = {t.name: t for op in reads for t in op.outputs}
         outputs = [tensor.name for tensor in outputs]
-        nodes = _nodes(self._source, set(outputs))
+        nodes = self._make_nodes(operations, set(outputs))
         independent = set()
-        if twice:
-            same = _find_same(self._source, self._weights)
+        if passes.twice:
+            same = _find_same(operations, self._weights)
             independent = {node for node in nodes if node.work in same}
-        super().__init__(nodes, outputs, needs, active, independent, min_probability)
+        super().__init__(nodes, outputs, needs, independent, passes)
 
-    def first(self, weights):
-        """The values of the outputs at the given weights.
+    def _make_nodes(self, operations, outputs):
+        """The operations as nodes; values are names of tensors.
 
         Args:
-            weights: List of tensors.
+            operations: List of operations, each after those that it depends on.
+            outputs: Set of the names of tensors that are asked for.
 
         Returns:
-            List of tensors, zero where none of their arms is active.
+            List of `partition.Node`s.
         """
-        return self._shaped(self.run(self._given(weights)))
+        # What a `tf.cond` runs has no effects, so that order is by data alone.
+        ordered = set()
+        for op in reversed(operations):
+            if op.op_def.is_stateful or op in ordered:
+                ordered.update([op, *op.control_inputs, *(t.op for t in op.inputs)])
+        nodes, copied = [], set()
+        for op in operations:
+            producers = {t.op for t in op.inputs}
+            node = partition.Node(
+                op,
+                [t.name for t in op.inputs],
+                [t.name for t in op.outputs],
+                always=op in ordered,
+                local=[t.name for t in op.outputs if t.dtype in _HANDLES],
+                free=op.type in names.VIEWS or _are_scalars([*op.inputs, *op.outputs]),
+            )
+            # Arithmetic on constants and shapes is copied: XLA must know its results,
+            # and Grappler makes use of them.
+            node.copied = outputs.isdisjoint(node.makes) and (
+                self._is_small_constant(op)
+                or op.type in names.SHAPES
+                or bool(producers and producers <= copied and _is_small_and_pure(op))
+            )
+            if node.copied:
+                copied.add(op)
+            nodes.append(node)
+        return nodes
 
-    def second(self, weights):
-        """The same at weights of which the inactive ones are those of `first`."""
-        return self._shaped(self.run_again(self._given(weights)))
+    def _is_small_constant(self, op):
+        return (
+            op.type == names.CONSTANT and self._definitions[op.name].ByteSize() < _LARGE
+        )
 
-    def _shaped(self, results):
-        for name, tensor in zip(self._outputs, results):
-            tensor.set_shape(self._source.tensors[name].shape)
-        return results
-
-    def _given(self, weights):
+    def given(self, weights):
         surrounding = tf.compat.v1.get_default_graph()
         # Keeps alive what it calls, like the bodies of loops.
         self._traced.add_to_graph(surrounding)
@@ -97,61 +117,13 @@ class Gradients(program.Program):
         return values
 
     def place(self, part, values):
-        return self._source.place(part, values)
-
-    def zeros(self, part, work):
-        tensors = [self._source.tensors[name] for name in part.outputs]
-        if self._jit_compile and not all(t.shape.is_fully_defined() for t in tensors):
-            # For XLA both branches must have one shape, which it takes from the work;
-            # that is then dead, and removed.
-            return [tf.zeros_like(value) for value in work()]
-        # An unknown size may be 0: all that reads these zeros is skipped as well.
-        shapes = [[n or 0 for n in t.shape] if t.shape.rank else [] for t in tensors]
-        return [tf.zeros(shape, t.dtype) for t, shape in zip(tensors, shapes)]
-
-
-class _Source:
-    """A traced graph, to be copied piece by piece.
-
-    Args:
-        graph: `tf.Graph`.
-        weights: The operations that give the weights.
-    """
-
-    def __init__(self, graph, weights):
-        definition = graph.as_graph_def()
-        self._versions = definition.versions
-        self._nodes = {node.name: node for node in definition.node}
-        # A loop's gradient adds inputs to the loop, so the graph is not in order.
-        reads = {
-            op: [*(t.op for t in op.inputs), *op.control_inputs]
-            for op in graph.get_operations()
-        }
-        inputs = {tensor.op for tensor in graph.inputs} | set(weights)
-        order = graphlib.TopologicalSorter(reads).static_order()
-        self.operations = [op for op in order if op not in inputs]
-        self.tensors = {t.name: t for op in reads for t in op.outputs}
-
-    def is_small_constant(self, op):
-        return op.type == names.CONSTANT and self._nodes[op.name].ByteSize() < _LARGE
-
-    def place(self, part, values):
-        """Copies a part into the current graph.
-
-        Args:
-            part: `partition.Part`.
-            values: Dict from names of the part's inputs to tensors.
-
-        Returns:
-            List of tensors, the part's outputs.
-        """
         for name in part.inputs:
-            values[name].set_shape(self.tensors[name].shape)  # a condition loses it
+            values[name].set_shape(self._tensors[name].shape)  # a condition loses it
         piece = tf.compat.v1.GraphDef(versions=self._versions)
         present = {node.work for node in part.nodes}
         for op in (node.work for node in part.nodes):
             node = piece.node.add()
-            node.CopyFrom(self._nodes[op.name])
+            node.CopyFrom(self._definitions[op.name])
             # Neither colocation nor order with operations that are not here.
             node.attr.pop(names.COLOCATION, None)
             node.ClearField("input")
@@ -167,9 +139,25 @@ class _Source:
             part.outputs,
             name="sparse",
         )
-        for name, copy in zip(part.outputs, found):
-            copy.set_shape(self.tensors[name].shape)
-        return found
+        return self._shaped(part.outputs, found)
+
+    def zeros(self, part, work):
+        tensors = [self._tensors[name] for name in part.outputs]
+        if self._jit_compile and not all(t.shape.is_fully_defined() for t in tensors):
+            # For XLA both branches must have one shape, which it takes from the work;
+            # that is then dead, and removed.
+            return [tf.zeros_like(value) for value in work()]
+        # An unknown size may be 0: all that reads these zeros is skipped as well.
+        shapes = [[n or 0 for n in t.shape] if t.shape.rank else [] for t in tensors]
+        return [tf.zeros(shape, t.dtype) for t, shape in zip(tensors, shapes)]
+
+    def _results(self, values):
+        return self._shaped(self._outputs, super()._results(values))
+
+    def _shaped(self, names, tensors):
+        for name, tensor in zip(names, tensors):
+            tensor.set_shape(self._tensors[name].shape)
+        return tensors
 
 
 def _find_weights(traced, variables):
@@ -206,60 +194,21 @@ def _find_weights(traced, variables):
     return reads, shadows
 
 
-def _nodes(source, outputs):
-    """The operations as nodes; values are names of tensors.
-
-    Args:
-        source: `_Source`.
-        outputs: Set of the names of tensors that are asked for.
-
-    Returns:
-        List of `partition.Node`s.
-    """
-    # What a `tf.cond` runs has no effects, so that order is by data alone.
-    ordered = set()
-    for op in reversed(source.operations):
-        if op.op_def.is_stateful or op in ordered:
-            ordered.update([op, *op.control_inputs, *(t.op for t in op.inputs)])
-    nodes, copied = [], set()
-    for op in source.operations:
-        producers = {t.op for t in op.inputs}
-        node = partition.Node(
-            op,
-            [t.name for t in op.inputs],
-            [t.name for t in op.outputs],
-            always=op in ordered,
-            local=[t.name for t in op.outputs if t.dtype in _HANDLES],
-            free=op.type in names.VIEWS or _are_scalars([*op.inputs, *op.outputs]),
-        )
-        # Arithmetic on constants and shapes is copied: XLA must know its results, and
-        # Grappler makes use of them.
-        node.copied = outputs.isdisjoint(node.makes) and (
-            source.is_small_constant(op)
-            or op.type in names.SHAPES
-            or bool(producers and producers <= copied and _is_small_and_pure(op))
-        )
-        if node.copied:
-            copied.add(op)
-        nodes.append(node)
-    return nodes
-
-
-def _find_same(source, weights):
+def _find_same(operations, weights):
     """Finds the operations that give the same at other values of the weights.
 
     The size of a tensor is a value of its own: noise depends on that of the tensor that
     it is added to, and not on the tensor.
 
     Args:
-        source: `_Source`.
+        operations: List of operations.
         weights: The operations that give the weights.
 
     Returns:
         Set of operations.
     """
     nodes = []
-    for op in source.operations:
+    for op in operations:
         reads, makes = (
             [t.name for t in tensors] for tensors in (op.inputs, op.outputs)
         )

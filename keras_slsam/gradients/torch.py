@@ -15,8 +15,8 @@ from torch.autograd.graph import _engine_run_backward
 from keras_slsam.gradients import passes
 from keras_slsam.gradients import torch_modules
 from keras_slsam.gradients import torch_prefix
+from keras_slsam.gradients.generators import Generators
 from keras_slsam.gradients.interface import Backend
-from keras_slsam.gradients.replay import Replay
 
 
 class Passes(passes.Passes):
@@ -24,21 +24,19 @@ class Passes(passes.Passes):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._wanted = [self._active[arm] for arm in self._arms]
-        self._own = [variable.value for variable in self._loss_fn.variables]
+        self._wanted = [self.active[arm] for arm in self.arm_of]
+        self._own = [variable.value for variable in self.loss_fn.variables]
 
     def first(self, weights):
-        if not self._twice:
+        if not self.twice:
             return self._differentiate(weights)
-        model = self._loss_fn.model
-        modules = _generators(model)
-        self._replay = _replay(model, modules)
-        self._prefix = torch_prefix.Prefix(model, modules)
-        with self._replay, self._prefix.recorded():
+        model = self.loss_fn.model
+        self._prefix = torch_prefix.Prefix(model, _devices(model))
+        with self._prefix.recorded():
             return self._differentiate(weights)
 
     def second(self, weights):
-        with self._replay, self._prefix.replayed():
+        with self._prefix.replayed():
             return self._differentiate(weights)[1]
 
     def _differentiate(self, weights):
@@ -56,12 +54,14 @@ class Passes(passes.Passes):
         gradients = [None] * len(leaves)
 
         def differentiate(loss):
-            self._check_unwritten(leaves, versions)
-            torch_modules.check_graph(self._loss_fn.model, loss)
+            for i, (leaf, version) in enumerate(zip(leaves, versions)):
+                if leaf._version != version:
+                    raise self._error(torch_modules.WRITTEN, i)
+            torch_modules.check_graph(self.loss_fn.model, loss)
             gradients[:] = self._gradients(loss, leaves)
 
         with torch.enable_grad():
-            loss, aux = self._loss_fn(leaves, differentiate)
+            loss, aux = self.loss_fn(leaves, differentiate)
         aux = keras.tree.map_structure(
             lambda t: t.detach() if torch.is_tensor(t) else t, aux
         )
@@ -87,9 +87,7 @@ class Passes(passes.Passes):
         # A gradient of the weight itself is one that no leaf gets.
         for i, gradient in zip(own, found[len(wanted) :]):
             if gradient is not None:
-                raise torch_modules.is_read_apart(
-                    self._loss_fn.model, self._loss_fn.variables[i], self._own[i]
-                )
+                raise self._error(torch_modules.READ_APART, i)
         found = iter(found)
         gradients = []
         for leaf, on in zip(leaves, self._wanted):
@@ -101,21 +99,14 @@ class Passes(passes.Passes):
             gradients.append(gradient)
         return gradients
 
-    def _check_unwritten(self, leaves, versions):
-        for i, (leaf, version) in enumerate(zip(leaves, versions)):
-            if leaf._version != version:
-                raise torch_modules.is_written(
-                    self._loss_fn.model, self._loss_fn.variables[i], self._own[i]
-                )
+    def _error(self, text, i):
+        loss_fn = self.loss_fn
+        return torch_modules.error(
+            text, loss_fn.model, loss_fn.variables[i], self._own[i]
+        )
 
 
-def _replay(model, modules):
-    # Layers without a seed of their own, like Keras' Dropout on PyTorch, draw from the
-    # global generators of the devices.
-    return Replay(model, [(m.get_rng_state, m.set_rng_state) for m in modules])
-
-
-def _generators(model):
+def _devices(model):
     """The modules whose `get_rng_state` is that of the model's devices."""
     kinds = {variable.value.device.type for variable in model.variables} - {"cpu"}
     return [torch, *map(torch.get_device_module, kinds)]
@@ -144,8 +135,11 @@ class TorchBackend(Backend):
     def no_grad(self):
         return torch.no_grad()
 
-    def replay(self, model):
-        return _replay(model, _generators(model))
+    def generators(self, model):
+        # Layers without a seed of their own, like Keras' Dropout on PyTorch, draw from
+        # the global generators of the devices.
+        states = [(m.get_rng_state, m.set_rng_state) for m in _devices(model)]
+        return Generators(model, states)
 
     def concrete(self, mask):
         return mask.tolist()  # a synchronisation

@@ -17,32 +17,27 @@ _GET_DATA, _SET_DATA = torch.Tensor.data.__get__, torch.Tensor.data.__set__
 
 # These neither write to a tensor nor give an alias of it. Others get a copy.
 _READERS = {
-    torch.Tensor.dim,
-    torch.Tensor.numel,
-    torch.Tensor.size,
-    torch.addmm,
-    torch.bmm,
-    torch.matmul,
-    torch.mm,
-    torch.conv1d,
-    torch.conv2d,
-    torch.conv3d,
-    torch.conv_transpose1d,
-    torch.conv_transpose2d,
-    torch.conv_transpose3d,
-    torch.gru,
-    torch.lstm,
-    functional.embedding,
-    functional.group_norm,
-    functional.layer_norm,
-    functional.linear,
-    functional.multi_head_attention_forward,
-    functional.rms_norm,
+    *(getattr(torch.Tensor, name) for name in ("dim", "numel", "size")),
+    *(
+        getattr(torch, name)
+        for name in (
+            *("addmm", "bmm", "conv1d", "conv2d", "conv3d", "conv_transpose1d"),
+            *("conv_transpose2d", "conv_transpose3d", "gru", "lstm", "matmul", "mm"),
+        )
+    ),
+    *(
+        getattr(functional, name)
+        for name in (
+            *("embedding", "group_norm", "layer_norm", "linear", "rms_norm"),
+            "multi_head_attention_forward",
+        )
+    ),
     *(
         getattr(torch.Tensor, name).__get__
-        for name in ("device", "dtype", "is_leaf", "layout", "ndim", "requires_grad")
+        for name in (
+            *("device", "dtype", "is_leaf", "layout", "ndim", "requires_grad", "shape"),
+        )
     ),
-    torch.Tensor.shape.__get__,
 }
 _WRITE_NOTHING = ("requires_grad_", "retain_grad_")
 
@@ -134,16 +129,7 @@ def own_parameters(model, variables):
 
     What the forward pass does to the modules' buffers and to parameters that are not
     trained, like the statistics of a BatchNorm or the weights of a momentum encoder,
-    stays after the first pass only.
-
-    Args:
-        model: `keras.Model`.
-        variables: List of its `keras.Variable`s that `weights` stand for.
-
-    Returns:
-        Tuple of two functions. The first makes of a list of tensors, like the values of
-        `variables`, a context in which the model's modules compute with them; the
-        second, without arguments, takes over what the first pass did to the rest.
+    stays after the first pass only. See `Backend.own_parameters`.
 
     Raises:
         ValueError: if a parameter belongs to two variables, or a module cannot compute
@@ -167,7 +153,7 @@ def own_parameters(model, variables):
     passes = []
 
     def refuse(key):
-        raise is_written(model, variables[index[key]], own[index[key]])
+        raise error(WRITTEN, model, variables[index[key]], own[index[key]])
 
     @contextlib.contextmanager
     def given(weights):
@@ -256,12 +242,12 @@ def check_graph(model, loss):
         waiting.extend(parent for parent, _ in node.next_functions)
 
 
-_WRITTEN = (
+WRITTEN = (
     "The forward pass writes to the trainable weight {}. It would write to a perturbed "
     "weight. Leave that out, or make the weight not trainable: `requires_grad = False` "
     "before the module is wrapped, or `trainable = False` on the layer."
 )
-_READ_APART = (
+READ_APART = (
     "The loss depends on the trainable weight {} by a way on which it cannot be "
     "replaced by a perturbed one. That is where its value was kept from before the "
     "step, or goes to a `torch.autograd.Function` or a transform of `torch.func` as it "
@@ -270,19 +256,17 @@ _READ_APART = (
 )
 
 
-def is_written(model, variable, weight):
-    """An error: a pass writes to `weight`, the own tensor of `variable`."""
-    return ValueError(_WRITTEN.format(_name(model, variable, weight)))
+def error(text, model, variable, weight):
+    """A `ValueError` about `weight`, the own tensor of `variable`.
 
-
-def is_read_apart(model, variable, weight):
-    """An error: a loss reads `weight`, the own tensor of `variable`, as it is."""
-    return ValueError(_READ_APART.format(_name(model, variable, weight)))
-
-
-def _name(model, variable, weight):
+    Args:
+        text: `WRITTEN` or `READ_APART`.
+        model: `keras.Model`.
+        variable: `keras.Variable`.
+        weight: Its tensor.
+    """
     for wrapper in _wrappers(model):
         for name, parameter in wrapper.module.named_parameters():
             if parameter is weight:
-                return f"{name!r} of layer {wrapper.name!r}"
-    return repr(variable.path)
+                return ValueError(text.format(f"{name!r} of layer {wrapper.name!r}"))
+    return ValueError(text.format(repr(variable.path)))

@@ -127,7 +127,7 @@ class Prefix:
             given,
             attributes,
             reads=[(v, _Leaf(x)) for v, x in reads if id(x) not in written],
-            results=_snapshot((args, kwargs, outputs)),
+            results=_map(_Leaf, (args, kwargs, outputs)),
             writes=[(v, _Leaf(x)) for v, x in writes],
             random_states=self._random_states(),
         )
@@ -173,7 +173,7 @@ class Prefix:
             context = vars(operation._get_call_context())
             names = sorted(context.keys() - {"entry_layer"})
             inherited += [(name, context[name]) for name in names]
-        return _snapshot((args, kwargs, self._random_states(), inherited))
+        return _map(_Leaf, (args, kwargs, self._random_states(), inherited))
 
     def _attributes(self, operation):
         """The values of the attributes of an operation, and of those in it."""
@@ -221,10 +221,6 @@ class _Leaf:
             and _have_same_value(self.value, other.value)
             and _have_same_value(self.mask, other.mask)
         )
-
-
-def _snapshot(structure):
-    return _map(_Leaf, structure)
 
 
 def _flatten(structure):

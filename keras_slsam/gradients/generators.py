@@ -1,7 +1,7 @@
-"""Random numbers outside of Keras and the framework, the same in both passes.
+"""Generators of random numbers outside of Keras and the framework.
 
 A layer that runs in Python may draw from the global generators of Python and NumPy, or
-from one that it keeps as an attribute.
+from one that it keeps as an attribute. Both passes of a step must draw the same.
 """
 
 import functools
@@ -11,12 +11,12 @@ import keras
 import numpy as np
 
 
-class Replay:
-    """A context in which generators give the same random numbers each time.
+class Generators:
+    """The generators of a model's layers, with the states that they have now.
 
-    Where it ends with an exception they are as they were before the first time. A
-    generator that did not move is left alone. Where all layers are Keras' own, so are
-    the global generators of Python and NumPy: a thread that loads data may draw there.
+    As a context it rewinds them if something raises. A generator that did not move is
+    left alone. So are the global generators of Python and NumPy where all layers are
+    Keras' own: a thread that loads data may draw there.
 
     Args:
         model: `keras.Model`.
@@ -34,7 +34,6 @@ class Replay:
         self._before = [(get, set, get()) for get, set in generators]
 
     def __enter__(self):
-        self.rewind()
         return self
 
     def __exit__(self, kind, error, traceback):
@@ -42,7 +41,7 @@ class Replay:
             self.rewind()
 
     def rewind(self):
-        """Sets all generators to where they were at the beginning."""
+        """Sets all generators to the states of the beginning."""
         for get, set, state in self._before:
             if not _same(state, get()):
                 set(state)
@@ -82,12 +81,10 @@ def _owned(holders):
             )
         elif isinstance(x, random.Random):
             yield x.getstate, x.setstate
-        elif isinstance(x, np.random.RandomState) or _is_of_torch(x):
+        elif isinstance(x, np.random.RandomState) or (
+            type(x).__module__.startswith("torch") and type(x).__name__ == "Generator"
+        ):
             yield x.get_state, x.set_state
-
-
-def _is_of_torch(x):
-    return type(x).__module__.startswith("torch") and type(x).__name__ == "Generator"
 
 
 def _same(state, other):
