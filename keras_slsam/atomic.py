@@ -1,9 +1,11 @@
 """A step happens whole, or not at all.
 
 Assignments wait in `Staged` until all that may raise has been computed, metrics are put
-back by `put_back_metrics`, and a Ctrl-C waits for the step's end. What is left is the
-base optimizer's own update: where that raises, weights and moments are as Keras leaves
-them.
+back by `put_back_metrics`, and a Ctrl-C waits for the step's end. If the base
+optimizer's own update raises, weights and moments are as Keras leaves them.
+
+All this holds where Python runs the step. A compiled step is one call, which Python
+interrupts before or after it only.
 """
 
 import contextlib
@@ -59,7 +61,7 @@ class Staged(keras.StatelessScope):
 def assign_if(condition, update):
     """Runs `update()`, whose assignments count only where `condition`.
 
-    Unlike those of `gradients.when` they may wait in a scope on every backend. A traced
+    Unlike those of `backend.when` they may wait in a scope on every backend. A traced
     step executes the update in any case, so it should be cheap.
 
     Args:

@@ -1,9 +1,10 @@
-"""The ascent: the perturbation of the active weights, uphill along a direction.
+"""The perturbation: a step of length rho from the active weights, along a direction.
 
     e = rho * g / (||g|| + eps)                   SAM (Foret et al., 2010.01412)
     e = rho * w^2 * g / (|| |w| g || + eps)       adaptive (ASAM, 2102.11600)
 
-The norm is one over all active weights; the other weights stay put.
+The norm is one over all active weights; the other weights stay put. The optimizer
+chooses the direction g.
 """
 
 from keras import ops

@@ -18,7 +18,8 @@ class Selection:
         members: List of lists of int, the variables of each arm.
         all_active: bool, whether all arms are active in every step.
         dtype: String, float dtype of the norms.
-        owner: `keras.optimizers.Optimizer`, which makes and holds the state.
+        owner: `keras.optimizers.Optimizer`, which makes and holds `active` and
+            `norms`. The sampler makes its own variables.
 
     Attributes:
         arm_of: As given.

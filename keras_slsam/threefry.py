@@ -42,6 +42,23 @@ def make_seed(seed, owner):
     return (int(seed) + 2**31) % 2**32 - 2**31
 
 
+def draw(state, size):
+    """Uniform numbers in [0, 1), other ones at each call.
+
+    Args:
+        state: `keras.Variable`, int32 of shape `(2,)`: the seed and the number of this
+            draw, which grows by 1.
+        size: int, how many numbers.
+
+    Returns:
+        float32 tensor of shape `(size,)`, as of `uniform`.
+    """
+    seed, number = state[0], state[1]
+    unit = uniform(seed, number, size)
+    state.assign(ops.stack([seed, number + 1]))
+    return unit
+
+
 def uniform(seed, draw, size):
     """Uniform numbers in [0, 1) for one draw.
 

@@ -77,11 +77,12 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
         with atomic.Staged() as drawn:
             arms = selection.draw(is_first)
             ascends = optimizer._draw_ascent()
+        direction = optimizer._direction(arms)
         passes = backend.Passes(
             loss,
             selection.arm_of,
             arms.active,
-            twice=not optimizer.single_step,
+            twice=direction is None,
             jit_compile=model.jit_compile,
             min_probability=optimizer.sampler.min_probability,
         )
@@ -94,13 +95,7 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
                 weights, directions, squared_norm, arms, rho, optimizer.adaptive
             )
 
-        if optimizer.single_step:
-            # Up along the gradient of the last step: one pass, h = grad(w + e).
-            perturbed = perturb(*base_step.applied(arms))
-            (_, outputs), gradients = passes.first(perturbed)
-            gradients = loss_scale.unscale(gradients, arms, scale)
-            squares = norms = arms.squared_norms(gradients)
-        else:
+        if direction is None:
             # First pass, g = grad(w); second pass, h = grad(w + e).
             (_, outputs), first = passes.first(weights)
             first = loss_scale.unscale(first, arms, scale)
@@ -114,6 +109,11 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
             gradients, norms = backend.cond(
                 ascends, second, lambda: (first, squares + squares)
             )
+        else:
+            # One pass, h = grad(w + e): the ascent is along what is known.
+            (_, outputs), gradients = passes.first(perturb(*direction))
+            gradients = loss_scale.unscale(gradients, arms, scale)
+            squares = norms = arms.squared_norms(gradients)
         # The root, or XLA would repeat the sum over the arms wherever this is read.
         finite = ops.isfinite(ops.sqrt(sum(norms)))
         (finite,) = backend.concrete(ops.reshape(finite, (1,)))
@@ -125,7 +125,7 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
                     model, x, y, sample_weight, *loss.record_metrics(outputs)
                 )
             with backend.after(logs):
-                with drawn, atomic.Staged() as learned:
+                with drawn:
                     position = base_step.position()
                     atomic.assign_if(
                         finite, lambda: selection.learn(squares, position, is_last)
@@ -133,7 +133,6 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
                 # The base step at w, with h.
                 base_step(gradients, squares, arms, is_last, finite)
                 drawn.commit()
-                learned.commit()
                 backend.when(finite, lambda: loss.record_state(outputs))
                 loss_scale.adapt(scaler, finite)
         return logs

@@ -128,7 +128,11 @@ class Backend:
             update()
 
     def select(self, active, update):
-        """The same for an update of all weights."""
+        """The same for an update of all weights: on JAX without a condition.
+
+        XLA makes one loop of the update and the choice, where a condition takes memory
+        for the old weights and the new ones.
+        """
         self.when(active, update)
 
     def apply(self, optimizer, gradients, variables):

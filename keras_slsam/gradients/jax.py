@@ -88,8 +88,6 @@ class JaxBackend(Backend):
             variable.assign(value)
 
     def select(self, active, update):
-        # XLA makes one loop of an update of all weights and of the choice, where a
-        # condition takes memory for the old weights and the new ones.
         atomic.assign_if(active, update)
 
     def apply(self, optimizer, gradients, variables):

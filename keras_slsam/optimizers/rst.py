@@ -82,9 +82,8 @@ class RST(SharpnessAware):
         self._probability.assign(settings.checked_probability(probability))
 
     def _draw_ascent(self):
-        seed, draw = self._seed_state[0], self._seed_state[1]
-        perturbed = threefry.uniform(seed, draw, 1)[0] < backend.read(self._probability)
-        self._seed_state.assign(ops.stack([seed, draw + 1]))
+        (unit,) = ops.unstack(threefry.draw(self._seed_state, 1))
+        perturbed = unit < backend.read(self._probability)
         return ops.logical_and(perturbed, backend.read(self._rho) > 0)
 
     def get_config(self):

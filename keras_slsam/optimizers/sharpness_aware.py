@@ -7,7 +7,7 @@ import warnings
 import keras
 from keras import ops
 
-from keras_slsam import arms as arms_module
+from keras_slsam import grouping
 from keras_slsam import samplers
 from keras_slsam.base_step import BaseStep
 from keras_slsam.gradients import backend
@@ -85,7 +85,7 @@ class SharpnessAware(Stateful, Wrapper):
                 f"Received: base_optimizer={base_optimizer!r}"
             )
         base_optimizer = get_base_optimizer(owner, base_optimizer)
-        arms_module.validate(arms)
+        grouping.validate(arms)
         super().__init__(base_optimizer, name)
         self._rho = settings.add(self, "rho", rho)
         self.ascends = rho > 0
@@ -148,7 +148,7 @@ class SharpnessAware(Stateful, Wrapper):
                 f"[0, 1], 0 if it is not known. Received: {low!r} of {self.sampler!r}"
             )
         # First what may be refused: a failed call leaves everything as it was.
-        arms = arms_module.group(variables, self._grouping)
+        arms = grouping.group(variables, self._grouping)
         num_arms = max(arms) + 1
         if num_arms == 1 and not self._all_active:
             warnings.warn(
@@ -183,9 +183,9 @@ class SharpnessAware(Stateful, Wrapper):
             remember=self.single_step,
             owner=self,
         )
-        # From here on the sampler's state is ours, for everything that saves it. Keras
-        # has no public name for that, and a `LossScaleOptimizer` around this one
-        # switches the tracking of attributes off.
+        # The sampler's state is saved with the optimizer's. Keras has no public name
+        # for that, and a `LossScaleOptimizer` around this one switches the tracking of
+        # attributes off.
         for variable in self.sampler.variables:
             self._track_variable(variable)
         self._take_over_restored()
@@ -281,6 +281,19 @@ class SharpnessAware(Stateful, Wrapper):
                 "After a change of `layer.trainable`, call `model.compile` again with "
                 "a new optimizer."
             )
+
+    def _direction(self, arms):
+        """Along what the ascent is, where that is known before the first pass.
+
+        Args:
+            arms: `ActiveArms`.
+
+        Returns:
+            `None` for the gradient of this batch, which takes a pass of its own. Else a
+            tuple of a list of tensors, one per variable, and a float scalar, the
+            squared norm of those of the active arms.
+        """
+        return self._base_step.applied(arms) if self.single_step else None
 
     def _draw_ascent(self):
         """Whether this step has an ascent: a bool or a scalar boolean tensor."""

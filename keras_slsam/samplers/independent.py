@@ -45,15 +45,13 @@ class Independent(Sampler):
         # Exact and without a loop: draw the first active arm j from
         # P(first = j) = p_j * prod_{i<j} (1 - p_i), given that there is one;
         # the arms before it are off, those after it independent.
-        seed, draw = self._seed_state[0], self._seed_state[1]
         p = ops.convert_to_tensor(self.probabilities)
-        unit = ops.cast(threefry.uniform(seed, draw, self._num_arms + 1), p.dtype)
+        unit = ops.cast(threefry.draw(self._seed_state, self._num_arms + 1), p.dtype)
         # P(an arm up to j is active), by logarithms since 1 - 1e-8 is 1 in float32.
         reached = -ops.expm1(ops.cumsum(ops.log1p(-p)))
         first = ops.sum(ops.cast(reached < unit[self._num_arms] * reached[-1], "int32"))
         index = ops.arange(self._num_arms, dtype="int32")
         later = ops.logical_and(index > first, unit[: self._num_arms] < p)
-        self._seed_state.assign(ops.stack([seed, draw + 1]))
         return ops.logical_or(ops.equal(index, first), later)
 
     def get_config(self):

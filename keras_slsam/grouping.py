@@ -1,4 +1,4 @@
-"""Arms: which variables are switched on or off together."""
+"""Which variables make an arm, to be switched on or off together."""
 
 
 def group(variables, grouping):
