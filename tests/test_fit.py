@@ -89,7 +89,7 @@ def adam(**kwargs):
 # --- Precision ---------------------------------------------------------------------
 
 
-@row("`mixed_float16`", "the step is left out whole where a gradient is not finite")
+@row("`mixed_float16`", "a step with a gradient that is not finite is skipped")
 @pytest.mark.parametrize("method", ["sam", "s2sam", "rst", "slsam", "sl+s2", "windows"])
 def test_loss_scaling_changes_nothing(method):
     """Norms and gradients are unscaled: the trajectory is that without scaling."""
@@ -125,7 +125,7 @@ def test_loss_scaling_changes_nothing(method):
     assert int(optimizer.step_counter) == 2
 
 
-@row("`mixed_float16`", "the step is left out whole where a gradient is not finite")
+@row("`mixed_float16`", "a step with a gradient that is not finite is skipped")
 @pytest.mark.parametrize("at", ["first pass", "second pass"])
 @pytest.mark.parametrize("kind", ["sam", "slsam"])
 def test_a_step_with_gradients_that_are_not_finite_is_left_out(kind, at):
@@ -179,7 +179,7 @@ def test_a_step_with_gradients_that_are_not_finite_is_left_out(kind, at):
     assert float(optimizer.dynamic_scale) == scale / 2
 
 
-@row("`mixed_float16`", "the step is left out whole where a gradient is not finite")
+@row("`mixed_float16`", "a step with a gradient that is not finite is skipped")
 def test_mixed_float16():
     model = make_model("mixed_float16")
     model.dtype_policy = keras.DTypePolicy("mixed_float16")
@@ -212,7 +212,7 @@ def assert_trains_as_in_float32(model):
     return model
 
 
-@row("`bfloat16`", "not with Adam: its 0.999 is 1 in this type, so Keras' never moves")
+@row("`bfloat16`", "not with Adam: its 0.999 rounds to 1, in plain Keras too")
 def test_bfloat16():
     base = keras.optimizers.SGD(0.2)
     model = compiled(half_the_arms(base), make_model("bfloat16"))
@@ -232,7 +232,7 @@ def test_bfloat16():
 
 # --- Execution ---------------------------------------------------------------------
 
-ACCUMULATION = "one mask a window; each micro-batch has its own ascent"
+ACCUMULATION = "one mask per window; one ascent per micro-batch"
 
 
 @row("`gradient_accumulation_steps`", ACCUMULATION)
@@ -392,7 +392,7 @@ def assert_as_eager(**kwargs):
     assert_same(model, reference, atol=1e-5)
 
 
-@row("`jit_compile=True`", "would be compiled again for each mask", torch="refused")
+@row("`jit_compile=True`", "each new mask would be compiled again", torch="refused")
 def test_jit_compile():
     assert_as_eager(jit_compile=True)
 
@@ -451,7 +451,7 @@ def test_clipping(clip):
 # --- Learning rates and averages ---------------------------------------------------
 
 
-@row("learning-rate schedules", "follow the global steps")
+@row("learning-rate schedules", "count all steps")
 def test_schedules():
     schedule = keras.optimizers.schedules.CosineDecay(0.01, 6)
     assert_as_keras(lambda: keras.optimizers.Adam(schedule))
@@ -476,7 +476,7 @@ def test_callbacks_that_set_the_learning_rate():
     assert_same(model, plain)
 
 
-@row("`use_ema`, `SwapEMAWeights`", "the average follows every step for all weights")
+@row("`use_ema`, `SwapEMAWeights`", "every step averages all weights")
 @pytest.mark.parametrize("swap_on_epoch", [False, True])
 def test_moving_average_and_swap(swap_on_epoch):
     make_base = adam(use_ema=True, ema_momentum=0.7)
@@ -604,7 +604,7 @@ def assert_same_results(actual, expected):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
 
 
-NOTE = "as in Keras; after other weights became trainable, compile again"
+NOTE = "as in Keras; compile again if other weights become trainable"
 
 
 @row("changes between two calls of `fit`", NOTE)
@@ -859,7 +859,7 @@ def methods():
     }
 
 
-@row("a model without trainable weights", "with a warning; state and metrics move")
+@row("a model without trainable weights", "with a warning; updates state and metrics")
 @pytest.mark.parametrize("method", methods())
 def test_a_model_without_trainable_weights(method):
     def trained(optimizer):
@@ -1074,7 +1074,7 @@ def model_with_a_layer_from_a_file(folder):
 
 @row(
     "`TFSMLayer` that is trained",
-    "use it frozen",
+    "freeze it",
     jax="-",
     torch="-",
     tensorflow="refused",
