@@ -104,7 +104,7 @@ def test_each_method_can_have_a_process_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(alone, "measure", measure)
     run(tmp_path, "time", "AdamW", "SAM", more=["--alone"])
     text, _ = reported(tmp_path, "time")
-    assert "each method in a process of its own" in text
+    assert "each method in a separate process" in text
     assert "| SAM | 2.0000 | 2.0000 to 2.0000 | 2.000 ± 0.000 |" in text
 
 
