@@ -212,7 +212,7 @@ def assert_trains_as_in_float32(model):
     return model
 
 
-@row("`bfloat16`", "not with Adam: its 0.999 rounds to 1, in plain Keras too")
+@row("`bfloat16`", "Adam never moves: its 0.999 rounds to 1, as in plain Keras")
 def test_bfloat16():
     base = keras.optimizers.SGD(0.2)
     model = compiled(half_the_arms(base), make_model("bfloat16"))
