@@ -127,7 +127,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 class Steps:
-    """Counts the steps of ours in each test."""
+    """Counts our steps in each test."""
 
     def __init__(self, routing):
         self._routing = routing
