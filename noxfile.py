@@ -1,13 +1,13 @@
 """All checks, in one environment that has the three backends (CPU builds).
 
-nox -s tests                    everything, as continuous integration runs it
-nox -s tests -- -k sampler      pytest with these arguments only, on each backend
-KERAS_BACKEND=jax nox -s tests -- -k sampler    on one backend
+nox -s tests                    everything, as in continuous integration
+nox -s tests -- -k sampler      only pytest with these arguments, on each backend
+KERAS_BACKEND=jax nox -s tests -- -k sampler    the same on one backend
 nox -s lint                     ruff and mypy
 nox -s minima                   tests with the oldest versions in pyproject.toml
 
-`tests` installs the newest releases. At its end it tries pre-releases of Keras and JAX:
-what fails with these is a warning.
+`tests` installs the newest releases. At the end it tries pre-releases of Keras and JAX.
+A failure with these is only a warning.
 """
 
 import concurrent.futures
@@ -24,34 +24,36 @@ nox.options.reuse_existing_virtualenvs = True
 
 PARALLEL = ("--numprocesses=2", "--dist=worksteal")
 BACKENDS = ("jax", "tensorflow", "torch")
-# PyTorch's threads spin while they wait, which is slow where others want the cores. XLA
-# takes longer to compile a small model than to train it: LLVM need not optimise.
+# PyTorch's threads spin while they wait, which slows down other processes on the same
+# cores. XLA takes longer to compile a small model than to train it, so LLVM does not
+# optimise.
 SETTINGS = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "OMP_WAIT_POLICY": "PASSIVE",
     "XLA_FLAGS": "--xla_backend_optimization_level=0",
 }
-# Many tests compile the same.
+# Many tests compile the same programs.
 SHARED_COMPILATION = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
 ROOT = pathlib.Path(__file__).parent
-# What the oldest versions are tested with: the numbers, the work, the state, `fit`.
+# Tests for the oldest versions: the trajectories, the executed work, the state, `fit`.
 OF_MINIMA = (
     *("fit", "golden", "gradients", "optimizers", "private_names", "saving", "work"),
 )
-# What others' next versions may move.
+# Tests of names that the next versions of other packages may change.
 OF_NEXT = ("tests/test_private_names.py",)
-# Folders of Keras' tests for each of our optimizers. Where tracing and compiling takes
-# long, each folder has one of them: SLSAM where the most is trained.
+# Folders of Keras' tests for each of our optimizers. On backends where tracing and
+# compilation take long, each folder has one optimizer: SLSAM for the folders that train
+# the most.
 KERAS_SPLIT = {
     "sam": ("callbacks", "models", "saving"),
     "slsam": ("optimizers", "trainers"),
 }
 KERAS_ALL = dict.fromkeys(KERAS_SPLIT, sum(KERAS_SPLIT.values(), ()))
 KERAS_TESTS = {"jax": KERAS_SPLIT, "tensorflow": KERAS_SPLIT, "torch": KERAS_ALL}
-# The fewest of these tests that must take our step.
+# The number of these tests that must take our step, at least.
 KERAS_FEWEST = {
     "jax": {"sam": 108, "slsam": 205},
     "tensorflow": {"sam": 120, "slsam": 220},
@@ -66,7 +68,7 @@ def tests(session):
     if session.posargs:
         install(session, *needs)
     else:
-        # Installing keeps one core busy, so the README's command runs beside it.
+        # Installing uses one core, so the README's command runs at the same time.
         with concurrent.futures.ThreadPoolExecutor() as pool:
             quickstart = pool.submit(run_quickstart, session)
             install(session, *needs)
@@ -98,22 +100,22 @@ def lint(session):
 
 
 def install(session, *needs):
-    """Installs what is needed, unless that is what was installed last."""
+    """Installs the requirements, unless the same ones were installed last."""
     declared = [ROOT / name for name in ("pyproject.toml", "requirements-cpu.txt")]
     asked = repr([needs, *(file.read_bytes() for file in declared)])
     digest = hashlib.sha256(asked.encode()).hexdigest()
     stamp = pathlib.Path(session.virtualenv.location) / "installed"
     if stamp.exists() and stamp.read_text("utf-8") == digest:
         return
-    # Python compiles what it imports, which is a small part.
+    # Python compiles only the modules that it imports, which are few.
     session.install("--no-compile", *needs)
-    # Left out, as the line above is, where nox is told to install nothing.
+    # `run_install`, so that `nox --no-install` skips this line like the one above.
     write = f"import pathlib; pathlib.Path({str(stamp)!r}).write_text({digest!r})"
     session.run_install("python", "-c", write)
 
 
 def environments():
-    """The environment of the tests on each backend, or on that of KERAS_BACKEND."""
+    """Yields the environment of the tests on each backend, or only on KERAS_BACKEND."""
     chosen = os.environ.get("KERAS_BACKEND")
     with tempfile.TemporaryDirectory() as cache:
         for backend in (chosen,) if chosen else BACKENDS:
@@ -126,7 +128,7 @@ def environments():
 
 
 def run_keras_suite(session, env):
-    """Keras' own tests through our step."""
+    """Runs Keras' own tests with our step."""
     backend = env["KERAS_BACKEND"]
     for optimizer, folders in KERAS_TESTS[backend].items():
         session.run(
@@ -141,7 +143,7 @@ def run_keras_suite(session, env):
 
 
 def run_with_next_versions(session, env):
-    """Tests with pre-releases of Keras and JAX; where they fail, a warning."""
+    """Runs tests with pre-releases of Keras and JAX. Warns if they fail."""
     with tempfile.TemporaryDirectory() as folder:
         into = ("--quiet", "--pre", "--no-deps", "--no-compile", "--target", folder)
         try:
@@ -149,21 +151,21 @@ def run_with_next_versions(session, env):
             env = {**env, "PYTHONPATH": folder}
             session.run("pytest", "--numprocesses=2", *OF_NEXT, env=env)
         except nox.command.CommandFailed:
-            session.warn("The next versions of Keras and JAX need a look.")
+            session.warn("Cannot install or test the pre-releases of Keras and JAX.")
 
 
 def check(session):
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
-    # The README's command that tests is the one of continuous integration.
+    # The README's test command must be the one of continuous integration.
     script = (ROOT / ".ci" / "run").read_text("utf-8").splitlines()
     if f"command='{readme_command('nox -s tests')}'" not in script:
-        session.error(".ci/run does not run the README's command that tests.")
+        session.error(".ci/run does not run the README's test command.")
 
 
 def run_quickstart(session):
-    """The README's command, word for word, in a copy; returns what it prints."""
+    """Runs the README's command, word for word, in a copy. Returns its output."""
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder) / "checkout"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*"))
@@ -179,7 +181,7 @@ def run_quickstart(session):
 
 
 def readme_command(end):
-    """The one command in the README that ends so."""
+    """Returns the only command in the README that ends with `end`."""
     readme = (ROOT / "README.md").read_text("utf-8")
     blocks = readme.split("```bash\n")[1:]
     lines = [line for block in blocks for line in block.split("```")[0].splitlines()]

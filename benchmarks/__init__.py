@@ -2,5 +2,6 @@
 
     KERAS_BACKEND=jax python -m benchmarks time --model minilm --json jax-time.json
 
-`__main__` has the commands; docs/benchmarks.md says what each measures, and how.
+`__main__` has the commands. docs/benchmarks.md says what each command measures, and
+how.
 """

@@ -1,9 +1,9 @@
 """The runner. On each backend: `KERAS_BACKEND=jax python -m benchmarks COMMAND`.
 
 time      seconds per step of each method, executed FLOPs, seconds of the first call
-memory    what each method holds, each in a process of its own
+memory    the memory of each method, each in a separate process
 scale     6 to 48 layers: time, conditions, compilation, memory
-long      thousands of steps: whether memory and step time stay flat, arms drawn
+long      thousands of steps: whether memory and step time stay flat, the arms drawn
 report    writes the tables and the picture of docs/benchmarks.md from --json files
 """
 
@@ -16,18 +16,19 @@ import shlex
 import sys
 
 # By default glibc returns large blocks to the system in each step and pages them in
-# again, which costs more than some differences measured here. Read at process start.
+# again. That costs more than some of the differences measured here. glibc reads these
+# settings when the process starts.
 MALLOC = dict.fromkeys(
     ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_"),
     "4294967296",
 )
 if os.environ.get("KERAS_BACKEND") == "jax":
-    # In the arenas of other threads, blocks as large as XLA's are never kept.
+    # glibc never keeps blocks as large as XLA's in the arenas of other threads.
     MALLOC["MALLOC_ARENA_MAX"] = "1"
 
 
 def parser() -> argparse.ArgumentParser:
-    """The commands with their flags."""
+    """Returns the parser of the commands and their flags."""
     from benchmarks import methods
     from benchmarks import models
 
@@ -48,19 +49,19 @@ def parser() -> argparse.ArgumentParser:
         add("--steps", type=_count, default=5, help="timed steps of each round")
         add("--jit-compile", choices=("auto", "yes", "no"), default="auto")
         add("--seed", type=int, default=0)
-        add("--json", type=pathlib.Path, help="write the result to this file too")
+        add("--json", type=pathlib.Path, help="also write the result to this file")
     for name in ("time", "memory"):
         add = parsers[name].add_argument
         add("--model", choices=models.MODELS, default="minilm")
         add("--batch", type=_count, default=32)
         add("--length", type=_count, help="tokens of a text, pixels of an image's side")
-        add("--layers", type=_count, help="of bert and dense")
-        add("--width", type=_count, help="of bert and dense")
+        add("--layers", type=_count, help="for bert and dense")
+        add("--width", type=_count, help="for bert and dense")
         every = list(methods.METHODS)
         add("--methods", nargs="+", choices=every, default=every, metavar="METHOD")
     add = parsers["time"].add_argument
     add("--flop-steps", type=int, default=3, help="steps whose FLOPs are counted")
-    add("--alone", action="store_true", help="each method in a process of its own")
+    add("--alone", action="store_true", help="run each method in a separate process")
     parsers["scale"].add_argument(
         "--depths", type=_count, nargs="+", default=[6, 12, 24, 48], help="layers"
     )
@@ -72,12 +73,12 @@ def parser() -> argparse.ArgumentParser:
 def _count(text):
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
+        raise argparse.ArgumentTypeError(f"must be at least 1. Received: {number}")
     return number
 
 
 def main(argv: list[str]) -> None:
-    """Runs the command with its flags that `argv` has."""
+    """Runs the command in `argv` with its flags."""
     from benchmarks import models
     from benchmarks import report
 

@@ -1,8 +1,8 @@
-"""Measures one method in a process of its own.
+"""Measures one method in a separate process.
 
     python -m benchmarks.alone MODULE METHOD FLAGS
 
-FLAGS are those of the runner as JSON. The last line printed is the result as JSON.
+FLAGS are the flags of the runner as JSON. The last printed line is the result as JSON.
 """
 
 import argparse
@@ -14,13 +14,16 @@ import sys
 
 
 def measure(module: str, name: str, args: argparse.Namespace, **environment) -> dict:
-    """What `benchmarks.MODULE.of_method(name, args)` returns in a new process.
+    """Calls `benchmarks.MODULE.of_method(name, args)` in a new process.
 
     Args:
         module: The module's name.
         name: The method's name.
         args: The flags.
         **environment: Environment variables of the process.
+
+    Returns:
+        The dict that the call returned.
 
     Raises:
         RuntimeError: if the process fails.
@@ -34,7 +37,9 @@ def measure(module: str, name: str, args: argparse.Namespace, **environment) -> 
         text=True,
     )
     if done.returncode:
-        raise RuntimeError(f"The process of {name!r} ended with {done.returncode}.")
+        raise RuntimeError(
+            f"The process of {name!r} failed with exit code {done.returncode}."
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 

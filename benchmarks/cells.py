@@ -1,8 +1,8 @@
-"""The cells of tables, and tables in Markdown."""
+"""Formats the cells of tables, and tables in Markdown."""
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    """A table of rows with the same columns, without the columns that are empty."""
+    """Formats rows with the same columns as a table, without empty columns."""
     names = [name for name in rows[0] if any(row[name] != "-" for row in rows)]
     lines = [names, *([row[name] for name in names] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
@@ -12,17 +12,17 @@ def markdown(rows: list[dict[str, str]]) -> str:
 
 
 def number(value: float | None, digits: int = 0) -> str:
-    """A number; what is unknown is a dash."""
+    """Formats a number, or a dash if it is unknown."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
 def megabytes(value: float | None, digits: int = 0) -> str:
-    """Bytes as megabytes."""
+    """Formats bytes as megabytes."""
     return number(value and value / 1e6, digits)
 
 
 def ratio(found: dict | None) -> str:
-    """A ratio of means with its standard error, see `step_time.ratio`."""
+    """Formats a ratio of means with its standard error, see `step_time.ratio`."""
     if found is None:
         return "-"
     error = found["standard_error"]

@@ -1,8 +1,9 @@
-"""The command `long`: how a step changes over many thousands of them.
+"""The command `long`: how a step changes over many thousands of steps.
 
-A small model with dropout and BatchNorm: memory and step time of the first thousand
-steps and of the last, how often a step was traced, and how often the last half of the
-steps drew the arm that it drew least.
+It trains a small model with dropout and BatchNorm. It measures memory and step time in
+the first thousand steps and the last thousand, and counts the traces of the step. It
+finds the arm that was drawn least in the last half of the steps, and how often it was
+drawn.
 """
 
 import argparse
@@ -26,7 +27,7 @@ WIDTH, BATCH = 16, 8
 
 
 def _counted(sampler):
-    """A subclass of a sampler's class that counts how often it drew each arm."""
+    """Returns a subclass of a sampler's class that counts the draws of each arm."""
 
     class Counted(sampler):
         def build(self, num_arms):
@@ -42,7 +43,7 @@ def _counted(sampler):
     return Counted
 
 
-# The sampler, and whether a step has one pass only.
+# The sampler, and whether a step has a single pass.
 METHODS = {
     "SAM": None,
     "SL-SAM bandit": (_counted(samplers.Bandit), False),
@@ -78,7 +79,7 @@ def _of_method(name, args):
 
 
 def _prepare(name, args):
-    """A compiled model, and its optimizer."""
+    """Returns a compiled model and its optimizer."""
     keras.utils.set_random_seed(args.seed)
     model = keras.Sequential([keras.Input((WIDTH,))])
     for _ in range(2):
@@ -99,7 +100,7 @@ def _prepare(name, args):
 
 
 def rows(result: dict):
-    """The table: a row for each method, of the first thousand steps and the last."""
+    """Yields a row for each method, with the first thousand steps and the last."""
     for name, row in result["methods"].items():
         milliseconds = [1000 * seconds for seconds in row["seconds"]]
         yield {
@@ -113,5 +114,5 @@ def rows(result: dict):
 
 
 def _ends(values, cell):
-    """The first and the last value."""
+    """Formats the first and the last value."""
     return "-" if values[0] is None else f"{cell(values[0])}, {cell(values[-1])}"

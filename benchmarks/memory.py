@@ -1,4 +1,4 @@
-"""The command `memory`: what each method holds, in a process of its own."""
+"""The command `memory`: the memory of each method, in a separate process."""
 
 import argparse
 import functools
@@ -12,8 +12,9 @@ from benchmarks import probes
 from benchmarks import resident_set
 from benchmarks import step_time
 
-# A block of this size or more is a mapping of its own, which returns to the system as
-# soon as it is freed: the resident set follows what is in use. The pad is glibc's own.
+# glibc maps each block of this size or more separately, and returns it to the system as
+# soon as it is freed. So the resident set follows the memory in use. The pad is glibc's
+# default.
 MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "65536",
@@ -22,19 +23,19 @@ MALLOC = {
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """The memory of each method, see `of_method`."""
+    """Measures the memory of each method, see `of_method`."""
     found = {n: alone.measure("memory", n, args, **MALLOC) for n in args.methods}
     return {"methods": found}
 
 
 def of_method(name: str, args: argparse.Namespace) -> dict:
-    """Trains with a method in this process, and records what it takes, in bytes.
+    """Trains with a method in this process, and records its memory in bytes.
 
-    Resident are `built` before the first step, with the model, and at most
-    `first_step` in the first one (with tracing, compilation, and the optimizer's state)
-    and `later_steps` in those that follow. `live` lists the peak of the tensors of
-    PyTorch, or of the blocks of TensorFlow, in each step. `planned` is what JAX's
-    compiled step plans.
+    `resident` has three entries. `built` is the resident set before the first step,
+    with the model. `first_step` is its peak in the first step, with tracing,
+    compilation and the optimizer's state. `later_steps` is its peak in the following
+    steps. `live` lists the peak of PyTorch's tensors, or of TensorFlow's blocks, in
+    each step. `planned` is the memory that JAX's compiled step plans for.
     """
     batch = models.data(args, args.batch)
     several = models.data(args, args.batch * (args.steps + 1))
@@ -55,7 +56,7 @@ def of_method(name: str, args: argparse.Namespace) -> dict:
 
 
 def rows(result: dict):
-    """The table: a row for each method."""
+    """Yields the table, a row for each method."""
     for name, row in result["methods"].items():
         resident, live, plan = row["resident"], row["live"], row["planned"]
         built = resident["built"]

@@ -1,4 +1,4 @@
-"""The methods that are compared, each as a compiled model."""
+"""The methods to compare, each as a compiled model."""
 
 import argparse
 import typing
@@ -9,12 +9,12 @@ import keras_slsam
 from benchmarks import models
 from benchmarks import tutorial
 
-# The flag `--jit-compile`, as `compile` takes it.
+# From the flag `--jit-compile` to the argument of `compile`.
 JIT_COMPILE = {"auto": "auto", "yes": True, "no": False}
 
 
 class Sparse(typing.NamedTuple):
-    """What an arm is, and whether a step has one pass only."""
+    """How variables are grouped into arms, and whether a step has a single pass."""
 
     arms: str
     single_step: bool
@@ -33,14 +33,14 @@ METHODS = {
 
 
 def prepare(name: str, args: argparse.Namespace) -> keras.Model:
-    """A new model, compiled to be trained with the method `name`."""
+    """Returns a new model, compiled for training with the method `name`."""
     model = models.make(args)
     optimizer = keras.optimizers.AdamW(1e-5)
     method = METHODS[name]
     if name == "tutorial SAM":
         model = tutorial.with_sam(model)
     elif isinstance(method, Sparse):
-        # A uniform draw, so that every step costs the same on average.
+        # With uniform draws, every step costs the same on average.
         optimizer = keras_slsam.SLSAM(
             optimizer,
             active_fraction=args.active_fraction,

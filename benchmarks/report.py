@@ -1,4 +1,4 @@
-"""Results as tables, on the terminal and in docs/benchmarks.md."""
+"""Prints results as tables, and writes them to docs/benchmarks.md."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ PAGE = pathlib.Path(__file__).parents[1] / "docs" / "benchmarks.md"
 
 
 def origin(args: argparse.Namespace) -> dict:
-    """What a result was measured with: flags, machine, versions."""
+    """Returns the flags, machine and versions of a measurement."""
     backend = keras.config.backend()
     frameworks = {name: sys.modules.get(name) for name in ("keras_hub", backend)}
     return {
@@ -54,14 +54,14 @@ def _processor():
 
 
 def write(files: list[pathlib.Path], page: pathlib.Path = PAGE) -> None:
-    """Writes results into a page, and draws those of `time` beside it.
+    """Writes results into a page, and draws a picture of the results of `time`.
 
     The page has markers `<!-- NAME -->` and `<!-- /NAME -->`, where NAME is a command.
-    What stands between them is replaced, if there are results of this command.
+    The text between them is replaced if there are results of this command.
 
     Args:
-        files: What the commands wrote with `--json`, on any backend.
-        page: The page in Markdown. The picture has its name, and ends in `.svg`.
+        files: Files that the commands wrote with `--json`, on any backend.
+        page: The page in Markdown. The picture has its name with the suffix `.svg`.
 
     Raises:
         SystemExit: if the page lacks a marker.
@@ -78,7 +78,7 @@ def write(files: list[pathlib.Path], page: pathlib.Path = PAGE) -> None:
 
 
 def _fill(text, name, content):
-    """The text, with `content` between the markers `name`."""
+    """Returns the text with `content` between the markers `name`."""
     markers = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
     text, count = markers.subn(lambda m: f"{m[1]}\n{content}\n\n{m[2]}", text)
     if not count:
@@ -87,7 +87,7 @@ def _fill(text, name, content):
 
 
 def tables(results: list[dict]) -> str:
-    """The results of one command: a table for each setting, with all backends in it."""
+    """Formats the results of one command: a table per setting, with all backends."""
     found = {}
     for result in results:
         rows = COMMANDS[result["command"]].rows(result["result"])
@@ -99,7 +99,7 @@ def tables(results: list[dict]) -> str:
 
 
 def _origins(results):
-    """The commands that were run, where, and with which versions."""
+    """Formats the commands that were run, their machines and versions as a table."""
     machine = "{processor}, {cpus} CPUs, on {device}"
     return markdown(
         [

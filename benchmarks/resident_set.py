@@ -1,4 +1,4 @@
-"""The memory that a process holds, as Linux counts it."""
+"""The resident set of this process, as Linux counts it."""
 
 import ctypes
 import pathlib
@@ -8,20 +8,20 @@ _CLEAR = pathlib.Path("/proc/self/clear_refs")
 
 
 def now() -> int | None:
-    """Bytes that are resident now; `None` where the system does not tell."""
+    """Returns the bytes that are resident now, or `None` if the system does not say."""
     return _read("VmRSS")
 
 
 def peak() -> int | None:
-    """The most bytes that were resident at a time since `reset_peak`."""
+    """Returns the most bytes that were resident at one time since `reset_peak`."""
     return _read("VmHWM")
 
 
 def reset_peak() -> None:
-    """Lets `peak` start again, at what is in use.
+    """Resets `peak` to the memory in use.
 
-    glibc returns freed memory between blocks in use only when asked to: after a
-    compilation that can be more than a step takes.
+    glibc returns freed memory between blocks in use only on request. After a
+    compilation this can be more memory than a step needs.
     """
     if _STATUS.exists():
         getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)

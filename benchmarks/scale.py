@@ -1,8 +1,8 @@
 """The command `scale`: how a sparse step changes as the model gets deeper.
 
-An encoder like BERT of a small width, at several depths: the step time of SL-SAM
-divided by SAM's, the conditions in the traced program, the seconds of tracing and
-compiling, the memory.
+For narrow encoders like BERT with several depths, it measures the step time of SL-SAM
+divided by that of SAM, the number of conditions in the traced program, the seconds of
+tracing and compilation, and the memory.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from benchmarks import step_time
 
 DENSE, SPARSE = "SAM", "SL-SAM"
 ENCODER = {"model": "bert", "width": 64, "batch": 8, "length": 32}
-# Columns of seconds: whose, and of what.
+# The columns of seconds: the method and the part of its first call.
 SECONDS = {
     "first call, s": (SPARSE, "first_call"),
     "trace, s": (SPARSE, "trace"),
@@ -28,7 +28,7 @@ SECONDS = {
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """Measures each depth: a list of rows."""
+    """Measures each depth. Returns a list of rows."""
     return {"rows": [_row(depth, args) for depth in args.depths]}
 
 
@@ -49,14 +49,14 @@ def _row(depth, args):
 
 
 def power(depths: list[int], seconds: list) -> float | None:
-    """The power of the depth with which seconds grow; `None` where that is unknown."""
+    """Returns the power of the depth with which seconds grow, `None` if unknown."""
     if len(depths) < 2 or not all(seconds):
         return None
     return float(np.polyfit(np.log(depths), np.log(seconds), 1)[0])
 
 
 def rows(result: dict):
-    """The table: a row for each depth, and the power of the depth: 1 is linear."""
+    """Yields a row for each depth, and one for the power of the depth (1 is linear)."""
     seconds = {
         column: [row["times"][name][part] for row in result["rows"]]
         for column, (name, part) in SECONDS.items()

@@ -1,10 +1,10 @@
 """The command `time`: seconds per step, executed FLOPs, seconds of the first call.
 
-Each method has its own copy of the model, which `fit` trains. The methods take turns, a
-few steps in each round, in an order that rotates: what else the machine does affects
-them alike. The first round (tracing, compilation) and the first step of each turn (a
-new iterator) do not count. With `--alone` each method has a process of its own, and
-they run one after the other.
+Each method trains its own copy of the model with `fit`. The methods take turns: each
+takes a few steps per round, in an order that rotates, so other work on the machine
+affects all of them alike. The first round (tracing, compilation) and the first step of
+each turn (a new iterator) do not count. With `--alone` each method has a separate
+process, and the processes run one after the other.
 """
 
 import argparse
@@ -23,12 +23,12 @@ from benchmarks import models
 from benchmarks import probes
 from keras_slsam import samplers
 
-# What the others are compared with.
+# The methods that all methods are compared with.
 BASES = ("AdamW", "tutorial SAM", "SAM")
 
 
 class StepLog(keras.callbacks.Callback):
-    """Records the seconds of each step, until its result is there."""
+    """Records the seconds of each step until its result is available."""
 
     def __init__(self):
         super().__init__()
@@ -43,10 +43,10 @@ class StepLog(keras.callbacks.Callback):
 
 
 def log_traces(model: keras.Model) -> list[float]:
-    """A list that gets the seconds of each trace of a model's `train_step`.
+    """Returns a list that records the seconds of each trace of a model's `train_step`.
 
-    A traced step runs its Python code for that only. The list stays empty where steps
-    run eagerly.
+    A compiled step runs its Python code only while it is traced. If steps run eagerly,
+    the list stays empty.
     """
     seconds = []
     train_step = model.train_step
@@ -64,7 +64,7 @@ def log_traces(model: keras.Model) -> list[float]:
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """A dict for each method, and the ratios of the step times."""
+    """Times the methods. Returns a dict for each, and the ratios of the step times."""
     if args.alone:
         found = {name: alone.measure("step_time", name, args) for name in args.methods}
     else:
@@ -85,14 +85,15 @@ def of_method(name: str, args: argparse.Namespace) -> dict:
 
 
 def of_models(prepared: dict, args: argparse.Namespace) -> dict:
-    """Times models in turns.
+    """Times several models, which take turns.
 
     Args:
-        prepared: Dict from the names of methods to models that no step has trained.
+        prepared: Dict from the names of methods to models that have not been trained.
         args: The flags.
 
     Returns:
-        Dict with a dict for each method; `seconds` are those of each round's steps.
+        Dict with a dict for each method. `seconds` has a list for each round, with the
+        seconds of its steps.
     """
     x, y = models.data(args, args.batch * (args.steps + 1))
     names = list(prepared)
@@ -127,7 +128,7 @@ def fit(model, x, y, batch_size, *callbacks):
 
 
 def _summary(rounds, first_call, trace):
-    """The timed steps, and what of the first call is tracing and compiling."""
+    """Summarises the timed steps, and the tracing and compilation in the first call."""
     seconds = np.concatenate(rounds).tolist()
     low, median, high = np.quantile(seconds, [0.25, 0.5, 0.75]).tolist()
     return {
@@ -139,13 +140,13 @@ def _summary(rounds, first_call, trace):
         "steps": len(seconds),
         "first_call": first_call,
         "trace": trace,
-        # All that is neither a trace nor a step.
+        # The rest of the first call, which is neither the trace nor the step.
         "compile": trace and max(first_call - trace - median, 0.0),
     }
 
 
 def ratio(above: dict, below: dict) -> dict:
-    """The ratio of two methods' seconds: of means, with its spread, and of medians."""
+    """Returns the ratios of two methods' mean and median seconds, with the spread."""
     pairs = zip(above["seconds"], below["seconds"])
     of_rounds = [statistics.fmean(a) / statistics.fmean(b) for a, b in pairs]
     error = None
@@ -160,7 +161,7 @@ def ratio(above: dict, below: dict) -> dict:
 
 
 def _active_arms(optimizer, args):
-    """How many arms an optimizer has, and the mean share that was active."""
+    """Returns the number of arms of an optimizer, and the mean active share."""
     if getattr(optimizer, "probabilities", None) is None:
         return {"arms": None, "active_share": None}
     drawn = timed_masks(len(optimizer.arms), args)
@@ -168,7 +169,7 @@ def _active_arms(optimizer, args):
 
 
 def timed_masks(num_arms: int, args: argparse.Namespace) -> np.ndarray:
-    """The masks of the steps whose time counts: the same seed draws them again.
+    """Returns the masks of the steps that count, drawn again with the same seed.
 
     Returns:
         Boolean array of shape `(rounds * steps, num_arms)`.
@@ -181,13 +182,13 @@ def timed_masks(num_arms: int, args: argparse.Namespace) -> np.ndarray:
 
 
 def _flops(model, args):
-    """The FLOPs of a few more steps; an empty list where they are unknown."""
+    """Returns the FLOPs of a few more steps, or an empty list if they are unknown."""
     counted = probes.step_flops(model, *models.data(args, args.batch))
     return list(itertools.islice(counted, args.flop_steps))
 
 
 def rows(result: dict):
-    """The table: a row for each method."""
+    """Yields the table, a row for each method."""
     for name, row in result["methods"].items():
         ratios = {base: result["ratios"].get(f"{name} / {base}") for base in BASES}
         medians = [found and found["of_medians"] for found in ratios.values()]

@@ -1,4 +1,4 @@
-"""Compares the methods: accuracy over time and over steps, with several seeds.
+"""Compares the methods by accuracy over time and over steps, with several seeds.
 
     python examples/compare_methods.py --folder results
     python examples/compare_methods.py --model cnn --data images.npz --seeds 0 1 2
@@ -6,19 +6,19 @@
         --methods adamw slsam-proportional --learning-rate 5e-5 2e-4
 
 `--model minilm` fine-tunes a pretrained MiniLM on lines `label<TAB>sentence`, by
-default on the lexicon in the `vaderSentiment` package. `--model efficientnet` tunes
-a pretrained EfficientNet-lite0 and `--model cnn` trains a small network, both on an
-`.npz` file with `x_train`, `y_train`, `x_test`, `y_test`, the images of shape (n,
-height, width, channels) as uint8, by default on scikit-learn's digits. Several learning
-rates or active fractions are a sweep.
+default on the lexicon in the `vaderSentiment` package. `--model efficientnet`
+fine-tunes a pretrained EfficientNet-lite0, and `--model cnn` trains a small network.
+Both take an `.npz` file with `x_train`, `y_train`, `x_test` and `y_test`, whose images
+have the shape (n, height, width, channels) and are uint8. The default is scikit-learn's
+digits. To sweep, give several learning rates or active fractions.
 
 A folder holds one experiment: runs with the same model, data and sizes. Each run writes
-a file of its own, `--parts` times an epoch. A run that was killed goes on where it was
-when the command is given again, with the same result; one that is complete is not run
-again (nor kept: with more `--epochs` it starts again). From all complete runs in the
-folder come `results.csv`, a table and `results.png`. The table's `at equal time` is the
-accuracy when the run that took least time on this backend was over, on the line between
-the evaluations before and after.
+a separate file, `--parts` times per epoch. If a run is killed, give the command again:
+the run resumes where it stopped, with the same result. A complete run is not repeated,
+but with more `--epochs` it starts from the beginning. The script makes `results.csv`, a
+table and `results.png` from all complete runs in the folder. In the table, `at equal
+time` is the accuracy at the time when the shortest run on this backend ended,
+interpolated between the evaluations before and after.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def sparse(sampler, single_step=False):
     )
 
 
-# The optimizer around a base optimizer, given an active fraction and a seed.
+# Functions from a base optimizer, an active fraction and a seed to an optimizer.
 DENSE = {
     "adamw": lambda base, fraction, seed: base,
     "sam": lambda base, fraction, seed: keras_slsam.SAM(base),
@@ -113,9 +113,9 @@ MODELS = {
 
 
 class Seeds(keras.callbacks.Callback):
-    """Starts the random numbers of a call of `fit`, like Dropout's, from a seed.
+    """Seeds the random numbers of each call of `fit`, such as those of Dropout.
 
-    Keras saves no random state, so a run that goes on would draw others.
+    Keras does not save their state, so a resumed run would draw other numbers.
     """
 
     def __init__(self, seed):
@@ -144,12 +144,12 @@ class StepTimes(keras.callbacks.Callback):
         self.seconds.append(time.perf_counter() - self.start)
 
     def total(self):
-        """Without what tracing and compilation add to the first step."""
+        """The seconds of all steps, without tracing and compilation."""
         return float(np.sum(self.seconds[1:]) + np.median(self.seconds))
 
 
 def experiment(args):
-    """What all runs of a folder have in common."""
+    """The settings that all runs in a folder share."""
     return {
         "model": args.model,
         "data": args.data and args.data.name,
@@ -166,14 +166,14 @@ def read(file, args):
     record = json.loads(file.read_text())
     if record["experiment"] != experiment(args):
         raise SystemExit(
-            f"{args.folder} holds another experiment: {record['experiment']}, asked is "
-            f"{experiment(args)}. Give another --folder."
+            f"{args.folder} holds another experiment: {record['experiment']}. The "
+            f"flags ask for {experiment(args)}. Give another --folder."
         )
     return record
 
 
 def run(method, rate, fraction, seed, train, test, args):
-    """Makes the parts of a run that are not in the folder yet."""
+    """Trains the parts of a run that are not in the folder yet."""
     backend = keras.config.backend()
     name = f"{method}-{rate:g}-{fraction or 'all'}-{seed}-{backend}"
     file = args.folder / f"{name}.json"
@@ -241,7 +241,7 @@ def run(method, rate, fraction, seed, train, test, args):
         record["complete"] = len(points) == parts
         if not record["complete"]:
             model.save_weights(checkpoint(len(points)))
-        partial = file.with_suffix(".partial")  # so that a kill leaves no half file
+        partial = file.with_suffix(".partial")  # a kill must not leave half a file
         partial.write_text(json.dumps(record, indent=1))
         partial.replace(file)
         for old in args.folder.glob(f"{name}-*.weights.h5"):
@@ -250,15 +250,15 @@ def run(method, rate, fraction, seed, train, test, args):
 
 
 def read_all(args):
-    """The complete runs of each setting: a dict from settings to lists of records.
+    """Returns the complete runs: a dict from settings to lists of records.
 
-    Runs of one setting are cut to the length of the shortest.
+    Runs with the same settings are cut to the length of the shortest one.
     """
     groups = {}
     for file in sorted(args.folder.glob("*.json")):
         record = read(file, args)
         if not record["complete"]:
-            print(f"{file.stem} is not complete and left out")
+            print(f"{file.stem} is not complete, so it is left out")
             continue
         key = tuple(
             record[k] for k in ("backend", "method", "learning_rate", "active_fraction")
@@ -282,7 +282,7 @@ def write_csv(groups, file):
 
 
 def spread(values):
-    """Mean, and standard deviation over the seeds."""
+    """The mean, and the standard deviation over the seeds."""
     deviation = f"± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
     return f"{np.mean(values):.4f} {deviation}"
 
@@ -350,16 +350,18 @@ def main():
     add = parser.add_argument
     add("--folder", type=pathlib.Path, default=pathlib.Path("results"))
     add("--model", choices=MODELS, default="minilm")
-    add("--data", type=pathlib.Path, help="to train on")
-    add("--test", type=pathlib.Path, help="texts to test on; else a fifth of the data")
+    add("--data", type=pathlib.Path, help="file to train on")
+    add(
+        "--test", type=pathlib.Path, help="texts to test on; default: a fifth of --data"
+    )
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     add("--seeds", nargs="+", type=int, default=[0])
     add("--learning-rate", nargs="+", type=float, default=[1e-4])
     add("--active-fraction", nargs="+", type=float, default=[0.2])
     add("--epochs", type=float, default=1)
-    add("--parts", type=int, default=4, help="evaluations an epoch")
+    add("--parts", type=int, default=4, help="evaluations per epoch")
     add("--batch-size", type=int, default=32)
-    add("--length", type=int, help="tokens a text; default: 16, with --data 64")
+    add("--length", type=int, help="tokens per text; default: 16, with --data 64")
     add("--image-size", type=int, default=32, help="of EfficientNet's input")
     add("--limit", type=int, help="examples to train on, chosen at random")
     args = parser.parse_args()
@@ -373,7 +375,8 @@ def main():
         parser.error(f"{len(train[0])} examples are too few for {args.parts} --parts")
     if round(args.epochs * args.parts) < 1:
         parser.error(
-            f"--epochs {args.epochs:g} is less than one of {args.parts} --parts"
+            f"--epochs {args.epochs:g} is less than one part of an epoch, with --parts "
+            f"{args.parts}"
         )
     for seed, method, rate in itertools.product(
         args.seeds, args.methods, args.learning_rate

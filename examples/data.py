@@ -1,4 +1,4 @@
-"""The data of the examples: files of yours, or what installed packages bring."""
+"""Loads the data of the examples, from your own files or from installed packages."""
 
 import importlib.resources
 import re
@@ -7,9 +7,9 @@ import numpy as np
 
 
 def read_texts(file):
-    """Texts and labels of a file with lines `label<TAB>sentence`.
+    """Returns texts and labels from a file with lines `label<TAB>sentence`.
 
-    The labels are 0, 1, 2 ...; the first line may be a head line.
+    The labels are 0, 1, 2 ... The first line may be a header.
     """
     rows = []
     for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
@@ -28,12 +28,12 @@ def read_texts(file):
 
 
 def load_texts(file):
-    """Texts and labels of a file, or if it is None of the lexicon."""
+    """Returns texts and labels from a file, or from the lexicon if it is None."""
     return lexicon() if file is None else read_texts(file)
 
 
 def lexicon():
-    """English words and phrases, and whether ten people found them positive."""
+    """Returns English words and phrases, and whether ten people rated them positive."""
     file = importlib.resources.files("vaderSentiment") / "vader_lexicon.txt"
     rows = [line.split("\t") for line in file.read_text("utf-8").splitlines()]
     rows = [row for row in rows if re.fullmatch(r"[a-z][a-z' -]+", row[0])]
@@ -42,10 +42,10 @@ def lexicon():
 
 
 def read_images(file):
-    """Images and labels to train and to test on, of an `.npz` file.
+    """Returns training and test images with labels from an `.npz` file.
 
     The images are `x_train` and `x_test`, of shape (n, height, width, channels) and
-    uint8, the labels `y_train` and `y_test`.
+    uint8. The labels are `y_train` and `y_test`.
     """
     found = np.load(file)
     missing = {"x_train", "y_train", "x_test", "y_test"} - set(found)
@@ -57,12 +57,12 @@ def read_images(file):
 
 
 def load_images(file):
-    """Images and labels to train and to test on, of a file, or if None of digits."""
+    """Returns training and test images from a file, or digits if it is None."""
     return digits() if file is None else read_images(file)
 
 
 def digits():
-    """Handwritten digits of 8 x 8 pixels, in three equal channels."""
+    """Returns handwritten digits of 8 x 8 pixels, in three equal channels."""
     from sklearn.datasets import load_digits
 
     found = load_digits()
@@ -71,12 +71,12 @@ def digits():
 
 
 def shuffled(*arrays, seed, limit=None):
-    """At most `limit` rows of each array, in one random order."""
+    """Returns at most `limit` rows of each array, in the same random order."""
     order = np.random.default_rng(seed).permutation(len(arrays[0]))[:limit]
     return tuple(array[order] for array in arrays)
 
 
 def split(x, y):
-    """The first four fifths and the last."""
+    """Splits off the last fifth of the data to test on."""
     cut = len(x) * 4 // 5
     return (x[:cut], y[:cut]), (x[cut:], y[cut:])

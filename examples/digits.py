@@ -3,8 +3,8 @@
     pip install keras-slsam scikit-learn jax
     KERAS_BACKEND=jax python examples/digits.py
 
-The methods train in turns, an epoch each. The two lines that make the model
-sharpness-aware are marked with (1) and (2).
+The methods take turns: each trains for one epoch. (1) and (2) mark the two lines that
+make the training sharpness-aware.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def adamw(learning_rate=1e-3):
     return keras.optimizers.AdamW(learning_rate)
 
 
-# A sparse step moves a share of the weights only: its learning rate is higher.
+# A sparse step moves only some of the weights, so it needs a higher learning rate.
 METHODS = {
     "AdamW": adamw,
     "SAM": lambda: keras_slsam.SAM(adamw(), rho=0.05),
@@ -63,7 +63,7 @@ def main():
             seconds[name].append(time.perf_counter() - start)
     print(f"Keras {keras.__version__} on {keras.config.backend()}")
     print("method  test accuracy  s/epoch  time / SAM's")
-    # Without the first epoch, which compiles.
+    # Without the first epoch, which includes compilation.
     times = {name: np.median(found[1:] or found) for name, found in seconds.items()}
     for name, model in models.items():
         accuracy = model.evaluate(x[test], y[test], verbose=0)[1]

@@ -4,10 +4,11 @@
     python examples/finetune_image.py
     python examples/finetune_image.py --data cifar.npz --image-size 64 --epochs 2
 
-`--data` takes an `.npz` file with `x_train`, `y_train`, `x_test` and `y_test`, images
-of shape (n, height, width, 3) as uint8; without it scikit-learn's digits are used. The
-weights come from `convert_efficientnet_lite0.py`, whose preset `--preset` takes. The
-statistics of BatchNorm move once a step, by the pass at the unperturbed weights.
+`--data` takes an `.npz` file with `x_train`, `y_train`, `x_test` and `y_test`. The
+images have the shape (n, height, width, 3) and are uint8. Without `--data` the script
+uses scikit-learn's digits. `convert_efficientnet_lite0.py` converts the pretrained
+weights; `--preset` takes a preset that it wrote. The statistics of BatchNorm are
+updated once per step, in the pass at the unperturbed weights.
 """
 
 import argparse
@@ -61,7 +62,7 @@ def main():
         arms=args.arms,
         seed=args.seed,
     )
-    model.compile(optimizer=optimizer)  # the loss and metrics are the task's own
+    model.compile(optimizer=optimizer)  # KerasHub sets the loss and metrics
     model.fit(
         *train,
         batch_size=args.batch_size,

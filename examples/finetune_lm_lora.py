@@ -3,12 +3,15 @@
     python examples/finetune_lm_lora.py
     python examples/finetune_lm_lora.py --data lines.txt --like ing --rank 8
 
-A GPT-2-like model whose tokens are bytes is first trained whole on the lines that
-`--data` gives, one text a line; without it on the words and phrases of the lexicon in
-the `vaderSentiment` package. Then all of it is frozen but low-rank factors, and the
-biases beside them, in its attention, and these are fine-tuned on the lines that hold
-`--like`: only what is trainable is an arm. Before and after, the model is tried on a
-fifth of these lines that it has not seen, and it writes a few words.
+The model is a small GPT-2 whose tokens are bytes. First all of its weights are trained
+on the lines of `--data`, one text per line. Without `--data`, the texts are the words
+and phrases of the lexicon in the `vaderSentiment` package.
+
+Then all weights are frozen except the low-rank factors in its attention and the biases
+of the same layers. These are fine-tuned on the lines that contain `--like`. Only
+trainable weights form arms, the groups of weights that SL-SAM switches on or off.
+Before and after, the script tests the model on a fifth of these lines, which it has not
+seen, and lets it write a few words.
 """
 
 import argparse
@@ -24,7 +27,7 @@ import keras_slsam
 
 
 def load(args):
-    """Lines to train on; of those with `--like`, what to fine-tune and to test on."""
+    """Returns lines to train on, and lines with `--like` to fine-tune and test on."""
     if args.data is not None:
         lines = args.data.read_text("utf-8").splitlines()
         lines = [line.strip() for line in lines if line.strip()]
@@ -34,15 +37,15 @@ def load(args):
     lines = lines.tolist()
     alike = [line for line in lines if args.like in line]
     if len(alike) < 2 * args.batch_size:
-        raise SystemExit(f"{len(alike)} lines with {args.like!r} are too few")
+        raise SystemExit(f"Only {len(alike)} lines contain {args.like!r}: too few")
     cut = len(alike) // 5
     test = set(alike[:cut])
     return [line for line in lines if line not in test], alike[cut:], alike[:cut]
 
 
 def make_model(args):
-    # GPT-2 writes each byte as a letter, by a table that its tokenizer applies. 0 is
-    # padding; one merge, of t and h, since the tokenizer does not do without.
+    # GPT-2's tokenizer maps each byte to a letter with this table. Token 0 is padding.
+    # The tokenizer needs at least one merge, here of t and h.
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(byte) for byte in plain]
     letters += [chr(256 + i) for i in range(256 - len(plain))]
@@ -67,22 +70,27 @@ def make_model(args):
 def show(model, test, args):
     _, accuracy = model.evaluate(test, batch_size=args.batch_size, verbose=0)
     words = ", ".join(model.generate(list("abcde")))
-    print(f"right about the next letter: {accuracy:.1%}. It writes {words}\n")
+    print(f"accuracy of the next letter: {accuracy:.1%}. Generated: {words}\n")
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=pathlib.Path, help="one text a line")
+    parser.add_argument("--data", type=pathlib.Path, help="file with one text per line")
     parser.add_argument("--like", default="ly", help="fine-tune on lines with this")
     parser.add_argument("--save", default="words.lora.h5")
     parser.add_argument("--limit", type=int, default=4000, help="lines used")
-    parser.add_argument("--length", type=int, default=20, help="tokens a line")
+    parser.add_argument("--length", type=int, default=20, help="tokens per line")
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--rank", type=int, default=4)
-    parser.add_argument("--epochs", type=int, default=3, help="of each part")
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        default=3,
+        help="of the first part; the second takes three times as many",
+    )
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-2)
     parser.add_argument("--active-fraction", type=float, default=0.3)
@@ -92,7 +100,7 @@ def main():
     keras.utils.set_random_seed(args.seed)
     lines, alike, test = load(args)
     model = make_model(args)
-    print(f"{len(lines)} lines, all {model.count_params():,} weights")
+    print(f"Training all {model.count_params():,} weights on {len(lines)} lines")
     model.compile(optimizer=keras.optimizers.AdamW(3e-3))
     model.fit(lines, batch_size=args.batch_size, epochs=args.epochs, verbose=2)
     show(model, test, args)
@@ -105,20 +113,23 @@ def main():
         sampler="proportional",
         seed=args.seed,
     )
-    model.compile(optimizer=optimizer)  # the loss and metrics are the task's own
+    model.compile(optimizer=optimizer)  # KerasHub sets the loss and metrics
     model.fit(alike, batch_size=args.batch_size, epochs=3 * args.epochs, verbose=2)
     trained = sum(
         int(np.prod(variable.shape)) for variable in model.trainable_variables
     )
-    print(f"{len(alike)} lines, {trained:,} weights in {len(optimizer.arms)} arms")
+    print(
+        f"Fine-tuned {trained:,} weights in {len(optimizer.arms)} arms on {len(alike)} "
+        "lines"
+    )
     show(model, test, args)
 
-    print("The arms most likely to be drawn next:")
+    print("Arms with the highest probability in the next draw:")
     probabilities = keras.ops.convert_to_numpy(optimizer.probabilities)
     for arm in np.argsort(-probabilities)[:5]:
         print(f"{probabilities[arm]:>6.0%}  {optimizer.arms[arm][0].path}")
     model.backbone.save_lora_weights(args.save)
-    print(f"\nThe factors are in {args.save}")
+    print(f"\nThe low-rank factors are in {args.save}")
 
 
 if __name__ == "__main__":

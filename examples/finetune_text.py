@@ -1,12 +1,12 @@
-"""Fine-tunes a pretrained MiniLM on texts of your own, and saves it.
+"""Fine-tunes a pretrained MiniLM on your own texts, and saves it.
 
     python examples/finetune_text.py
     python examples/finetune_text.py --data train.tsv --test dev.tsv
 
-`--data` takes lines `label<TAB>sentence`, with labels 0, 1, 2 ...; without it the words
-and phrases of the lexicon in the `vaderSentiment` package are used. The arms are the
-transformer's blocks (`--arms block`) unless told otherwise, and the table at the end
-says how often each of them was drawn.
+`--data` takes lines `label<TAB>sentence`, with labels 0, 1, 2 ... Without it the script
+uses the words and phrases of the lexicon in the `vaderSentiment` package. An arm is a
+group of weights that SL-SAM switches on or off, by default a block of the transformer
+(`--arms block`). The table at the end says how often each arm was drawn.
 """
 
 import argparse
@@ -48,11 +48,13 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=pathlib.Path, help="lines `label<TAB>sentence`")
-    parser.add_argument("--test", type=pathlib.Path, help="else a fifth of the data")
+    parser.add_argument(
+        "--test", type=pathlib.Path, help="file to test on; default: a fifth of --data"
+    )
     parser.add_argument("--save", default="classifier.weights.h5")
     parser.add_argument("--limit", type=int, help="texts to train on")
     parser.add_argument(
-        "--length", type=int, help="tokens a text; default: 16, with --data 64"
+        "--length", type=int, help="tokens per text; default: 16, with --data 64"
     )
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -61,7 +63,9 @@ def main():
     parser.add_argument(
         "--arms", choices=("variable", "layer", "block"), default="block"
     )
-    parser.add_argument("--single-step", action="store_true", help="with S2-SAM")
+    parser.add_argument(
+        "--single-step", action="store_true", help="combine SL-SAM with S2-SAM"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.length = args.length or (64 if args.data else 16)
@@ -83,7 +87,7 @@ def main():
         single_step=args.single_step,
         seed=args.seed,
     )
-    model.compile(optimizer=optimizer)  # the loss and metrics are the task's own
+    model.compile(optimizer=optimizer)  # KerasHub sets the loss and metrics
     draws = Draws()
     model.fit(
         *train,

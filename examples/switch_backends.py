@@ -1,12 +1,13 @@
-"""One experiment on every installed backend, and half of it on one, half on another.
+"""Runs one experiment on each installed backend, and switches backends half-way.
 
     python examples/switch_backends.py --folder switch
 
 SL-SAM trains a small convolutional network on scikit-learn's handwritten digits. Each
-backend runs the whole experiment in a process of its own and saves a checkpoint
-half-way, from which each other backend goes on. The same seed draws the same arms
-everywhere, so all runs are one trajectory, up to rounding. The folder then holds a
-table, `switch.csv`, and a picture of the losses on top of each other, `switch.png`.
+backend runs the whole experiment in a separate process and saves a checkpoint half-way.
+Each other backend then resumes from this checkpoint. The same seed draws the same arms
+(groups of weights) on every backend, so all runs follow the same trajectory, up to
+rounding. The folder then has a table, `switch.csv`, and a plot of all losses,
+`switch.png`.
 """
 
 import argparse
@@ -48,7 +49,7 @@ def make_model(keras):
             layers.Dense(10),
         ]
     )
-    # The backends have other random numbers, so the start comes from NumPy.
+    # Each backend has other random numbers, so NumPy makes the initial weights.
     rng = np.random.default_rng(0)
     for variable in model.trainable_variables:
         fan_in = max(np.prod(variable.shape[:-1]), 1)
@@ -67,7 +68,7 @@ def make_model(keras):
 
 
 def work(checkpoint, first, file):
-    """Runs the steps from `first` on; this is what a process does."""
+    """Runs the steps from `first` on. Each process calls this once."""
     import keras
 
     images, labels, test_images, test_labels = load()
@@ -96,12 +97,13 @@ def work(checkpoint, first, file):
 
 
 def run(folder, backend, origin=None):
-    """Starts a process and returns what it found.
+    """Starts a process and returns its results.
 
     Args:
-        folder: Path of the files.
-        backend: String.
-        origin: String, the backend that wrote the checkpoint.
+        folder: Path of the folder for the files.
+        backend: String, the backend of the process.
+        origin: String, the backend that wrote the checkpoint. If None, the process runs
+            the whole experiment.
     """
     name = f"{origin}-{backend}" if origin else backend
     checkpoint = folder / f"{origin or backend}.weights.h5"
@@ -116,7 +118,7 @@ def run(folder, backend, origin=None):
 
 
 def compare(runs):
-    """A row for each run: the largest differences are those from the first run."""
+    """Yields a row for each run, with its largest difference from the first run."""
     reference = next(iter(runs.values()))
     for name, found in runs.items():
         difference = abs(found["weights"] - reference["weights"]).max()
@@ -125,7 +127,7 @@ def compare(runs):
             "run": name,
             "final loss": f"{found['losses'][-1]:.6f}",
             "test accuracy": f"{found['accuracy']:.4f}",
-            "seconds a step": f"{found['seconds']:.4f}",
+            "seconds per step": f"{found['seconds']:.4f}",
             "same arms": bool((found["masks"] == reference["masks"][-steps:]).all()),
             "largest difference": f"{difference:.1e}",
         }

@@ -1,4 +1,4 @@
-"""Fixtures of all tests. The backend is that of KERAS_BACKEND."""
+"""Fixtures for all tests. KERAS_BACKEND selects the backend."""
 
 import keras
 import pytest
@@ -7,9 +7,9 @@ from keras.src.backend.common import dtypes
 
 @pytest.fixture
 def float64(monkeypatch):
-    """Everything in float64, like the golden trajectories."""
-    # On JAX and PyTorch `keras.ops` computes float64 in float32, by this table;
-    # Keras has no public switch.
+    """Computes everything in float64, like the golden trajectories."""
+    # Because of this table, `keras.ops` computes float64 in float32 on JAX and PyTorch.
+    # Keras has no public switch for it.
     monkeypatch.setitem(dtypes.BIT64_TO_BIT32_DTYPE, "float64", "float64")
     if keras.config.backend() == "jax":
         import jax
@@ -43,7 +43,7 @@ class CompileStep:
         return self._no_grad(function)
 
     def traces(self, function):
-        """How often a compiled function was traced, 0 where nothing is."""
+        """Returns the number of traces of a compiled function, 0 on PyTorch."""
         backend = keras.config.backend()
         if backend == "tensorflow":
             return function.experimental_get_tracing_count()

@@ -1,11 +1,11 @@
-"""Trains a small model that is killed at random moments, until it is done.
+"""Trains a small model in processes that are killed at random moments.
 
     KERAS_BACKEND=jax python tests/kill_child.py --kills 20
 
-kills 20 processes for each method and callback, and compares the weights and the
+This kills 20 processes for each method and callback. It compares the weights and the
 optimizer's state, bit for bit, with those of a run that was not killed. A run resumes
-by public means only; what it must not rely on is Keras' epoch number, which is written
-after the weights: a kill between the two leaves it one epoch behind.
+with public functions only. It does not use Keras' epoch number, which is written after
+the weights: after a kill between the two, the number is one epoch behind.
 """
 
 import argparse
@@ -34,10 +34,10 @@ STEPS, BATCH = 3, 4
 
 
 class Progress(keras.callbacks.Callback):
-    """Counts by the optimizer's own steps, which are saved with the weights.
+    """Counts epochs from the optimizer's steps, which are saved with the weights.
 
-    Random numbers of layers are not saved: each epoch starts them from its number.
-    The result is written before the last checkpoint, so no run begins at the end.
+    Random numbers of layers are not saved, so each epoch seeds them with its number.
+    The result is written before the last checkpoint, so no run resumes after its end.
     """
 
     def __init__(self, epochs, result, started):
@@ -66,7 +66,7 @@ class Progress(keras.callbacks.Callback):
 
 
 def train(folder, method, callback, epochs, started):
-    """One life of a run: resumes from what is in the folder, and trains to the end."""
+    """Resumes a run from the files in the folder, and trains to the end."""
     keras.utils.set_random_seed(0)
     layers = [
         keras.Input((3,)),
@@ -86,13 +86,13 @@ def train(folder, method, callback, epochs, started):
         if latest.exists() and not latest.with_name(f"{latest.name}.bkp").exists():
             try:
                 h5py.File(latest).close()
-            except OSError:  # a kill in the first save: there is no other to go back to
+            except OSError:  # killed in the first save, so there is no earlier one
                 latest.unlink()
         metadata = folder / "backup" / "training_metadata.json"
         if metadata.exists():
             try:
                 json.loads(metadata.read_text())
-            except ValueError:  # a kill while it was written, which Keras trips over
+            except ValueError:  # killed while writing; Keras cannot read the file
                 metadata.unlink()
         save = keras.callbacks.BackupAndRestore(
             folder / "backup", double_checkpoint=True
@@ -103,7 +103,7 @@ def train(folder, method, callback, epochs, started):
             try:
                 model.load_weights(file)
                 break
-            except OSError:  # a kill while it was written
+            except OSError:  # killed while writing
                 file.unlink()
         save = keras.callbacks.ModelCheckpoint(
             folder / "{epoch:04d}.weights.h5", save_weights_only=True
@@ -121,15 +121,16 @@ def train(folder, method, callback, epochs, started):
 
 
 def live_on(folder, method, callback, epochs, kills, seed=0):
-    """Runs processes and kills them, until one reaches the end.
+    """Starts and kills processes until one reaches the end.
 
-    They are forked from this one, which has imported all and computed nothing.
+    They are forked from this process, which has imported everything and computed
+    nothing.
 
     Returns:
-        Tuple of the number of kills, and the list of arrays that the run ended with.
+        Tuple of the number of kills, and the list of the final arrays of the run.
 
     Raises:
-        RuntimeError: if a process failed by itself.
+        RuntimeError: if a process failed without being killed.
     """
     chance, killed = random.Random(seed), 0
     while not (folder / "result.npz").exists():
@@ -158,8 +159,8 @@ def live_on(folder, method, callback, epochs, kills, seed=0):
 
 
 def survives(method, callback, kills):
-    """How often a run was killed, and how many arrays differ from one that was not."""
-    # Too many for one life, of which a step takes longest on TensorFlow.
+    """Returns the number of kills, and of arrays that differ from an unbroken run."""
+    # Too many epochs for one process. Steps take longest on TensorFlow.
     epochs = (12 if keras.config.backend() == "tensorflow" else 40) * kills
     with tempfile.TemporaryDirectory() as folder:
         whole = pathlib.Path(folder) / "whole"

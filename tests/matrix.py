@@ -1,9 +1,8 @@
-"""What `fit` offers, and whether it works: the rows of the table in docs/fit.md.
+"""The rows of the table in docs/fit.md: the features of `fit`, and whether they work.
 
-A test that keeps the promise of a row is marked with `row`, which holds it to what the
-table says: where a feature works the test has to pass, where it is refused it has to
-end in a `ValueError` that names the feature. `test_fit.py` compares the rows with the
-table. `python tests/matrix.py` prints the table.
+The decorator `row` marks a test of a row. If the feature works, the test must pass. If
+it is refused, the test must end in a `ValueError` that names the feature. `test_fit.py`
+compares the rows with the table. `python tests/matrix.py` prints the table.
 """
 
 import functools
@@ -23,8 +22,8 @@ def row(feature, note="", **exceptions):
     Args:
         feature: String, the first column.
         note: String, the last column.
-        **exceptions: What the table says of a backend, where it is not "works":
-            "refused", or "-" where there is no such thing.
+        **exceptions: The entries of backends that are not "works": "refused", or "-" if
+            the feature does not exist there.
     """
     assert set(exceptions) <= set(BACKENDS)
     assert set(exceptions.values()) <= {"refused", "-"}

@@ -1,4 +1,4 @@
-"""A step that raises, or is interrupted, leaves everything as it was."""
+"""A step that raises, or is interrupted, changes nothing."""
 
 import concurrent.futures
 import contextlib
@@ -25,7 +25,7 @@ class Failure(Exception):
 
 
 class Faults:
-    """Raises where a test wants it: at the n-th call of a place."""
+    """Raises at the n-th call of a place that the test chooses."""
 
     def __init__(self):
         self.place, self.countdown, self.error = None, 0, Failure
@@ -62,7 +62,7 @@ class Metric(keras.metrics.Mean):
 
 
 class Sampler(samplers.Bandit):
-    """Fails after it has assigned. Draws as users' samplers do, from a generator."""
+    """Fails after it has assigned. Draws from a generator, like custom samplers."""
 
     def __init__(self, faults):
         super().__init__(0.5, seed=0)
@@ -118,7 +118,7 @@ def compiled(method, faults, base=None, **kwargs):
             keras.Input((3,)),
             keras.layers.Dense(4),
             keras.layers.BatchNormalization(),
-            keras.layers.Dropout(0.5),  # without a seed: PyTorch's global generator
+            keras.layers.Dropout(0.5),  # no seed: uses PyTorch's global generator
             Layer(faults),
             keras.layers.Dropout(0.5, seed=3),
             keras.layers.Dense(1),
@@ -140,7 +140,7 @@ def compiled(method, faults, base=None, **kwargs):
 
 
 def snapshot(model):
-    """All that a step may move, as NumPy arrays."""
+    """Returns everything that a step may change, as NumPy arrays."""
     optimizer = model.optimizer
     state = [*model.variables, *optimizer.variables, *model.metrics_variables]
     values = {
@@ -178,7 +178,7 @@ def step(model):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_step_that_raises_leaves_everything_as_it_was(method):
+def test_a_step_that_raises_changes_nothing(method):
     faults = Faults()
     model = compiled(method, faults)
     step(model)
@@ -192,7 +192,7 @@ def test_a_step_that_raises_leaves_everything_as_it_was(method):
         if faults.place is None:
             reached.append(place)
             assert (place, differences(before, snapshot(model))) == (place, [])
-        else:  # the method does not come there
+        else:  # the method does not reach this place
             before = snapshot(model)
     missing = set(PLACES) - set(reached)
     once = {("layer", 2), ("loss", 2)} if method in ("s2sam", "sl+s2") else set()
@@ -201,7 +201,7 @@ def test_a_step_that_raises_leaves_everything_as_it_was(method):
 
 
 class Checked(keras.metrics.Mean):
-    """Fails where a label is 0, on TensorFlow by a check in the graph."""
+    """Fails if a label is 0, on TensorFlow with a check in the graph."""
 
     def update_state(self, y, y_pred, sample_weight=None):
         super().update_state(y_pred)
@@ -228,14 +228,14 @@ def test_a_check_that_fails_in_a_step_of_fit(method):
         refused = tf.errors.InvalidArgumentError
     with pytest.raises(refused, match="positive"):
         model.train_on_batch(x, y)
-    # Keras begins with fresh metrics, and what a graph has done to them stays.
+    # Keras starts with fresh metrics. A graph's changes to them stay.
     metrics = {v.path for v in model.metrics_variables}
     moved = {name.split(" ")[-1] for name in differences(before, snapshot(model))}
     assert moved <= metrics
     model.train_on_batch(x, y + 1)
 
 
-def test_metrics_that_a_failed_step_made_start_again():
+def test_metrics_created_in_a_failed_step_are_reset():
     faults = Faults()
     model = compiled("sam", faults)
     faults.at("second metric")
@@ -244,8 +244,8 @@ def test_metrics_that_a_failed_step_made_start_again():
     assert not any(np.any(ops.convert_to_numpy(v)) for v in model.metrics_variables)
 
 
-def test_an_error_in_a_constraint_moves_weights_and_moments_only():
-    """As in Keras. What `docs/fit.md` says of it."""
+def test_an_error_in_a_constraint_changes_only_weights_and_moments():
+    """As in Keras, and as `docs/fit.md` says."""
     faults = Faults()
     model = compiled("slsam", faults)
     step(model)
@@ -266,7 +266,7 @@ def test_an_error_in_a_constraint_moves_weights_and_moments_only():
 
 @pytest.fixture
 def interrupts():
-    """Ctrl-C as Python has it, also where the tests run in the background."""
+    """Handles Ctrl-C as Python does, also if the tests run in the background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -274,9 +274,9 @@ def interrupts():
 
 @contextlib.contextmanager
 def interrupt_at(line):
-    """Ctrl-C at the n-th line of the package that is executed.
+    """Sends Ctrl-C at the n-th executed line of the package.
 
-    It gives a list whose length is the number of lines that were executed.
+    Yields a list whose length is the number of executed lines.
     """
     package, lines = os.path.dirname(keras_slsam.__file__), []
 
@@ -298,7 +298,7 @@ def interrupt_at(line):
 
 @pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("method", ["sam", "slsam", "sl+s2"])
-def test_a_step_that_is_interrupted_happens_whole_or_not_at_all(method):
+def test_an_interrupted_step_completes_or_changes_nothing(method):
     keras.utils.set_random_seed(0)
     model = compiled(method, Faults())
     step(model)
@@ -317,7 +317,7 @@ def test_a_step_that_is_interrupted_happens_whole_or_not_at_all(method):
 
 
 @pytest.mark.usefixtures("interrupts")
-def test_ctrl_c_is_held_back_once():
+def test_only_the_first_ctrl_c_is_delayed():
     held = []
     with pytest.raises(KeyboardInterrupt), atomic.hold_back_interrupt():
         signal.raise_signal(signal.SIGINT)

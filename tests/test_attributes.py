@@ -1,4 +1,4 @@
-"""What Keras reads from an optimizer, or sets on it, is the base optimizer's."""
+"""Keras reads and sets the attributes of the base optimizer."""
 
 import pathlib
 import re
@@ -12,7 +12,7 @@ import keras_slsam
 
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(16, 4)).astype("float32"), RNG.normal(size=(16, 2))
-# Too small to move a float32 weight: the optimizer is its base, but for rounding.
+# Too small to move a float32 weight, so the optimizer equals its base up to rounding.
 RHO = 1e-12
 OURS = {
     "SAM": lambda base: keras_slsam.SAM(base, rho=RHO),
@@ -20,7 +20,7 @@ OURS = {
     "SLSAM": lambda base: keras_slsam.SLSAM(base, rho=RHO, sampler="all"),
     "RST": lambda base: keras_slsam.RST(base, rho=RHO),
 }
-# Attributes of a Keras optimizer that are ours and not the base's.
+# Attributes of a Keras optimizer that do not come from the base optimizer.
 OWN = {
     "_lock",
     "_tracker",
@@ -28,9 +28,9 @@ OWN = {
     "_variables",
     "built",
     "name",
-    # Numbers of the variables, for Keras' own `apply`.
+    # Indices of the variables, for Keras' own `apply`.
     "_trainable_variables_indices",
-    # TensorFlow's.
+    # From TensorFlow.
     "_distribution_strategy",
     "_obj_reference_counts_dict",
 }
@@ -41,7 +41,7 @@ def adam(**kwargs):
 
 
 def by_kind():
-    """Adam for kernels and SGD for the rest."""
+    """Returns Adam for kernels and SGD for the other weights."""
     biases = {".*bias": keras.optimizers.SGD(0.1, name="sgd", use_ema=True)}
     optimizers = keras.optimizers.OptimizerMap(adam(), biases)
     return keras.optimizers.MultiOptimizer(optimizers, name="multi")
@@ -69,7 +69,7 @@ def assert_same_run(one, other):
         np.testing.assert_allclose(weight, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_every_attribute_of_a_keras_optimizer_is_the_bases():
+def test_attributes_come_from_the_base_optimizer():
     base = adam(
         weight_decay=0.1, clipnorm=1.0, use_ema=True, gradient_accumulation_steps=2
     )
@@ -88,13 +88,13 @@ def test_every_attribute_of_a_keras_optimizer_is_the_bases():
 
 
 @pytest.mark.parametrize("name", ["clipnorm", "clipvalue", "weight_decay", "use_ema"])
-def test_what_is_set_is_set_on_the_base(name):
+def test_setting_an_attribute_sets_it_on_the_base_optimizer(name):
     optimizer = keras_slsam.SAM(adam())
     setattr(optimizer, name, 0.25)
     assert getattr(optimizer.base_optimizer, name) == 0.25
 
 
-def test_a_clipping_that_is_set_later_clips():
+def test_clipping_can_be_set_later():
     def run(optimizer):
         optimizer.clipvalue = 1e-3
         return fit(optimizer)
@@ -112,7 +112,7 @@ def test_a_loss_scale_factor_is_refused():
 
 
 def test_keras_reads_no_other_attribute():
-    """A later Keras that reads one that is not handed on fails here."""
+    """Fails if a later Keras reads an attribute that is not forwarded."""
     root = pathlib.Path(keras.src.__file__).parent
     files = [*root.glob("trainers/*.py"), *root.glob("callbacks/*.py")]
     files += [*root.glob("saving/*.py"), *root.glob("models/*.py")]
@@ -126,7 +126,7 @@ def test_keras_reads_no_other_attribute():
         c for c in keras_slsam.SAM.__mro__ if c.__module__.startswith("keras_slsam")
     ]
     handed_on = {name for c in ours for name in vars(c)}
-    # What is left works by what is handed on, or is a `LossScaleOptimizer`'s.
+    # The others use forwarded attributes, or belong to `LossScaleOptimizer`.
     inherited = {"apply_gradients", "scale_loss", "stateless_apply"}
     assert read - handed_on - OWN == inherited | {"inner_optimizer"}
 
@@ -184,13 +184,13 @@ def test_tensorboard(base, tmp_path):
         assert all(logs[key] == pytest.approx(0.1) for key in names)
 
 
-def test_a_base_of_several_optimizers_trains_like_itself():
+def test_a_multi_optimizer_as_base_trains_as_in_keras():
     assert_same_run(fit(OURS["SAM"](by_kind())), fit(by_kind()))
     with pytest.raises(ValueError, match=r"update_step.*MultiOptimizer"):
         keras_slsam.SLSAM(by_kind())
 
 
-def test_weight_decay_is_excluded_in_the_base():
+def test_weight_decay_exclusion_applies_to_the_base_optimizer():
     def run(optimizer):
         optimizer.exclude_from_weight_decay(var_names=["bias"])
         return fit(optimizer)
@@ -199,7 +199,7 @@ def test_weight_decay_is_excluded_in_the_base():
     assert_same_run(run(OURS["SAM"](make())), run(make()))
 
 
-def test_the_count_of_steps_is_the_bases():
+def test_the_step_count_is_that_of_the_base_optimizer():
     model, _ = fit(OURS["SAM"](adam(gradient_accumulation_steps=2)), epochs=5)
     optimizer = model.optimizer
     assert int(ops.convert_to_numpy(optimizer._iterations)) == 5

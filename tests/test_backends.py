@@ -1,4 +1,4 @@
-"""The same start gives the same trajectory on every backend, also half-way."""
+"""The same start gives the same trajectory on each backend, also when resumed."""
 
 import os
 import subprocess
@@ -8,13 +8,13 @@ import keras
 import numpy as np
 import trajectory
 
-# Each backend is compared with the next, so that all three are with each other.
+# Each backend is compared with the next one, so all three are compared.
 NEXT = {"jax": "tensorflow", "tensorflow": "torch", "torch": "jax"}
 OTHERS = [name for name in NEXT if name != keras.config.backend()]
 
 
 def on_backend(backend, *arguments):
-    # The package that is tested here, from wherever it came.
+    # The other process must import the same package as this one.
     path = os.pathsep.join(sys.path)
     environment = dict(os.environ, KERAS_BACKEND=backend, PYTHONPATH=path)
     command = [sys.executable, trajectory.__file__, *map(str, arguments)]
@@ -28,8 +28,8 @@ def assert_same(own, other):
     np.testing.assert_allclose(own["weights"], other["weights"], rtol=0, atol=1e-5)
 
 
-# One process of each other backend: it takes longer to start than to take the steps.
-def test_other_backends_take_the_same_steps_and_go_on_from_checkpoints(tmp_path):
+# One process per other backend, because starting one takes longer than the steps.
+def test_other_backends_take_the_same_steps_and_resume_checkpoints(tmp_path):
     own = trajectory.run_all(tmp_path)
     resumed = {kind for kind in own if kind.endswith(", resumed")}
     assert len(own) == len(trajectory.KINDS) + len(trajectory.CHECKPOINTS)

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say, on a chain of Dense layers."""
+"""The benchmarks measure correctly, on a chain of Dense layers."""
 
 import argparse
 import json
@@ -48,17 +48,17 @@ def run(tmp_path, command, *methods, more=()):
 
 
 def reported(tmp_path, command):
-    """The text of a page with a command's file reported on it, and the picture."""
+    """Returns a page with the report of a command's file, and its picture."""
     page, picture = tmp_path / "page.md", tmp_path / "page.svg"
     names = ("time", "memory", "scale", "long")
     page.write_text("".join(f"<!-- {n} -->\nold\n<!-- /{n} -->\n" for n in names))
     report.write([tmp_path / f"{command}.json"], page)
     text = page.read_text()
-    assert text.count("old") == 3  # of the other commands there is nothing new
+    assert text.count("old") == 3  # there are no results of the other commands
     return re.sub(" +", " ", text), picture
 
 
-def test_time_and_the_report_of_it(tmp_path):
+def test_time_and_its_report(tmp_path):
     more = ["--flop-steps", "1"]
     timed = run(tmp_path, "time", "AdamW", "SL-SAM block", more=more)
     assert {"backend", "machine", "versions", "flags", "line"} < set(timed)
@@ -66,11 +66,12 @@ def test_time_and_the_report_of_it(tmp_path):
     assert row["steps"] == 4 and row["arms"] == 3
     assert 0 < row["lower_quartile"] <= row["median"] <= row["upper_quartile"]
     dense = timed["result"]["methods"]["AdamW"]
-    # On TensorFlow a step that makes variables is traced twice: Keras' own, and of
-    # ours the forward pass.
+    # On TensorFlow a function that creates variables is traced twice: Keras' own step,
+    # and the forward pass of ours.
     assert row["traces"] == {"jax": 1, "tensorflow": 3, "torch": None}[BACKEND]
     assert dense["traces"] == {"jax": 1, "tensorflow": 2, "torch": None}[BACKEND]
-    # Forward, gradients of two inputs and three weights; kernels 8x8, 8x8 and 8x2.
+    # The forward pass, gradients of two inputs and of three weights. The kernels are
+    # 8x8, 8x8 and 8x2.
     assert dense["flops"] == [2 * 4 * (3 * (64 + 64 + 16) - 64)]
     ratio = timed["result"]["ratios"]["SL-SAM block / AdamW"]
     assert ratio["of_means"] > 0 and len(ratio["of_rounds"]) == 2
@@ -80,13 +81,13 @@ def test_time_and_the_report_of_it(tmp_path):
     assert "--json" not in timed["line"]
     assert f"| SL-SAM block | {row['mean']:.4f} |" in text
     assert f"{ratio['of_means']:.3f} ±" in text
-    # Each backend has its own color, also without the others.
+    # The color of a backend does not depend on the other backends.
     own = {"jax": "#1f77b4", "tensorflow": "#ff7f0e", "torch": "#2ca02c"}
     colors = {color for color in own.values() if color in picture.read_text()}
     assert colors == {own[BACKEND]}
 
 
-def test_each_method_can_have_a_process_of_its_own(tmp_path, monkeypatch):
+def test_each_method_can_have_a_separate_process(tmp_path, monkeypatch):
     def measure(module, name, args):
         assert module == "step_time"
         seconds = {"AdamW": 1.0, "SAM": 2.0}[name]
@@ -104,18 +105,18 @@ def test_each_method_can_have_a_process_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(alone, "measure", measure)
     run(tmp_path, "time", "AdamW", "SAM", more=["--alone"])
     text, _ = reported(tmp_path, "time")
-    assert "each method in a process of its own" in text
+    assert "each method in a separate process" in text
     assert "| SAM | 2.0000 | 2.0000 to 2.0000 | 2.000 ± 0.000 |" in text
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the resident set is Linux's")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's resident set")
 def test_memory(tmp_path):
     width = 512
     result = run(tmp_path, "memory", "AdamW", more=["--width", str(width)])["result"]
     row = result["methods"]["AdamW"]
     resident = row["resident"]
     assert 0 < resident["built"] <= resident["first_step"]
-    # Two kernels with two moments each, and a gradient.
+    # Two kernels with two moments each.
     least = 4 * width**2 * 2 * (1 + 2)
     assert resident["later_steps"] > least
     assert (row["planned"] is not None) == (BACKEND == "jax")
@@ -126,7 +127,7 @@ def test_memory(tmp_path):
         assert all(least < live < 3 * least for live in row["live"])
 
 
-def test_the_sam_of_tutorials_takes_the_same_steps():
+def test_the_tutorial_sam_takes_the_same_steps():
     x, y = models.data(flags(), 12)
     found = {}
     for name in ("tutorial SAM", "SAM"):
@@ -161,7 +162,7 @@ def test_scale(tmp_path, monkeypatch):
     resident = {"resident": {"later_steps": 1e6}}
     found = {"methods": {"SAM": resident, "SL-SAM": resident}}
     monkeypatch.setattr(memory, "measure", lambda args: found)
-    # Quickly compiled, with two weights a layer and a head.
+    # A model that compiles quickly, with two weights per layer and a head.
     dense = {"model": "dense", "width": 8, "batch": 8, "length": None}
     monkeypatch.setattr(scale, "ENCODER", dense)
     file = tmp_path / "scale.json"
@@ -183,9 +184,9 @@ def test_scale(tmp_path, monkeypatch):
     assert "| 2 | 6 |" in text
 
 
-def test_the_encoder_of_scale_has_the_depth_asked_for():
+def test_the_encoder_of_scale_has_the_given_depth():
     args = flags(**scale.ENCODER, layers=2)
-    # A block has 16 weights; 9 are those of embeddings and of the head.
+    # A block has 16 weights. The embeddings and the head have 9.
     assert len(models.make(args).trainable_variables) == 9 + 2 * 16
 
 
@@ -197,7 +198,7 @@ def test_powers_of_the_depth():
     assert scale.power([6], [1.0]) is None
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="one text, and others compile it")
+@pytest.mark.skipif(BACKEND != "torch", reason="the same code, slower if compiled")
 def test_long(tmp_path, monkeypatch):
     name = "SL-SAM proportional"
     monkeypatch.setattr(long_run, "METHODS", {name: long_run.METHODS[name]})
@@ -206,7 +207,7 @@ def test_long(tmp_path, monkeypatch):
     main(["long", "--steps", "6", "--json", str(file)])
     row = json.loads(file.read_text())["result"]["methods"][name]
     assert len(row["seconds"]) == len(row["resident"]) == 2
-    # Of the last three steps; each draws at least one arm.
+    # Counts of the last three steps, each of which draws at least one arm.
     assert max(row["drawn"]) <= 3 <= sum(row["drawn"])
     text, _ = reported(tmp_path, "long")
     assert f"| {name} |" in text

@@ -1,4 +1,4 @@
-"""The converted EfficientNet-lite0 is the one of PyTorch, and is fine-tuned."""
+"""The converted EfficientNet-lite0 equals PyTorch's, and can be fine-tuned."""
 
 import pathlib
 import sys
@@ -27,7 +27,7 @@ for count, kernel, stride, filters in [
 
 
 class Same(nn.Conv2d):
-    """A convolution that pads as TensorFlow does: more at the end."""
+    """A convolution that pads as in TensorFlow: more at the end."""
 
     def forward(self, x):
         height, width = x.shape[-2:]
@@ -86,7 +86,7 @@ class EfficientNetLite0(nn.Module):
 
 
 def photographs():
-    """Two real images, (2, 224, 224, 3), of scikit-learn."""
+    """Returns scikit-learn's two photographs, (2, 224, 224, 3)."""
     from sklearn.datasets import load_sample_images
 
     rows = np.linspace(0, 426, 224).astype(int)
@@ -94,7 +94,7 @@ def photographs():
     return np.stack([image[rows][:, 106 + rows] for image in images])
 
 
-def test_the_converted_network_is_that_of_pytorch():
+def test_the_converted_network_equals_pytorch():
     weights = {name: torch.tensor(array) for name, array in lite0.read().items()}
     network = EfficientNetLite0().eval()
     network.load_state_dict(weights)
@@ -105,7 +105,7 @@ def test_the_converted_network_is_that_of_pytorch():
     model = lite0.convert()
     logits = model.predict(images, verbose=0)
     np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
-    # It recognises what is in them: a palace or a temple, and a flower or a bee.
+    # It recognises the photographs: a palace or a temple, and a flower or a bee.
     temple, flower = logits.argmax(axis=1)
     assert temple in {698, 832, 663, 668} and flower in {985, 308, 309}
 

@@ -1,4 +1,4 @@
-"""Bad input is refused at once, with the argument, the value and the way out."""
+"""Bad input is refused early, with the argument, the value and a solution."""
 
 import keras
 import numpy as np
@@ -58,7 +58,7 @@ def test_base_optimizer_is_missing(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_base_optimizer_is_ours(method):
+def test_base_optimizer_is_already_wrapped(method):
     with pytest.raises(ValueError, match=r"`base_optimizer`.*optimizer already"):
         method(keras_slsam.SAM("sgd"))
 
@@ -107,7 +107,7 @@ def test_unknown_sampler(sampler):
         keras_slsam.SLSAM("sgd", sampler=sampler)
 
 
-def test_a_sampler_brings_its_own_arguments():
+def test_a_sampler_object_excludes_sampler_arguments():
     for kwargs in ({"active_fraction": 0.2}, {"seed": 0}):
         with pytest.raises(ValueError, match=f"`{next(iter(kwargs))}`.*own"):
             keras_slsam.SLSAM("sgd", sampler=samplers.Uniform(0.2), **kwargs)
@@ -129,7 +129,7 @@ def test_unknown_arms(arms):
 
 def test_arms_that_are_not_hashable():
     optimizer = keras_slsam.SLSAM("sgd", arms=lambda variable: [variable.path])
-    for _ in range(2):  # a failed call leaves everything as it was
+    for _ in range(2):  # a failed call changes nothing
         with pytest.raises(ValueError, match=r"`arms`.*hashable.*Received"):
             optimizer.build(small_model().trainable_variables)
     again = keras_slsam.SLSAM(optimizer.base_optimizer)
@@ -141,7 +141,7 @@ def test_model_without_the_train_step(method):
     model = small_model()
     before = model.get_weights()
     model.compile(optimizer=method("sgd"), loss="mse")
-    # Not `fit`: where it raises on JAX, Keras itself has let go of the weights.
+    # Not `fit`: if it raises on JAX, Keras has discarded the weights.
     with pytest.raises(ValueError, match=r"keras_slsam.sharpness_aware\(model\)"):
         model.train_on_batch(np.ones((4, 2)), np.ones((4, 1)))
     for old, new in zip(before, model.get_weights()):
@@ -175,7 +175,7 @@ def test_sharpness_aware_of_a_model_with_a_step_set_on_it():
         keras_slsam.sharpness_aware(model)
 
 
-def test_sharpness_aware_where_keras_takes_the_step_from_the_class(monkeypatch):
+def test_sharpness_aware_with_nnx_enabled(monkeypatch):
     monkeypatch.setattr(keras.config, "is_nnx_enabled", lambda: True)
     with pytest.raises(ValueError, match=r"KERAS_NNX_ENABLED.*SAMTrainStep.*Received"):
         keras_slsam.sharpness_aware(small_model())
@@ -190,14 +190,14 @@ def test_sharpness_aware_where_keras_takes_the_step_from_the_class(monkeypatch):
         ("single_step", True),
     ],
 )
-def test_what_an_optimizer_is_made_with_cannot_be_replaced(name, value):
+def test_constructor_arguments_cannot_be_replaced(name, value):
     optimizer = keras_slsam.SLSAM("sgd")
     with pytest.raises(ValueError, match=rf"`{name}` of `SLSAM` cannot.*Received"):
         setattr(optimizer, name, value)
 
 
 class Drawing(samplers.Sampler):
-    """Draws what it is given."""
+    """Draws the given mask."""
 
     def __init__(self, mask):
         self.mask = mask
@@ -221,7 +221,7 @@ def test_sampler_without_an_active_arm():
         fit(model, optimizer, run_eagerly=True)
 
 
-def test_sampler_of_numbers():
+def test_sampler_that_draws_ints():
     model = keras_slsam.sharpness_aware(small_model())
     optimizer = keras_slsam.SLSAM("sgd", sampler=Drawing([1, 0]))
     before = model.get_weights()
@@ -239,7 +239,7 @@ def test_sampler_of_another_optimizer():
         second.build(small_model().trainable_variables)
 
 
-def test_a_single_arm_is_warned_of():
+def test_a_single_arm_gives_a_warning():
     optimizer = keras_slsam.SLSAM("sgd", arms="block")
     with pytest.warns(UserWarning, match="single arm"):
         optimizer.build(small_model().trainable_variables)
@@ -306,7 +306,7 @@ def test_jit_compile_on_torch(method):
         fit(model, method("sgd"), jit_compile=True)
 
 
-def test_the_backend_is_named_where_it_is_not_one_of_three():
+def test_an_unsupported_backend_is_refused():
     import pathlib
     import subprocess
     import sys
@@ -323,7 +323,7 @@ def test_the_backend_is_named_where_it_is_not_one_of_three():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_first_step_that_fails_fails_again(method):
+def test_a_failing_first_step_fails_again_with_the_same_error(method):
     def loss(y, y_pred):
         raise ValueError("no loss")
 
@@ -334,8 +334,8 @@ def test_a_first_step_that_fails_fails_again(method):
             model.train_on_batch(np.ones((4, 2)), np.ones((4, 1)))
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="strategies are TensorFlow's")
-def test_a_strategy_of_other_than_one_device_is_refused():
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's strategies")
+def test_only_one_device_strategies_are_accepted():
     import tensorflow as tf
 
     devices = [d.name for d in tf.config.list_logical_devices("CPU")]

@@ -1,7 +1,7 @@
-"""Everything that `fit` gives: each row of docs/fit.md.
+"""Features of `fit`: each row of the table in docs/fit.md.
 
-Most tests compare with Keras' own step: with a vanishing radius and all arms active
-every method is the base optimizer, and what passes through `fit` must be the same.
+Most tests compare with Keras' own step. With a tiny `rho` and all arms active, every
+method equals the base optimizer, so `fit` must give the same results.
 """
 
 import copy
@@ -30,7 +30,7 @@ Y = RNG.integers(0, 3, 14)
 
 
 def make_model(dtype=None):
-    """Two layers and a BatchNorm, with the same weights each time."""
+    """Returns two layers and a BatchNorm, with the same weights each time."""
     keras.utils.set_random_seed(0)
     layers = [
         keras.layers.Dense(8, activation="tanh", dtype=dtype),
@@ -41,7 +41,7 @@ def make_model(dtype=None):
 
 
 def all_arms(base, **kwargs):
-    """SL-SAM that is the base optimizer, by the way that can leave out arms."""
+    """Returns SL-SAM with all arms active, which uses the code that can skip arms."""
     return keras_slsam.SLSAM(base, TINY, 1.0, sampler="uniform", **kwargs)
 
 
@@ -71,7 +71,7 @@ def assert_same(model, other, atol=2e-6):
 
 
 def assert_as_keras(make_base, compile_kwargs=None, wrap=all_arms, **kwargs):
-    """Trains with the base optimizer alone, and with ours around it, alike."""
+    """Checks that the base optimizer, and ours around it, train in the same way."""
     model = compiled(wrap(make_base()), **(compile_kwargs or {}))
     history = fit(model, **kwargs)
     plain = compiled(make_base(), **(compile_kwargs or {}))
@@ -89,10 +89,10 @@ def adam(**kwargs):
 # --- Precision ---------------------------------------------------------------------
 
 
-@row("`mixed_float16`", "the step is left out whole where a gradient is not finite")
+@row("`mixed_float16`", "a step with a gradient that is not finite is skipped")
 @pytest.mark.parametrize("method", ["sam", "s2sam", "rst", "slsam", "sl+s2", "windows"])
 def test_loss_scaling_changes_nothing(method):
-    """Norms and gradients are unscaled: the trajectory is that without scaling."""
+    """Norms and gradients are unscaled, so loss scaling keeps the trajectory."""
 
     def make(method):
         return {
@@ -120,22 +120,22 @@ def test_loss_scaling_changes_nothing(method):
         rtol=1e-3,
         atol=1e-6,
     )
-    # Eight steps: twice the growth after each three of them.
+    # In eight steps the scale grows twice, after every three steps.
     assert float(optimizer.dynamic_scale) == 2.0**12
     assert int(optimizer.step_counter) == 2
 
 
-@row("`mixed_float16`", "the step is left out whole where a gradient is not finite")
+@row("`mixed_float16`", "a step with a gradient that is not finite is skipped")
 @pytest.mark.parametrize("at", ["first pass", "second pass"])
 @pytest.mark.parametrize("kind", ["sam", "slsam"])
-def test_a_step_with_gradients_that_are_not_finite_is_left_out(kind, at):
+def test_a_step_with_gradients_that_are_not_finite_is_skipped(kind, at):
     class Cube(keras.layers.Layer):
         def build(self, input_shape):
             self.w = self.add_weight(shape=(1,), initializer="ones", name="w")
             self.v = self.add_weight(shape=(1,), initializer="ones", name="v")
 
         def call(self, x):
-            # At w = 1 the gradient is finite, uphill of it the value overflows.
+            # At w = 1 the gradient is finite. At the perturbed weight it overflows.
             return ops.sum(x) * (self.v + ops.exp(80.0 * self.w))
 
     class Seen(keras.layers.Layer):
@@ -179,7 +179,7 @@ def test_a_step_with_gradients_that_are_not_finite_is_left_out(kind, at):
     assert float(optimizer.dynamic_scale) == scale / 2
 
 
-@row("`mixed_float16`", "the step is left out whole where a gradient is not finite")
+@row("`mixed_float16`", "a step with a gradient that is not finite is skipped")
 def test_mixed_float16():
     model = make_model("mixed_float16")
     model.dtype_policy = keras.DTypePolicy("mixed_float16")
@@ -195,7 +195,7 @@ def test_mixed_bfloat16():
 
 
 def assert_trains_as_in_float32(model):
-    """The weights move to the same place, by the same arms; returns the model."""
+    """Checks that the weights and arms are those in float32. Returns the model."""
 
     def train(model):
         base = keras.optimizers.SGD(0.3)
@@ -212,7 +212,7 @@ def assert_trains_as_in_float32(model):
     return model
 
 
-@row("`bfloat16`", "not with Adam: its 0.999 is 1 in this type, so Keras' never moves")
+@row("`bfloat16`", "Adam never moves: its 0.999 rounds to 1, as in plain Keras")
 def test_bfloat16():
     base = keras.optimizers.SGD(0.2)
     model = compiled(half_the_arms(base), make_model("bfloat16"))
@@ -232,13 +232,13 @@ def test_bfloat16():
 
 # --- Execution ---------------------------------------------------------------------
 
-ACCUMULATION = "one mask a window; each micro-batch has its own ascent"
+ACCUMULATION = "one mask per window; one ascent per micro-batch"
 
 
 @row("`gradient_accumulation_steps`", ACCUMULATION)
 @pytest.mark.parametrize("wrap", [all_arms, keras_slsam.SAM])
-def test_gradient_accumulation_is_that_of_keras(wrap):
-    # The last batch is smaller, and its window is not complete.
+def test_gradient_accumulation_matches_keras(wrap):
+    # The last batch is smaller, and the last window is not complete.
     kwargs = {} if wrap is all_arms else {"rho": TINY}
 
     def make_base():
@@ -255,8 +255,8 @@ def test_gradient_accumulation_is_that_of_keras(wrap):
 
 
 @row("`gradient_accumulation_steps`", ACCUMULATION)
-def test_a_run_goes_on_within_a_window(tmp_path):
-    """With an embedding, whose gradients are sparse on TensorFlow."""
+def test_a_run_resumes_within_a_window(tmp_path):
+    """Uses an embedding, whose gradients are sparse on TensorFlow."""
     keras.utils.set_random_seed(0)
     layers = [
         keras.layers.Embedding(9, 4),
@@ -284,15 +284,15 @@ def test_a_run_goes_on_within_a_window(tmp_path):
 
 
 @row("`gradient_accumulation_steps`", ACCUMULATION)
-def test_one_mask_and_one_lesson_a_window():
+def test_one_mask_and_one_sampler_update_per_window():
     class Counting(Replay):
         def build(self, num_arms):
             super().build(num_arms)
-            self.lessons = keras.Variable(0, dtype="int32", trainable=False)
+            self.updates = keras.Variable(0, dtype="int32", trainable=False)
             self.norms = keras.Variable(np.zeros(num_arms, "float32"), trainable=False)
 
         def update(self, active, norms):
-            self.lessons.assign_add(1)
+            self.updates.assign_add(1)
             self.norms.assign(norms)
 
     masks = RNG.random((4, 6)) < 0.5
@@ -313,7 +313,7 @@ def test_one_mask_and_one_lesson_a_window():
             if v.path in trained
         ]
         assert moved == (masks[window].tolist() if step % 3 == 2 else [False] * 6)
-        assert int(sampler.lessons) == (step + 1) // 3
+        assert int(sampler.updates) == (step + 1) // 3
         if step % 3 == 2:
             norms = ops.convert_to_numpy(optimizer.gradient_norms)
             np.testing.assert_array_equal(ops.convert_to_numpy(sampler.norms), norms)
@@ -342,7 +342,7 @@ def test_gradient_norms_of_a_window_are_root_mean_squares():
 
 
 @row("`gradient_accumulation_steps`", ACCUMULATION)
-def test_a_norm_that_is_not_finite_is_forgotten_after_its_window():
+def test_a_norm_that_is_not_finite_affects_only_its_window():
     base = keras.optimizers.SGD(0.1, gradient_accumulation_steps=2, clipvalue=0.01)
     model = compiled(half_the_arms(base))
     x = X[:4].copy()
@@ -355,8 +355,8 @@ def test_a_norm_that_is_not_finite_is_forgotten_after_its_window():
 
 @row("`gradient_accumulation_steps`", ACCUMULATION)
 @pytest.mark.parametrize("arms", ["all", "half"])
-def test_a_window_of_s2sam_is_one_large_batch(arms):
-    """All its micro-batches are seen at one point, along the last gradient applied."""
+def test_a_window_of_s2sam_equals_one_large_batch(arms):
+    """All micro-batches are evaluated at one point, along the last applied gradient."""
 
     def make(steps):
         base = keras.optimizers.Adam(0.01, gradient_accumulation_steps=steps)
@@ -392,7 +392,7 @@ def assert_as_eager(**kwargs):
     assert_same(model, reference, atol=1e-5)
 
 
-@row("`jit_compile=True`", "would be compiled again for each mask", torch="refused")
+@row("`jit_compile=True`", "each new mask would be compiled again", torch="refused")
 def test_jit_compile():
     assert_as_eager(jit_compile=True)
 
@@ -400,7 +400,7 @@ def test_jit_compile():
 @row("`jit_compile=False`")
 @row('`jit_compile="auto"`')
 @pytest.mark.parametrize("jit_compile", [False, "auto"])
-def test_jit_compile_where_the_backend_decides(jit_compile):
+def test_jit_compile_false_and_auto(jit_compile):
     assert_as_eager(jit_compile=jit_compile)
 
 
@@ -451,7 +451,7 @@ def test_clipping(clip):
 # --- Learning rates and averages ---------------------------------------------------
 
 
-@row("learning-rate schedules", "follow the global steps")
+@row("learning-rate schedules", "count all steps")
 def test_schedules():
     schedule = keras.optimizers.schedules.CosineDecay(0.01, 6)
     assert_as_keras(lambda: keras.optimizers.Adam(schedule))
@@ -476,7 +476,7 @@ def test_callbacks_that_set_the_learning_rate():
     assert_same(model, plain)
 
 
-@row("`use_ema`, `SwapEMAWeights`", "the average follows every step for all weights")
+@row("`use_ema`, `SwapEMAWeights`", "every step averages all weights")
 @pytest.mark.parametrize("swap_on_epoch", [False, True])
 def test_moving_average_and_swap(swap_on_epoch):
     make_base = adam(use_ema=True, ema_momentum=0.7)
@@ -505,7 +505,7 @@ def test_moving_average_and_swap(swap_on_epoch):
 
 
 class Adds(keras.layers.Layer):
-    """Adds a loss, once it is switched on."""
+    """Adds a loss if it is switched on."""
 
     on = False
 
@@ -540,7 +540,7 @@ def swap_a_layer(model):
 
 
 SGD = keras.optimizers.SGD
-# Functions of the model, and of what is put around the base optimizer.
+# Functions of the model, and of the function that wraps the base optimizer.
 CHANGES = {
     "loss": lambda m, wrap: compile_again(m, wrap(SGD(0.1)), "mae"),
     "loss, same optimizer": lambda m, wrap: compile_again(m, m.optimizer, "mae"),
@@ -573,14 +573,14 @@ CHANGES = {
         compile_again(m, wrap(SGD(0.1))),
     ),
 }
-if BACKEND != "torch":  # where a compiled step is refused
+if BACKEND != "torch":  # PyTorch refuses a compiled step
     CHANGES["jit_compile"] = lambda m, wrap: setattr(
         m, "jit_compile", not m.jit_compile
     )
 
 
 def train_and_change(model, change, wrap=lambda base: base):
-    """Trains, changes something, trains by `fit` and by `train_on_batch`."""
+    """Trains, makes a change, then trains with `fit` and `train_on_batch`."""
     data = X[:8], np.full((8, 1), 5.0, "float32")
     compile_again(model, wrap(SGD(0.1)))
     keras.utils.set_random_seed(1)  # PyTorch's dropout
@@ -604,12 +604,12 @@ def assert_same_results(actual, expected):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
 
 
-NOTE = "as in Keras; after other weights became trainable, compile again"
+NOTE = "as in Keras; compile again if other weights become trainable"
 
 
 @row("changes between two calls of `fit`", NOTE)
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_step_follows_a_change_as_in_keras(change):
+def test_changes_take_effect_as_in_keras(change):
     change = CHANGES[change]
     expected = train_and_change(changing_model(), change)
     model = keras_slsam.sharpness_aware(changing_model())
@@ -620,11 +620,11 @@ def test_a_step_follows_a_change_as_in_keras(change):
 @pytest.mark.parametrize("change", ["loss", "dropout, compiled"])
 @pytest.mark.parametrize("wrap", [None, tiny_sam])
 @pytest.mark.parametrize("mixin", [False, True])
-def test_a_plain_step_and_that_of_a_mixin_follow_too(change, wrap, mixin):
+def test_changes_take_effect_in_plain_and_mixin_steps(change, wrap, mixin):
     change = CHANGES[change]
     expected = train_and_change(changing_model(), change)
     model = changing_model(AwareSequential if mixin else keras.Sequential)
-    # Whoever keeps a compiled step, like a traceback, does not keep it in use.
+    # A reference to the old compiled step, such as in a traceback, must not matter.
     kept = []
 
     def keep_and_change(model, wrap):
@@ -638,14 +638,14 @@ def test_a_plain_step_and_that_of_a_mixin_follow_too(change, wrap, mixin):
 
 @row("changes between two calls of `fit`", NOTE)
 @pytest.mark.parametrize("kinds", ["ours, ours", "ours, plain", "plain, ours"])
-def test_an_optimizer_that_is_assigned_makes_the_next_step(kinds):
+def test_an_assigned_optimizer_takes_the_next_step(kinds):
     wraps = {"ours": tiny_sam, "plain": lambda base: base}
     first, second = (wraps[kind] for kind in kinds.split(", "))
     expected = train_and_change(changing_model(), CHANGES["optimizer"])
     model = keras_slsam.sharpness_aware(changing_model())
 
     def assign(model, wrap):
-        # TensorFlow's `fit` leaves a plain optimizer to be built in a graph.
+        # On TensorFlow `fit` would build a plain optimizer in a graph.
         model.optimizer = second(SGD(0.1, clipnorm=0.01))
         model.optimizer.build(model.trainable_variables)
 
@@ -654,7 +654,7 @@ def test_an_optimizer_that_is_assigned_makes_the_next_step(kinds):
 
 @row("changes between two calls of `fit`", NOTE)
 @pytest.mark.parametrize("change", ["trainable", "trainable, same optimizer", "layer"])
-def test_other_trainable_weights_need_another_optimizer(change):
+def test_other_trainable_weights_need_a_new_optimizer(change):
     def change_weights(model, wrap):
         if change == "layer":
             swap_a_layer(model)
@@ -832,7 +832,7 @@ def test_cloned_and_loaded_models(tmp_path):
     [copy.copy, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
     ids=["copy", "deepcopy", "pickle"],
 )
-def test_a_copy_trains_itself(copied):
+def test_a_copy_trains_independently(copied):
     model = compiled(half_the_arms(), loss="mse")
     y = np.zeros((14, 3))
     fit(model, y=y)
@@ -859,7 +859,7 @@ def methods():
     }
 
 
-@row("a model without trainable weights", "with a warning; state and metrics move")
+@row("a model without trainable weights", "with a warning; updates state and metrics")
 @pytest.mark.parametrize("method", methods())
 def test_a_model_without_trainable_weights(method):
     def trained(optimizer):
@@ -883,7 +883,7 @@ def test_a_model_without_trainable_weights(method):
         np.testing.assert_allclose(history[key], expected[key], rtol=1e-5)
     assert_same(model, plain)
     assert int(model.optimizer.iterations) == 0
-    # It can be given some later.
+    # It can get trainable weights later.
     model.layers[-1].trainable = True
     before = model.layers[-1].get_weights()[0]
     fit(compiled(methods()[method], model))
@@ -926,7 +926,7 @@ def test_torch_modules(make):
         module[0].weight.detach().numpy().T, expected.layers[0].get_weights()[0], 1e-4
     )
     _, _, mean, _ = expected.layers[1].get_weights()
-    # Moved once a step, by the first pass.
+    # Updated once per step, in the first pass.
     np.testing.assert_allclose(module[1].running_mean.numpy(), mean, 1e-4, 1e-6)
     assert "forward" not in vars(module)
 
@@ -939,7 +939,7 @@ def wrapped_model(*modules):
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's modules")
-def test_torch_modules_keep_their_hooks_and_their_own_forward():
+def test_torch_modules_keep_hooks_and_a_patched_forward():
     import torch
 
     calls = []
@@ -960,7 +960,7 @@ def test_torch_modules_keep_their_hooks_and_their_own_forward():
 
 @pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's modules")
 @pytest.mark.parametrize("arms", ["layer", "block"])
-def test_weights_of_torch_modules_are_arms_of_their_own(arms):
+def test_each_weight_of_a_torch_module_is_an_arm(arms):
     import torch
 
     model = wrapped_model(torch.nn.Linear(5, 5), torch.nn.Linear(5, 5))
@@ -970,7 +970,7 @@ def test_weights_of_torch_modules_are_arms_of_their_own(arms):
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's modules")
-def test_buffers_of_torch_modules_are_as_before_if_a_step_raises():
+def test_buffers_of_torch_modules_are_restored_if_a_step_raises():
     import torch
 
     def broken(y, y_pred):
@@ -1035,7 +1035,7 @@ def test_flax_layers():
     reference = make_model()
     layer = keras.layers.FlaxLayer(Module())
     model = keras.Sequential([keras.Input((5,)), layer, make_model().layers[-1]])
-    # Flax sorts by names: bias and scale of BatchNorm, bias and kernel, mean, variance.
+    # Flax sorts by name: bias and scale of BatchNorm, bias and kernel, mean, variance.
     order = [3, 2, 1, 0, 4, 5]
     weights = reference.get_weights()
     layer.set_weights([weights[i] for i in order])
@@ -1050,7 +1050,7 @@ def test_flax_layers():
 
 
 @row("layers written in TensorFlow", jax="-", torch="-")
-def test_layers_in_tensorflow():
+def test_layers_written_in_tensorflow():
     import tensorflow as tf
 
     class Own(keras.layers.Dense):
@@ -1074,7 +1074,7 @@ def model_with_a_layer_from_a_file(folder):
 
 @row(
     "`TFSMLayer` that is trained",
-    "use it frozen",
+    "freeze it",
     jax="-",
     torch="-",
     tensorflow="refused",
@@ -1096,6 +1096,6 @@ def test_frozen_tfsm_layer(tmp_path):
     assert len(model.optimizer.arms) == 2
 
 
-def test_the_documented_table_says_what_these_tests_show():
+def test_the_documented_table_matches_these_tests():
     docs = pathlib.Path(__file__).parent.parent / "docs" / "fit.md"
     assert matrix.table() in docs.read_text("utf-8")

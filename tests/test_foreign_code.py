@@ -1,4 +1,4 @@
-"""Code that reads weights in its framework's own ways trains as it does in Keras."""
+"""Code that reads weights with its framework's API trains as in Keras."""
 
 import threading
 
@@ -19,7 +19,7 @@ on_tensorflow = pytest.mark.skipif(
 
 
 class Weighted(layers.Layer):
-    """Rows times a matrix."""
+    """Multiplies rows by a matrix."""
 
     def build(self, input_shape):
         self.matrix = self.add_weight(shape=(input_shape[-1], 5), name="matrix")
@@ -104,7 +104,7 @@ class Gathered(Weighted):
 
 
 class Penalised(keras.Model):
-    """Adds the squared gradient of the loss to it."""
+    """Adds the squared gradient of the loss to the loss."""
 
     def __init__(self, wanted):
         super().__init__()
@@ -146,7 +146,7 @@ def trained(make, optimizer, steps=3, **compile_kwargs):
 
 
 def around(cls):
-    """A model around a layer, made as most are: it is traced before it is trained."""
+    """Returns a model around a layer, traced before it is trained, as usual."""
     return lambda: keras.Sequential(
         [keras.Input((4,)), layers.Dense(4), cls(), layers.Dense(1)]
     )
@@ -181,9 +181,9 @@ def optimizers(rho):
 
 
 @marked(EVERYWHERE + TENSORFLOW)
-def test_weights_read_in_other_ways_train_as_in_keras(cls):
-    # Of the usual layer: with `Custom`, Keras' own step on TensorFlow may read a weight
-    # in the backward pass after it was updated.
+def test_weights_read_with_framework_code_train_as_in_keras(cls):
+    # The usual layer gives the expected weights: with `Custom`, Keras' own step on
+    # TensorFlow may read a weight in the backward pass after it was updated.
     expected = trained(around(Weighted), keras.optimizers.SGD(0.1), jit_compile=False)
     found = trained(around(cls), optimizers(TINY)["sam"], jit_compile=False)
     assert_same(found, expected)
@@ -191,8 +191,8 @@ def test_weights_read_in_other_ways_train_as_in_keras(cls):
 
 @marked(EVERYWHERE + TENSORFLOW)
 @pytest.mark.parametrize("method", ["slsam", "s2sam"])
-def test_weights_read_in_other_ways_are_perturbed(cls, method):
-    """As if they were read in the usual way, with and without arms switched off."""
+def test_weights_read_with_framework_code_are_perturbed(cls, method):
+    """With and without inactive arms, results equal those of the usual layer."""
     expected = trained(around(Weighted), optimizers(0.5)[method], jit_compile=False)
     found = trained(around(cls), optimizers(0.5)[method], jit_compile=False)
     assert_same(found, expected)
@@ -200,7 +200,7 @@ def test_weights_read_in_other_ways_are_perturbed(cls, method):
 
 @on_tensorflow
 @marked([c for c in TENSORFLOW + [Branched, Mapped] if c not in REFUSED_EAGERLY])
-def test_weights_read_in_other_ways_eagerly(cls):
+def test_weights_read_with_framework_code_eagerly(cls):
     optimizer = optimizers(0.5)["slsam"]
     expected = trained(around(Weighted), optimizer, run_eagerly=True)
     optimizer = optimizers(0.5)["slsam"]
@@ -209,7 +209,7 @@ def test_weights_read_in_other_ways_eagerly(cls):
 
 @on_tensorflow
 @pytest.mark.parametrize("cls", REFUSED_EAGERLY)
-def test_functions_that_perturbed_weights_do_not_reach_are_refused(cls):
+def test_functions_that_would_read_unperturbed_weights_are_refused(cls):
     model = keras_slsam.sharpness_aware(around(cls)())
     model.compile(optimizer=optimizers(0.5)["sam"], loss="mse", run_eagerly=True)
     before = model.get_weights()
@@ -233,7 +233,7 @@ def test_inner_tapes(wanted, eager):
 
 
 @on_tensorflow
-def test_a_function_of_the_users_is_as_before_after_a_step():
+def test_a_custom_function_is_unchanged_after_a_step():
     model = keras_slsam.sharpness_aware(around(Traced)())
     model.compile(optimizer=optimizers(0.5)["slsam"], loss="mse", jit_compile=False)
     layer = model.layers[1]
@@ -247,7 +247,7 @@ def test_a_function_of_the_users_is_as_before_after_a_step():
 
 
 @on_tensorflow
-def test_a_layer_that_assigns_in_a_function_of_its_own_is_refused():
+def test_a_layer_that_assigns_in_its_own_function_is_refused():
     import tensorflow as tf
 
     class Noisy(layers.Layer):

@@ -1,4 +1,4 @@
-"""The trajectories of the methods' authors' own code, in float64."""
+"""The methods give the trajectories of their authors' code, in float64."""
 
 import pathlib
 
@@ -14,7 +14,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
 class ReplayedBandit(samplers.Bandit):
-    """A bandit whose draws are given: they depend on the authors' generator."""
+    """A bandit with given draws, because they depend on the authors' generator."""
 
     def __init__(self, masks, active_fraction):
         super().__init__(active_fraction, seed=0)
@@ -31,8 +31,8 @@ class ReplayedBandit(samplers.Bandit):
 
 
 def base_optimizer(golden):
-    # NumPy's scalars: Keras' optimizers on TensorFlow round a Python float to
-    # float32 when they cast it, also to float64.
+    # NumPy scalars, because Keras' optimizers on TensorFlow round a Python float to
+    # float32 when they cast it, even to float64.
     learning_rate = golden["meta_lr"][()]
     if "base_momentum" in golden:
         return keras.optimizers.SGD(learning_rate, momentum=golden["base_momentum"][()])
@@ -70,7 +70,7 @@ def multilayer_perceptron(golden):
     "name",
     ["sam_sgd", "sam_adamw", "s2sam_sgd", "s2sam_adamw", "slsam_sgd", "slsam_adamw"],
 )
-def test_trajectory_is_that_of_the_authors(name, float64):
+def test_trajectory_matches_the_authors_code(name, float64):
     golden = np.load(GOLDEN / f"{name}.npz")
     model = multilayer_perceptron(golden)
     model.compile(
@@ -109,7 +109,7 @@ def test_trajectory_is_that_of_the_authors(name, float64):
 
 
 @pytest.mark.parametrize("name", ["bandit_small", "bandit_large", "bandit_capped"])
-def test_bandit_update_is_that_of_the_authors(name, float64):
+def test_bandit_update_matches_the_authors_code(name, float64):
     golden = np.load(GOLDEN / f"{name}.npz")
     sampler = samplers.Bandit(float(golden["s"]), seed=0)
     sampler.build(golden["before"].shape[1])

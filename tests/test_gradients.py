@@ -1,4 +1,4 @@
-"""The sparse gradients: those of the active arms are the dense ones, no others."""
+"""Sparse gradients equal the dense ones for active arms, and do not exist otherwise."""
 
 import re
 
@@ -16,7 +16,10 @@ BACKEND = keras.config.backend()
 
 
 def make_function(name, arms_of, compile_step):
-    """A compiled function from a mask to `(loss, gradients, aux)`, and the arms."""
+    """Returns a compiled function of a mask, and the arms.
+
+    The function returns `(loss, gradients, aux)`.
+    """
     model, x, y = zoo.build(name)
     model.compile(loss=zoo.loss())
     variables = model.trainable_variables
@@ -48,7 +51,7 @@ def pairs(count):
     return [i // 2 for i in range(count)]
 
 
-# How weights are grouped is a matter of sets of arms: any model with a few will do.
+# Arms of several weights work in the same way in all models, so two models test them.
 @pytest.mark.parametrize(
     ("name", "arms_of"),
     [
@@ -56,7 +59,7 @@ def pairs(count):
         *((name, pairs) for name in ("attention", "tied")),
     ],
 )
-def test_active_gradients_are_the_dense_ones(name, arms_of, compile_step):
+def test_active_gradients_equal_the_dense_ones(name, arms_of, compile_step):
     sparse, arms = make_function(name, arms_of, compile_step)
     dense, _ = make_function(name, arms_of, lambda run: compile_step(lambda: run(None)))
     loss, expected = dense()
@@ -90,7 +93,7 @@ def test_one_trace_serves_all_masks(compile_step):
     assert compile_step.traces(function) <= 1
 
 
-def test_inactive_update_leaves_every_bit(compile_step):
+def test_an_inactive_update_changes_no_bit(compile_step):
     variable = keras.Variable(np.float32([1.1, 2.2]))
     other = keras.Variable(np.float32([3.3]))
 
@@ -125,7 +128,7 @@ def test_gradients_may_be_constants(compile_step):
                 np.testing.assert_array_equal(gradient, value)
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="IndexedSlices are TensorFlow's")
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's IndexedSlices")
 def test_embedding_gradients_stay_sparse():
     import tensorflow as tf
 
@@ -147,7 +150,7 @@ def test_embedding_gradients_stay_sparse():
     mask = [True] + [False] * (len(variables) - 1)
     gradient, squared = run(tf.constant(mask))
     assert kinds[0] is tf.IndexedSlices
-    # Tokens occur more than once: their rows add up before they are squared.
+    # Tokens occur more than once, so their rows are added up before they are squared.
     assert len(np.unique(x)) < x.size
     dense = tf.convert_to_tensor(gradient).numpy()
     np.testing.assert_allclose(float(squared), (dense**2).sum(), rtol=1e-5)
@@ -178,7 +181,7 @@ def test_stateful_operations_run_once(compile_step):
     assert seen == [2]
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="the layout is XLA's")
+@pytest.mark.skipif(BACKEND != "jax", reason="XLA's layout")
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 @pytest.mark.parametrize("kind", ["Conv1D", "Conv2D", "Conv3D", "DepthwiseConv2D"])
 def test_convolutions_have_the_layout_of_the_fast_kernel(kind, data_format):
@@ -208,7 +211,7 @@ def test_convolutions_have_the_layout_of_the_fast_kernel(kind, data_format):
     mask = np.array([True, False, True, True])
     compiled = sparse.lower(mask).compile()
     orders = re.findall(r" convolution\(.*dim_labels=([\w>-]+)", compiled.as_text())
-    assert len(orders) >= 3  # to the input once, to the weights twice
+    assert len(orders) >= 3  # one gradient of the input, two of the weights
     digits = "".join(map(str, range(rank)))
     assert set(orders) == {f"b{digits}f_{digits}io->b{digits}f"}
 
@@ -218,7 +221,7 @@ def test_convolutions_have_the_layout_of_the_fast_kernel(kind, data_format):
         np.testing.assert_allclose(gradient, dense_gradient * on, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="buffers are planned ahead elsewhere")
+@pytest.mark.skipif(BACKEND != "torch", reason="others plan buffers in advance")
 def test_activations_of_inactive_arms_are_not_kept():
     import torch
 

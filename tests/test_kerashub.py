@@ -1,4 +1,4 @@
-"""Tasks of KerasHub: raw strings and images, their own `compile` defaults, LoRA."""
+"""KerasHub tasks: raw strings and images, their `compile` defaults, LoRA."""
 
 import keras
 import keras_hub
@@ -51,7 +51,7 @@ def image_classifier():
 
 
 def causal_lm():
-    # A byte-pair tokenizer with one merge: nearly all tokens are letters.
+    # A byte-pair tokenizer with one merge, so nearly all tokens are letters.
     letters = sorted({letter for text in TEXTS for letter in text.replace(" ", "Ġ")})
     vocabulary = {token: i for i, token in enumerate(["<|endoftext|>", "th", *letters])}
     tokenizer = keras_hub.models.GPT2Tokenizer(vocabulary=vocabulary, merges=["t h"])
@@ -82,7 +82,7 @@ def arm_names(optimizer):
 
 def test_text_classifier_on_raw_strings():
     task = keras_slsam.sharpness_aware(text_classifier())
-    task.compile(optimizer=slsam(arms="block"))  # the loss and metrics of the task
+    task.compile(optimizer=slsam(arms="block"))  # default loss and metrics
     history = task.fit(TEXTS * 8, np.tile(LABELS, 8), 8, epochs=12, verbose=0).history
     assert history["loss"][-1] < 0.5 * history["loss"][0]
     assert history["sparse_categorical_accuracy"][-1] > 0.9
@@ -93,7 +93,7 @@ def test_text_classifier_on_raw_strings():
     assert task.predict(TEXTS, verbose=0).shape == (4, 2)
 
 
-def test_a_task_goes_on_from_a_weights_file(tmp_path):
+def test_a_task_resumes_from_a_weights_file(tmp_path):
     def task():
         task = keras_slsam.sharpness_aware(text_classifier(num_layers=1, dropout=0.0))
         task.compile(optimizer=slsam())
@@ -142,14 +142,14 @@ def test_causal_lm_on_raw_strings(lora):
     before = [ops.convert_to_numpy(v) for v in frozen]
     loss, _ = task.evaluate(TEXTS, verbose=0)
     history = task.fit(TEXTS * 8, batch_size=8, epochs=8, verbose=0).history["loss"]
-    # A frozen network without training learns little by its low-rank factors.
+    # A frozen, untrained network learns little with its low-rank factors.
     assert history[-1] < (0.99 if lora else 0.5) * loss
     paths = [path for arm in arm_names(task.optimizer) for path in arm]
     assert sorted(paths) == sorted(v.path for v in task.trainable_variables)
-    # Only what is trainable is an arm: the low-rank factors, and biases beside them.
+    # Only trainable weights are arms: low-rank factors, and biases of the same layers.
     assert all("lora" in path or path.endswith("bias") for path in paths) == lora
     assert bool(frozen) == lora
     for old, variable in zip(before, frozen):
         np.testing.assert_array_equal(old, ops.convert_to_numpy(variable))
-    if lora:  # compiled again by Keras, alike for both
+    if lora:  # Keras has compiled both models again
         assert task.generate("the", max_length=8).startswith("the")

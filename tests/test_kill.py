@@ -1,4 +1,4 @@
-"""A run that is killed and resumed ends where one that was not killed does."""
+"""A killed and resumed run ends with the same weights as an uninterrupted one."""
 
 import pathlib
 import subprocess
@@ -9,8 +9,8 @@ import pytest
 CHILD = pathlib.Path(__file__).parent / "kill_child.py"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="its processes are forked")
-def test_a_run_that_was_killed_ends_in_the_same_weights():
+@pytest.mark.skipif(sys.platform != "linux", reason="forks processes")
+def test_a_killed_run_ends_with_the_same_weights():
     flags = "--kills 2 --methods SLSAM --callbacks BackupAndRestore".split()
     done = subprocess.run(
         [sys.executable, CHILD, *flags], capture_output=True, text=True, check=True

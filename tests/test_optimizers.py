@@ -1,4 +1,4 @@
-"""The base optimizer's step: on active variables only, as if they were alone."""
+"""The base optimizer updates each active variable as if it were the only one."""
 
 import keras
 import numpy as np
@@ -23,7 +23,7 @@ MASKS = [
 
 
 class Inner(keras.layers.Layer):
-    """Inner product of the input and all weights: gradients do not depend on them."""
+    """The inner product of input and weights, whose gradient ignores the weights."""
 
     def build(self, input_shape):
         self.parts = [
@@ -71,7 +71,7 @@ def inner_model(optimizer, **kwargs):
 
 
 def train(model):
-    """Weights after each step."""
+    """Returns the weights after each step."""
     history = []
     for batch in batches():
         model.train_on_batch(batch, np.zeros((2, 1)))
@@ -80,7 +80,7 @@ def train(model):
 
 
 def alone(make_base, learning_rate=None):
-    """Weights of variables that each have an optimizer of their own."""
+    """Returns the weights after each step if each variable has its own optimizer."""
     variables = [
         keras.Variable(start, name=f"part_{i}") for i, start in enumerate(STARTS)
     ]
@@ -129,16 +129,16 @@ BASES = {
 BASES = {
     name: base
     for name, base in BASES.items()
-    # Newer Keras has more of them.
+    # Newer versions of Keras have more optimizers.
     if all(hasattr(optimizers, n) for n in base.__code__.co_names if n[0].isupper())
 }
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_inactive_variables_step_as_if_alone(name):
+def test_each_variable_steps_as_if_alone(name):
     try:
         expected = alone(BASES[name])
-    except AttributeError:  # Keras 3.12's own, on TensorFlow
+    except AttributeError:  # raised by Keras 3.12 on TensorFlow
         assert name == "muon"
         pytest.skip("Muon reads a path that TensorFlow's variables do not have")
     optimizer = keras_slsam.SLSAM(BASES[name](), sampler=Replay(MASKS))
@@ -153,18 +153,18 @@ def test_inactive_variables_step_as_if_alone(name):
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_every_arm_on_is_the_base_optimizer(name):
-    """By the way that can leave out arms."""
+def test_a_mask_of_all_arms_equals_the_base_optimizer(name):
+    """Uses the code that can skip arms."""
     plain = keras.Sequential([keras.Input((sum(SIZES),)), Inner()])
     plain.compile(optimizer=BASES[name](), loss=mean_output)
-    # In a graph of TensorFlow Keras' own build loses ScheduleFreeAdamW's first values.
+    # Keras' own build loses ScheduleFreeAdamW's first values in a TensorFlow graph.
     plain.optimizer.build(plain.trainable_variables)
     optimizer = keras_slsam.SLSAM(BASES[name](), sampler=Replay([[1, 1, 1]]))
     assert_same(train(inner_model(optimizer)), train(plain))
 
 
 @pytest.mark.parametrize("name", ["momentum", "adamw", "nadam", "ftrl"])
-def test_all_active_is_the_base_optimizer(name):
+def test_methods_with_all_arms_active_equal_the_base_optimizer(name):
     # The gradient does not depend on the weights, so no method changes it.
     plain = keras.Sequential([keras.Input((sum(SIZES),)), Inner()])
     plain.compile(optimizer=BASES[name](), loss=mean_output)
@@ -200,7 +200,7 @@ def test_moments_of_inactive_variables_keep_every_bit():
             assert not any(same) if on else all(same)
 
 
-def test_schedules_follow_the_global_steps():
+def test_schedules_count_all_steps():
     schedule = optimizers.schedules.ExponentialDecay(0.1, 2, 0.5)
     optimizer = keras_slsam.SLSAM(
         optimizers.AdamW(schedule, weight_decay=0.1), sampler=Replay(MASKS)
@@ -263,7 +263,7 @@ def test_weight_decay_can_be_excluded(excluded):
 
 
 @pytest.mark.parametrize("frequency", [None, 3])
-def test_moving_average_is_of_the_whole_model_each_step(frequency):
+def test_moving_average_covers_the_whole_model_in_each_step(frequency):
     base = optimizers.SGD(
         0.1, use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=frequency
     )
@@ -311,8 +311,8 @@ def test_gradient_accumulation_of_the_base_optimizer():
             np.testing.assert_allclose(weight, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_keras_parts_that_have_no_public_name():
-    """Fails where Keras moves what `BaseStep`, the loss and the step use."""
+def test_private_names_of_keras_exist():
+    """Fails if Keras moves names that `BaseStep`, the loss and the step use."""
     base = optimizers.Nadam()
     for name in (
         "_clip_gradients",
@@ -365,7 +365,7 @@ def test_arms(arms, expected):
     }
 
 
-def test_blocks_of_a_subclassed_model_are_not_the_model():
+def test_the_blocks_of_a_subclassed_model_are_its_layers():
     import zoo
 
     model, *_ = zoo.build("subclassed")
@@ -375,7 +375,7 @@ def test_blocks_of_a_subclassed_model_are_not_the_model():
 
 
 class Tower(keras.Model):
-    """A model with a weight of its own."""
+    """A model with a weight that belongs to no layer."""
 
     def __init__(self):
         super().__init__()
@@ -391,7 +391,7 @@ class Tower(keras.Model):
         return x
 
 
-def test_a_weight_of_the_model_is_a_block_of_its_own():
+def test_a_weight_of_the_model_itself_is_a_block():
     model = Tower()
     model(np.ones((2, 4)))
     optimizer = keras_slsam.SLSAM("sgd", arms="block")
@@ -400,7 +400,7 @@ def test_a_weight_of_the_model_is_a_block_of_its_own():
 
 
 @pytest.mark.parametrize("arms", ["layer", "block"])
-def test_layers_of_the_same_name_in_two_models_are_two_arms(arms):
+def test_layers_with_the_same_name_in_two_models_are_two_arms(arms):
     def tower():
         inputs = keras.Input((4,))
         x = keras.layers.Dense(4, name="first")(inputs)
@@ -416,7 +416,7 @@ def test_layers_of_the_same_name_in_two_models_are_two_arms(arms):
     assert [{id(v) for v in arm} for arm in optimizer.arms] == expected
 
 
-def test_weights_of_one_name_in_a_layer_are_one_arm():
+def test_weights_with_the_same_name_in_a_layer_are_one_arm():
     class Experts(keras.layers.Layer):
         def build(self, input_shape):
             shape = (input_shape[-1], 2)
@@ -431,7 +431,7 @@ def test_weights_of_one_name_in_a_layer_are_one_arm():
     assert [len(arm) for arm in optimizer.arms] == [4, 2]
 
 
-def test_towers_with_other_weights_in_layers_of_the_same_name():
+def test_two_towers_with_different_weights_in_layers_with_the_same_name():
     def tower(use_bias):
         inputs = keras.Input((4,))
         x = keras.layers.Dense(4, name="first", use_bias=use_bias)(inputs)
@@ -459,7 +459,7 @@ def test_names(make, name):
 
 
 class Alternating(samplers.Sampler):
-    """All arms in even updates and one arm in odd ones, by the optimizer's count."""
+    """Draws all arms in even updates and one arm in odd ones, by the step count."""
 
     def build(self, num_arms):
         self._num_arms = num_arms
@@ -469,7 +469,7 @@ class Alternating(samplers.Sampler):
         return ops.logical_or(even, ops.arange(self._num_arms) == 0)
 
 
-def test_a_sampler_reads_the_count_of_steps():
+def test_a_sampler_can_read_the_step_count():
     sampler = Alternating()
     base = optimizers.SGD(gradient_accumulation_steps=2)
     sampler.optimizer = keras_slsam.SLSAM(base, sampler=sampler)
@@ -516,7 +516,7 @@ def steps(model, count=3, x=X):
 
 @pytest.mark.parametrize("base", ["adamw", "momentum"])
 @pytest.mark.parametrize("method", METHODS)
-def test_rho_of_zero_is_the_base_optimizer(method, base):
+def test_rho_of_zero_equals_the_base_optimizer(method, base):
     plain = steps(curved_model(BASES[base](), sharpness_aware=False))
     weights = steps(curved_model(METHODS[method](BASES[base](), rho=0)))
     for weight, expected in zip(weights, plain):
@@ -525,8 +525,8 @@ def test_rho_of_zero_is_the_base_optimizer(method, base):
         np.testing.assert_allclose(weight, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_a_second_pass_under_a_condition_is_of_any_loss():
-    """Names in the gradient of this loss are the beginnings of others."""
+def test_a_conditional_second_pass_works_for_losses_with_prefix_names():
+    """Some names in the gradient graph of this loss are prefixes of other names."""
 
     def trained(optimizer):
         layers = [keras.Input((3,)), keras.layers.Dense(1, activation="sigmoid")]
@@ -545,7 +545,7 @@ def test_a_second_pass_under_a_condition_is_of_any_loss():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_rho_can_be_set_between_steps(method):
-    """Each step is that of an optimizer that was made with the value."""
+    """Each step equals that of an optimizer that was created with the value."""
     model = curved_model(METHODS[method](BASES["momentum"](), rho=0.0))
     model.optimizer.build(model.trainable_variables)
     values = []
@@ -564,7 +564,7 @@ def test_rho_can_be_set_between_steps(method):
             np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-7)
 
 
-def test_rho_is_set_by_a_callback_and_restored():
+def test_rho_set_by_a_callback_is_used_and_saved():
     class Warmup(keras.callbacks.Callback):
         def on_train_batch_begin(self, batch, logs=None):
             self.model.optimizer.rho = 0.1 * batch
@@ -584,12 +584,12 @@ def test_rho_is_set_by_a_callback_and_restored():
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.3])
-def test_rho_that_was_loaded_counts(rho):
+def test_a_loaded_rho_takes_effect(rho):
     model = curved_model(keras_slsam.SAM(BASES["sgd"](), rho=rho))
     other = curved_model(keras_slsam.SAM(BASES["sgd"](), rho=0.3 - rho))
     steps(other, 1)
     other.set_weights(model.get_weights())
-    other.optimizer.rho.assign(rho)  # as what loads a file does
+    other.optimizer.rho.assign(rho)  # as when a file is loaded
     for one, two in zip(steps(model), steps(other)):
         np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-7)
 
@@ -641,7 +641,7 @@ def test_a_step_that_is_not_finite_changes_nothing(method, bad, accumulates):
     spoiled = X.copy()
     spoiled[0, 0] = bad
     loss = model.train_on_batch(spoiled, Y)
-    assert np.isfinite(loss) == np.isfinite(np.tanh(bad))  # reported as it is
+    assert np.isfinite(loss) == np.isfinite(np.tanh(bad))  # reported unchanged
     for old, variable in zip(before, kept):
         new = ops.convert_to_numpy(variable)
         np.testing.assert_array_equal(old, new, err_msg=variable.path)
@@ -686,12 +686,12 @@ def set_on_it():
         (set_on_it, "apply_gradients"),
     ],
 )
-def test_an_entry_point_that_would_be_lost_is_refused(make, name):
+def test_an_override_that_would_be_ignored_is_refused(make, name):
     with pytest.raises(ValueError, match=rf"overrides `{name}`.*update_step.*`SAM`"):
         keras_slsam.SLSAM(make())
 
 
-def test_an_entry_point_of_a_users_is_honoured_by_dense_methods():
+def test_dense_methods_call_a_custom_apply():
     plain = steps(curved_model(Centralized(0.1), sharpness_aware=False))
     for make in (keras_slsam.SAM, keras_slsam.RST):
         for weight, expected in zip(
@@ -701,7 +701,7 @@ def test_an_entry_point_of_a_users_is_honoured_by_dense_methods():
 
 
 class Entry(optimizers.SGD):
-    """Half the gradients, in the method that Keras' own step calls."""
+    """Halves the gradients, in the method that Keras' own step calls."""
 
     def apply_gradients(self, grads_and_vars):
         return super().apply_gradients([(g * 0.5, v) for g, v in grads_and_vars])
@@ -711,7 +711,7 @@ class Entry(optimizers.SGD):
         return super().stateless_apply(optimizer_variables, grads, trainable_variables)
 
 
-def test_the_entry_point_of_the_backend_is_called():
+def test_the_method_that_keras_calls_on_this_backend_is_called():
     plain = steps(curved_model(Entry(0.1), sharpness_aware=False))
     weights = steps(curved_model(keras_slsam.SAM(Entry(0.1), rho=0)))
     for weight, expected in zip(weights, plain):
@@ -719,7 +719,7 @@ def test_the_entry_point_of_the_backend_is_called():
 
 
 class Signed(optimizers.SGD):
-    """An `update_step` of the user's own, which notes what it gets."""
+    """Has a custom `update_step`, which records the type of its variable."""
 
     seen = None
 
@@ -729,7 +729,7 @@ class Signed(optimizers.SGD):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_an_update_step_of_a_users_is_honoured(method):
+def test_a_custom_update_step_is_called(method):
     plain = steps(curved_model(Signed(0.01), sharpness_aware=False))
     expected_type = Signed.seen
     weights = steps(curved_model(METHODS[method](Signed(0.01), rho=0)))
@@ -739,7 +739,7 @@ def test_an_update_step_of_a_users_is_honoured(method):
 
 
 @pytest.mark.parametrize("method", ["sam", "every arm"])
-def test_metrics_read_the_learning_rate_of_after_the_step(method):
+def test_metrics_read_the_learning_rate_after_the_step(method):
     schedule = optimizers.schedules.ExponentialDecay(0.1, 1, 0.5)
     optimizer = METHODS[method](optimizers.SGD(schedule))
 
@@ -755,7 +755,7 @@ def test_metrics_read_the_learning_rate_of_after_the_step(method):
     assert int(optimizer.iterations) == 3
 
 
-def test_nadam_counts_a_window_once():
+def test_nadam_counts_each_window_once():
     """All arms are active, and each window is one update of Nadam."""
 
     def trained(wrap):
@@ -771,7 +771,7 @@ def test_nadam_counts_a_window_once():
 @pytest.mark.parametrize(
     "kwargs", [{"use_ema": True}, {"gradient_accumulation_steps": 3}]
 )
-def test_constraints_come_after_averages_and_in_each_step(kwargs):
+def test_constraints_apply_after_averages_and_in_each_step(kwargs):
     def trained(wrap):
         keras.utils.set_random_seed(0)
         dense = keras.layers.Dense(2, kernel_constraint="unit_norm")
@@ -790,7 +790,7 @@ def test_constraints_come_after_averages_and_in_each_step(kwargs):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_config_stays_as_it_was():
+def test_from_config_does_not_change_the_config():
     schedule = optimizers.schedules.CosineDecay(0.1, 10)
     config = keras_slsam.SAM(optimizers.AdamW(schedule)).get_config()
     before = repr(config)

@@ -1,4 +1,4 @@
-"""The parts of a graph compute what is needed, and no more, on random graphs."""
+"""The parts of random graphs compute the values that are needed, and no others."""
 
 import collections
 import random
@@ -13,11 +13,11 @@ EVERYONE = (1 << NUM_ARMS) - 1
 
 
 def make_graph(rng, **shares):
-    """Nodes over a few inputs, with the arms that need the outputs.
+    """Makes a random graph over a few inputs, with the arms that need each output.
 
     Args:
         rng: `random.Random`.
-        **shares: Floats, how many nodes have each attribute.
+        **shares: Floats, the share of nodes with each attribute.
 
     Returns:
         `(nodes, inputs, needs)`.
@@ -58,8 +58,8 @@ def run(parts, given, active):
     """Runs the parts that active arms need.
 
     Returns:
-        `(values, counts)`: what is known afterwards, `None` where skipped, and how
-        often each node ran.
+        `(values, counts)`: the values after the run, `None` if skipped, and the number
+        of runs of each node.
     """
     known, counts = dict(given), collections.Counter()
     for part in parts:
@@ -75,7 +75,7 @@ def run(parts, given, active):
 
 
 def wanted(nodes, needs, active):
-    """The nodes that the outputs of the active arms depend on: brute force."""
+    """Finds the nodes that the outputs of active arms depend on, by brute force."""
     values = {v for v, arms in needs.items() if arms & active}
     found = set()
     for node in reversed(nodes):
@@ -93,11 +93,11 @@ def plan(nodes, inputs, needs):
 
 
 def passes(seed, **shares):
-    """Both passes on a random graph, for each set of active arms.
+    """Runs both passes on a random graph, for each set of active arms.
 
     Yields:
-        `(nodes, needs, independent, active, found)`, `found` with what each pass
-        should give, what it gave, and how often nodes ran in it.
+        `(nodes, needs, independent, active, found)`. For each pass, `found` has the
+        expected values, the computed values, and the number of runs of each node.
     """
     nodes, inputs, needs = make_graph(random.Random(seed), **shares)
     independent, first, second, kept = plan(nodes, inputs, needs)
@@ -128,7 +128,7 @@ def test_both_passes_compute_what_the_active_arms_need(shares):
 
 
 @pytest.mark.parametrize("shares", [{}, {"always": 0.1}, {"copied": 0.5}])
-def test_nothing_runs_that_no_active_arm_needs(shares):
+def test_only_nodes_that_active_arms_need_run(shares):
     for seed in range(60):
         for nodes, needs, independent, active, found in passes(seed, **shares):
             needed = wanted(nodes, needs, active)
@@ -139,7 +139,7 @@ def test_nothing_runs_that_no_active_arm_needs(shares):
                 assert not any(counts[n] for n in again if not n.copied)
 
 
-def test_what_no_condition_can_give_is_read_where_it_is_made():
+def test_values_that_a_condition_cannot_return_are_read_in_the_same_part():
     for seed in range(60):
         nodes, inputs, needs = make_graph(random.Random(seed), **ALL)
         _, first, second, _ = plan(nodes, inputs, needs)
@@ -156,7 +156,7 @@ def test_nodes_with_effects_run_once_in_each_pass():
 
 
 @pytest.mark.parametrize("probability", [0.01, 0.05, 0.2, 0.5, 0.8])
-def test_a_set_that_is_hardly_ever_inactive_has_no_condition(probability):
+def test_a_set_that_is_almost_always_active_has_no_condition(probability):
     most = int(partition.most_arms(probability))
     assert (1 - probability) ** most >= partition.RARELY * (1 - 1e-9)
     assert (1 - probability) ** (most + 1) < partition.RARELY
@@ -173,7 +173,7 @@ def test_a_set_that_is_hardly_ever_inactive_has_no_condition(probability):
     ]
 
 
-def test_free_nodes_need_no_part_of_their_own():
+def test_free_nodes_do_not_make_a_separate_part():
     view = Node("view", ["b"], ["c"], free=True)
     chain = [Node("work", ["a"], ["b"]), view, Node("more", ["c"], ["d"])]
     needs = {"b": 0b01, "d": 0b10}

@@ -1,4 +1,4 @@
-"""Names that are not public, or are only looked up: each fails here where it moves."""
+"""Private names, and names that are only looked up. A test fails if one changes."""
 
 import keras
 import numpy as np
@@ -11,7 +11,7 @@ on_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's
 
 
 @on_jax
-def test_calls_are_told_from_other_equations():
+def test_calls_are_distinguished_from_other_equations():
     import jax
     from jax import numpy as jnp
     from jax.extend import core
@@ -44,7 +44,7 @@ def test_calls_are_told_from_other_equations():
 
 
 def types_of(function, *args):
-    """The types of the operations of a function, and the graph."""
+    """Returns the types of the operations of a function, and its graph."""
     import tensorflow as tf
 
     graph = tf.function(function, autograph=False).get_concrete_function(*args).graph
@@ -63,7 +63,7 @@ def test_operations_of_tensorflow_exist():
 
 
 @on_tensorflow
-def test_operations_of_tensorflow_have_the_names_that_are_looked_up():
+def test_operations_of_tensorflow_have_the_expected_names():
     import tensorflow as tf
 
     from keras_slsam.gradients import tensorflow_names as names
@@ -88,7 +88,7 @@ def test_operations_of_tensorflow_have_the_names_that_are_looked_up():
 
 
 @on_tensorflow
-def test_attributes_of_tensorflow_are_those_that_are_looked_up():
+def test_attributes_of_tensorflow_have_the_expected_names():
     import tensorflow as tf
 
     from keras_slsam.gradients import tensorflow_names as names
@@ -109,7 +109,7 @@ def test_attributes_of_tensorflow_are_those_that_are_looked_up():
 
 
 @on_tensorflow
-def test_graphs_of_functions_are_told_from_those_of_loops():
+def test_graphs_of_functions_are_distinguished_from_loops():
     import tensorflow as tf
 
     from keras_slsam.gradients import tensorflow_names as names
@@ -125,7 +125,7 @@ def test_graphs_of_functions_are_told_from_those_of_loops():
 
 
 @on_tensorflow
-def test_an_anonymous_variable_is_its_own():
+def test_anonymous_variables_are_distinct():
     import tensorflow as tf
 
     from keras_slsam.gradients import tensorflow_names as names
@@ -146,7 +146,7 @@ def test_an_anonymous_variable_is_its_own():
 
 
 @on_tensorflow
-def test_variables_that_are_read_are_seen():
+def test_the_watcher_sees_variables_that_are_read():
     import tensorflow as tf
 
     from keras_slsam.gradients import tensorflow_names as names

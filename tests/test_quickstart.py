@@ -1,6 +1,6 @@
 """The quickstart and the digits run on each backend and print their table.
 
-On JAX the session of the tests runs the quickstart by the command of the README.
+On JAX, noxfile.py runs the quickstart with the README's command.
 """
 
 import pathlib
@@ -21,7 +21,7 @@ def test_quickstart(monkeypatch, capsys):
     )
     quickstart.main()
     lines = capsys.readouterr().out.splitlines()
-    assert sum(line.startswith("turn ") for line in lines) == 2  # of a batch each
+    assert sum(line.startswith("turn ") for line in lines) == 2  # one batch each
     rows = [line.split() for line in lines[-2:]]
     assert [row[0] for row in rows] == ["SAM", "SL-SAM"]
     assert [float(row[1]) for row in rows] == [5e-5, 2e-4]

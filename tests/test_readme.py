@@ -1,6 +1,6 @@
-"""The Python of the README and of the docs runs as it is printed.
+"""The Python blocks of the README and the docs run as printed.
 
-Not that of blocks that begin with "```python notest", which lack a model or a file.
+Blocks that begin with "```python notest" lack a model or a file, and are not run.
 """
 
 import pathlib

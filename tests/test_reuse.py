@@ -1,4 +1,4 @@
-"""The second pass: what it reuses from the first is what it would compute."""
+"""The second pass reuses only values that it would compute itself."""
 
 import copy
 import functools
@@ -21,7 +21,7 @@ from keras_slsam.loss import Loss
 BACKEND = keras.config.backend()
 WIDTH = zoo.WIDTH
 
-on_torch = pytest.mark.skipif(BACKEND != "torch", reason="Python runs once elsewhere")
+on_torch = pytest.mark.skipif(BACKEND != "torch", reason="others run Python only once")
 
 
 def dense():
@@ -29,13 +29,13 @@ def dense():
 
 
 def chain(*middle):
-    """Dense layers with `middle` between the first two of them."""
+    """Returns Dense layers with `middle` between the first two."""
     parts = [keras.Input((WIDTH,)), dense(), *middle, dense(), layers.Dense(3)]
     return keras.Sequential(parts)
 
 
 class Reader(layers.Layer):
-    """Depends on the kernel of another layer, which no gradient shows."""
+    """Depends on the kernel of another layer, but has no gradient for it."""
 
     def __init__(self, layer):
         super().__init__()
@@ -51,7 +51,7 @@ class Detached(layers.Layer):
 
 
 class Counter(layers.Layer):
-    """State that Keras does not know of."""
+    """Has state that Keras does not track."""
 
     def __init__(self):
         super().__init__()
@@ -63,7 +63,7 @@ class Counter(layers.Layer):
 
 
 class Sloped(Counter):
-    """The same, in an attribute of a layer of Keras."""
+    """Has this state in an attribute of a Keras layer."""
 
     def __init__(self):
         super().__init__()
@@ -76,7 +76,7 @@ class Sloped(Counter):
 
 
 class Assigning(Counter):
-    """The same, in a frozen weight of a layer of Keras."""
+    """Has this state in a frozen weight of a Keras layer."""
 
     def __init__(self):
         super().__init__()
@@ -92,7 +92,7 @@ class Assigning(Counter):
 
 
 class Drawing(Counter):
-    """The same, in the state of PyTorch's generator."""
+    """Has this state in PyTorch's random number generator."""
 
     def __init__(self):
         super().__init__()
@@ -107,7 +107,7 @@ class Drawing(Counter):
 
 
 class Casting(Counter):
-    """The same, in the autocast that a layer of Keras inherits."""
+    """Has this state in the autocast setting that a Keras layer inherits."""
 
     def __init__(self):
         super().__init__()
@@ -124,7 +124,7 @@ class Casting(Counter):
 
 
 class Writer(layers.Layer):
-    """Writes to a variable that others read."""
+    """Writes to a variable that other layers read."""
 
     def __init__(self):
         super().__init__()
@@ -136,14 +136,14 @@ class Writer(layers.Layer):
 
 
 class InPlace(layers.Layer):
-    """Changes its input."""
+    """Changes its input in place."""
 
     def call(self, x):
         return x.mul_(2.0)
 
 
 class Residual(layers.Layer):
-    """A user's layer with layers of Keras in it, and operations between them."""
+    """A custom layer that contains Keras layers, with operations between them."""
 
     def __init__(self):
         super().__init__()
@@ -192,7 +192,7 @@ def penalised():
 
 
 def attended():
-    """Attention takes the mask off what it is given, which others are given too."""
+    """Returns a model whose attention removes the mask from an input it shares."""
     inputs = keras.Input((zoo.LENGTH,), dtype="int32")
     keys = layers.Embedding(zoo.VOCABULARY, WIDTH, mask_zero=True)(inputs)
     x = layers.Embedding(zoo.VOCABULARY, WIDTH)(inputs)
@@ -202,7 +202,7 @@ def attended():
 
 
 def attended_in_place():
-    """A mask that a layer of KerasHub attaches, and attention takes off."""
+    """Returns a model with a mask that KerasHub attaches, and attention removes."""
     inputs = keras.Input((zoo.LENGTH,), dtype="int32")
     x = keras_hub.layers.TokenAndPositionEmbedding(
         zoo.VOCABULARY, zoo.LENGTH, WIDTH, mask_zero=True
@@ -212,7 +212,7 @@ def attended_in_place():
 
 
 class Reversed(layers.Layer):
-    """Changes the list that a model gave, and the one that it is given."""
+    """Changes the list that a model returned, and the list passed to the model."""
 
     def __init__(self):
         super().__init__()
@@ -230,7 +230,7 @@ class Reversed(layers.Layer):
 
 
 class Recurrent(layers.Layer):
-    """Calls a cell, which keeps the noise of its dropout from call to call."""
+    """Calls a cell, which keeps the noise of its dropout between calls."""
 
     def __init__(self):
         super().__init__()
@@ -297,12 +297,12 @@ MODELS = {
     "a cell": lambda: chain(Recurrent()),
     "a transform": lambda: chain(Mapped()),
 }
-if BACKEND == "torch":  # elsewhere Keras cannot build it
+if BACKEND == "torch":  # Keras cannot build it on other backends
     MODELS["rematerialised"] = rematerialised
 
 
 def make(name):
-    """A model, with data and the loss compiled in."""
+    """Returns a model that is compiled with a loss, and its data."""
     if name in zoo.MODELS:
         model, x, y = zoo.build(name)
     else:
@@ -325,7 +325,7 @@ def masks(num_arms):
 
 
 def of_unknown_size(batch):
-    """Data as `fit` gives them on TensorFlow, where the last batch may be smaller."""
+    """Returns data as in `fit` on TensorFlow, where the last batch may be smaller."""
     if BACKEND != "tensorflow":
         return batch
     import tensorflow as tf
@@ -335,7 +335,10 @@ def of_unknown_size(batch):
 
 
 def functions(model, x, y):
-    """From a mask to the gradients at perturbed weights: as second pass, and alone."""
+    """Returns two functions from a mask to the gradients at perturbed weights.
+
+    The first computes them in a second pass, the other in a separate pass.
+    """
     variables = model.trainable_variables
     arms = list(range(len(variables)))
     members = [[arm] for arm in arms]
@@ -392,7 +395,7 @@ def both(model, x, y, compile_step):
 
 
 def check_second_pass(model, x, y, compile_step):
-    """Compares a second pass with one alone at the same weights, for several masks."""
+    """Compares a second pass with a separate pass at the same weights."""
     second, alone = both(model, x, y, compile_step)
     for mask in masks(len(model.trainable_variables)):
         given = ops.convert_to_tensor(mask)
@@ -400,14 +403,14 @@ def check_second_pass(model, x, y, compile_step):
 
 
 @pytest.mark.parametrize("name", [*zoo.MODELS, *MODELS])
-def test_second_pass_computes_what_a_pass_alone_does(name, compile_step):
+def test_second_pass_equals_a_separate_pass(name, compile_step):
     model, x, y = make(name)
     check_second_pass(model, x, y, compile_step)
 
 
 @on_torch
 @pytest.mark.parametrize("name", ["unseeded dropout", "attention", "rematerialised"])
-def test_first_pass_computes_what_keras_does(name):
+def test_recording_does_not_change_the_first_pass(name):
     model, x, y = make(name)
     variables = model.trainable_variables
     weights = [backend.read(v) for v in variables]
@@ -422,7 +425,7 @@ def test_first_pass_computes_what_keras_does(name):
     assert_equal(*found, [True] * len(arms))
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="one program is compiled by XLA")
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's graph")
 @pytest.mark.parametrize("sparse", [True, False])
 def test_noise_is_drawn_once_in_a_graph(sparse, compile_step):
     from benchmarks.work import tensorflow as work
@@ -455,7 +458,7 @@ def test_noise_of_a_size_that_depends_on_the_weights(compile_step):
     sizes = []
 
     class Chosen(layers.Layer):
-        """Noise for the rows whose first entry is positive."""
+        """Draws noise for the rows whose first entry is positive."""
 
         def call(self, x):
             rows = tf.boolean_mask(x, x[:, 0] > 0.4)
@@ -499,7 +502,7 @@ def test_a_shape_that_depends_on_the_weights(compile_step):
 
 
 @on_torch
-def test_layers_in_a_layer_of_the_users_are_replayed():
+def test_keras_layers_in_a_custom_layer_are_replayed():
     from benchmarks.work.torch import executed_flops
 
     model = chain(Residual())
@@ -508,7 +511,7 @@ def test_layers_in_a_layer_of_the_users_are_replayed():
         passes.first(weights)
         found = executed_flops(passes.second, weights)
     product, head = 2 * zoo.BATCH * WIDTH**2, 2 * zoo.BATCH * WIDTH * 3
-    # The last two layers, forwards, to one's kernel, and to the other's input.
+    # The last two layers forward, the kernel of one, and the input of the other.
     assert found == 2 * (product + head)
 
 
@@ -519,11 +522,11 @@ def test_a_layer_that_draws_twice_is_replayed():
     recurrent = layers.LSTM(WIDTH, dropout=0.5, recurrent_dropout=0.5, seed=1)
     model = chain(layers.Reshape((2, -1)), recurrent)
     with backend.no_grad():
-        model(zoo._features(), training=True)  # the first call makes attributes
+        model(zoo._features(), training=True)  # the first call creates attributes
         passes, weights = passes_of(model, lambda arms: [arm > 6 for arm in arms])
         passes.first(weights)
         found = executed_flops(passes.second, weights)
-    # The last layer, forwards and to its kernel.
+    # The last layer: the forward pass, and the gradient of its kernel.
     assert found == 2 * (2 * zoo.BATCH * WIDTH * 3)
 
 
@@ -543,7 +546,7 @@ def test_a_loss_that_is_added_in_a_replayed_layer_is_added():
 
 @on_torch
 def test_a_layer_after_a_module_sees_its_perturbed_weight(compile_step):
-    """Also where no gradient shows that it depends on it."""
+    """This holds even if no gradient shows the dependence."""
     import torch
 
     class Shifted(torch.nn.Module):
@@ -567,7 +570,7 @@ def test_a_layer_after_a_module_sees_its_perturbed_weight(compile_step):
 
 @on_torch
 @pytest.mark.parametrize("transform", [True, False])
-def test_derivatives_forwards_are_not_missed(transform, compile_step):
+def test_forward_mode_derivatives_are_not_missed(transform, compile_step):
     import torch
     from torch.autograd import forward_ad
 
@@ -615,7 +618,7 @@ def test_hidden_state_is_not_missed(kind, compile_step):
 @pytest.mark.parametrize(
     "wrap", [lambda function: function, keras.remat, functools.wraps(ops.tanh)]
 )
-def test_functions_of_users_are_called_in_both_passes(wrap):
+def test_custom_functions_are_called_in_both_passes(wrap):
     calls = []
 
     def function(x):
@@ -625,7 +628,7 @@ def test_functions_of_users_are_called_in_both_passes(wrap):
     model = chain(layers.Activation(wrap(function)))
     with backend.no_grad():
         passes, weights = passes_of(model, lambda arms: [arm > 3 for arm in arms])
-        calls.clear()  # of the call that builds
+        calls.clear()  # from building the model
         passes.first(weights)
         passes.second(weights)
     assert len(calls) == 2
@@ -633,11 +636,11 @@ def test_functions_of_users_are_called_in_both_passes(wrap):
 
 @on_torch
 @pytest.mark.parametrize("where", ["first", "middle", "function", "shared"])
-def test_changes_in_place_are_not_missed(where, compile_step):
+def test_in_place_changes_are_not_missed(where, compile_step):
     if where == "first":
         model = keras.Sequential([keras.Input((WIDTH,)), InPlace(), dense(), dense()])
     elif where == "middle":
-        # What Identity gives is the output of the layer before, which changes.
+        # Identity returns the output of the previous layer, which changes.
         model = chain(layers.Identity(), InPlace(), dense(), InPlace(), dense())
     elif where == "function":
         model = chain(layers.Activation(lambda x: x.mul_(2.0)), dense())
@@ -654,7 +657,7 @@ def test_changes_in_place_are_not_missed(where, compile_step):
         try:
             found = second(ops.convert_to_tensor(mask))
         except RuntimeError as error:
-            assert "inplace" in str(error)  # PyTorch's own refusal
+            assert "inplace" in str(error)  # PyTorch refuses it
             continue
         if where != "first":
             x = ops.convert_to_tensor(zoo._features())
@@ -680,7 +683,7 @@ def test_hooks_are_not_missed(compile_step):
 
 
 class Checkpointed(layers.Layer):
-    """Rematerialises a layer in chosen calls."""
+    """Rematerialises a layer in selected calls."""
 
     def __init__(self, calls):
         super().__init__()
@@ -721,7 +724,7 @@ def test_rematerialised_layers_are_not_replayed(calls, compile_step):
 
 
 class Watcher(layers.Layer):
-    """Holds weak references to what it was given."""
+    """Keeps weak references to its inputs."""
 
     def call(self, x):
         vars(self).setdefault("seen", []).append(weakref.ref(x))
@@ -743,7 +746,7 @@ def test_nothing_is_kept_after_the_step():
     watchers = [Watcher(), Watcher()]
     model = chain(watchers[0], dense(), watchers[1])
     for watcher in watchers:
-        watcher.seen.clear()  # symbolic
+        watcher.seen.clear()  # symbolic tensors
     gc.collect()
     gc.disable()
     try:
@@ -757,7 +760,7 @@ def test_nothing_is_kept_after_the_step():
         watching = weakref.ref(passes)
         del passes
         assert watching() is None
-        with backend.no_grad():  # no second pass
+        with backend.no_grad():  # has no second pass
             passes, _ = passes_of(model, lambda arms: [a > 3 for a in arms])
             passes.first(weights)
             del passes
@@ -767,7 +770,7 @@ def test_nothing_is_kept_after_the_step():
 
 
 @on_torch
-def test_layers_are_as_before_after_a_step():
+def test_layers_are_unchanged_after_a_step():
     model = chain(keras.Sequential([dense(), layers.Dropout(0.5)]))
     before = [set(vars(layer)) for layer in model._flatten_layers()]
     with backend.no_grad():
@@ -788,7 +791,7 @@ def test_layers_are_as_before_after_a_step():
 
 
 @on_torch
-def test_another_thread_computes(monkeypatch):
+def test_calls_in_another_thread_are_not_replayed(monkeypatch):
     import threading
 
     import torch
@@ -802,7 +805,7 @@ def test_another_thread_computes(monkeypatch):
 
     class Predict(layers.Layer):
         def call(self, x):
-            # Called as `inner` is next, in the passes.
+            # The same call as the next call of `inner` in the passes.
             call = {"args": (x,), "kwargs": {"training": True}}
             thread = threading.Thread(target=inner, **call)
             thread.start()
@@ -813,10 +816,11 @@ def test_another_thread_computes(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "dropout", drawing)
     with backend.no_grad():
         passes, weights = passes_of(model, lambda arms: [arm > 1 for arm in arms])
-        threads.clear()  # of the call that builds
+        threads.clear()  # from building the model
         passes.first(weights)
         passes.second(weights)
-    # The other thread's call is made in both passes, the first pass's is replayed.
+    # The other thread calls the layer in both passes. The pass itself calls it once,
+    # and then replays the call.
     in_a_pass = [thread is threading.current_thread() for thread in threads]
     assert in_a_pass == [False, True, False]
 
@@ -838,12 +842,12 @@ def test_a_layer_with_an_effect_and_no_result(compile_step):
     seen.clear()
     check_second_pass(model, x, y, compile_step)
     jax.effects_barrier()
-    # In every pass.
+    # The effect runs in every pass.
     assert len(seen) == 3 * len(masks(len(model.trainable_variables)))
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's variables")
-def test_data_that_go_through_a_variable_of_tensorflow(compile_step):
+def test_data_stored_in_a_tensorflow_variable(compile_step):
     import tensorflow as tf
 
     class Stored(layers.Layer):

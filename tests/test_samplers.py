@@ -1,4 +1,4 @@
-"""Samplers: exact draws, safe updates, the same on every backend."""
+"""Samplers have exact draws and safe updates, the same on every backend."""
 
 import keras
 import numpy as np
@@ -37,7 +37,7 @@ def reference_threefry(key, counter):
 
 
 def test_reference_threefry_gives_the_published_vectors():
-    # The known answers of the Random123 library.
+    # Known answers from the Random123 library.
     assert reference_threefry((0, 0), (0, 0)) == (0x6B200159, 0x99BA4EFE)
     full = 0xFFFFFFFF
     assert reference_threefry((full, full), (full, full)) == (0x1CB996FC, 0xBB002BE7)
@@ -46,7 +46,7 @@ def test_reference_threefry_gives_the_published_vectors():
 
 
 @pytest.mark.parametrize("seed", [0, 1, -5, 2**31 - 1])
-def test_uniform_numbers_are_those_of_threefry(seed):
+def test_uniform_numbers_equal_the_reference_threefry(seed):
     for draw in (0, 7, 2**31 - 1):
         got = numpy(
             threefry.uniform(
@@ -90,7 +90,7 @@ EXPECTED_MASKS = [
 ]
 
 
-def test_masks_of_a_seed_are_these_on_every_backend():
+def test_a_seed_draws_these_masks_on_every_backend():
     sampler = sampler_with(np.float32([0.1, 0.5, 0.9, 0.3, 1e-8, 0.2]), seed=123)
     drawn = ["".join(str(int(on)) for on in numpy(sampler.draw())) for _ in range(8)]
     assert drawn == EXPECTED_MASKS
@@ -113,7 +113,7 @@ def test_draws_have_the_exact_conditional_distribution(compile_step):
     assert (np.abs(share - expected) < 4.5 * error + 1e-9).all()
 
 
-def test_draws_with_tiny_probabilities_are_never_all_off():
+def test_draws_with_tiny_probabilities_are_never_empty():
     sampler = sampler_with(np.full(5, 1e-8, "float32"), samplers.Uniform)
     draws = np.stack([numpy(sampler.draw()) for _ in range(500)])
     assert (draws.sum(axis=1) == 1).all()
@@ -128,7 +128,7 @@ def test_probability_one_is_always_drawn():
 
 
 def reference_bandit(p, mask, norms, share, learning_rate=0.001):
-    """DESIGN of the paper in float64 and with loops."""
+    """The paper's update, in float64 with loops."""
     p, norms = p.astype("float64"), norms.astype("float64")
     ratio = norms[mask] / p[mask]
     loss = ratio.max() ** 2 - ratio**2
@@ -145,7 +145,7 @@ def reference_bandit(p, mask, norms, share, learning_rate=0.001):
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-3, 1.0, 1e3, 1e12, 1e30, 3e38])
-def test_bandit_is_finite_and_right_in_float32_at_any_scale(scale):
+def test_bandit_is_finite_and_correct_in_float32_at_any_scale(scale):
     rng = np.random.default_rng(0)
     share, num_arms = 0.3, 12
     sampler = samplers.Bandit(share, seed=0)
@@ -201,7 +201,7 @@ def test_proportional_finds_the_norms_and_keeps_the_budget():
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30, 3e38])
-def test_proportional_is_free_of_the_scale(scale):
+def test_proportional_does_not_depend_on_the_scale(scale):
     results = []
     for factor in (1.0, scale):
         sampler = samplers.Proportional(0.4, seed=0)
@@ -216,7 +216,7 @@ def test_proportional_is_free_of_the_scale(scale):
 
 @pytest.mark.parametrize("cls", [samplers.Bandit, samplers.Proportional])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_diverged_norm_teaches_nothing(cls, bad):
+def test_probabilities_stay_finite_if_a_norm_is_not(cls, bad):
     sampler = cls(0.5, seed=0)
     sampler.build(4)
     mask = ops.convert_to_tensor([True, True, False, True])
@@ -233,7 +233,7 @@ def test_zero_norms_leave_the_proportional_sampler_uniform():
     np.testing.assert_allclose(numpy(sampler.probabilities), 0.5, rtol=1e-6)
 
 
-def test_variables_of_a_samplers_generators_and_lists_are_its_own():
+def test_sampler_variables_include_generators_lists_and_samplers():
     class Own(samplers.Sampler):
         def build(self, num_arms):
             self.generator = keras.random.SeedGenerator(3)
@@ -249,7 +249,7 @@ def test_variables_of_a_samplers_generators_and_lists_are_its_own():
     assert [id(v) for v in sampler.variables] == [id(v) for v in expected]
 
 
-def test_drawing_with_keras_random_moves_on_inside_fit():
+def test_a_seed_generator_advances_between_steps():
     class Own(samplers.Sampler):
         def __init__(self):
             self.generator = keras.random.SeedGenerator(3)
@@ -275,7 +275,7 @@ def test_drawing_with_keras_random_moves_on_inside_fit():
 
 
 @pytest.mark.parametrize("number", [np.float32, np.float64])
-def test_numbers_of_numpy_are_numbers(number):
+def test_numpy_numbers_are_accepted(number):
     sampler = samplers.Bandit(number(0.5), learning_rate=number(0.1), seed=np.int64(3))
     assert sampler.get_config()["active_fraction"] == 0.5
     assert type(sampler.get_config()["seed"]) is int
@@ -321,7 +321,7 @@ def test_bad_arguments_are_named(make, name):
         make()
 
 
-def test_samplers_tell_the_least_probability_of_an_arm():
+def test_samplers_report_their_minimum_probability():
     assert samplers.Uniform(0.3).min_probability == 0.3
     assert samplers.Proportional(0.3).min_probability == 0.05
     assert samplers.Bandit(0.3).min_probability == 1e-8

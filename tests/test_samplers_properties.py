@@ -1,4 +1,4 @@
-"""What holds of samplers for any norms, by examples that hypothesis makes.
+"""Properties of samplers for any norms, tested with hypothesis.
 
 Each backend is compared with the same reference, NumPy in float64, so all three agree.
 """
@@ -17,7 +17,8 @@ from test_samplers import reference_threefry
 
 from keras_slsam import samplers
 
-# The same examples in each run. The first of a size compiles, so there is no deadline.
+# Each run has the same examples. There is no deadline, because the first example of
+# each size compiles.
 examples = hypothesis.settings(
     max_examples=50, derandomize=True, deadline=None, database=None
 )
@@ -27,7 +28,7 @@ LEARNERS = [samplers.Bandit, samplers.Proportional]
 
 
 class Run:
-    """A sampler with its update and its draw compiled, as in a step of `fit`."""
+    """A sampler whose update and draw are compiled, as in a step of `fit`."""
 
     def __init__(self, cls, num_arms, fraction):
         kwargs = {"min_probability": 0.01} if cls is samplers.Proportional else {}
@@ -46,7 +47,7 @@ class Run:
             variable.assign(value)
 
     def update(self, active, norms):
-        """The probabilities after a step with these norms."""
+        """Returns the probabilities after a step with these norms."""
         norms = np.where(active, norms, 0).astype("float32")
         self._update(ops.convert_to_tensor(active), ops.convert_to_tensor(norms))
         return self.probabilities()
@@ -73,7 +74,7 @@ def run_of(cls, case):
 
 
 def arrays(num_arms, entries):
-    """Arrays of `entries`; large ones repeat a few of them in any order."""
+    """Generates arrays of `entries`. Large arrays repeat a few entries in any order."""
     if num_arms < 10:
         return st.lists(entries, min_size=num_arms, max_size=num_arms).map(np.array)
     few = st.lists(entries, min_size=1, max_size=20)
@@ -90,7 +91,7 @@ NORMS = st.one_of(
     powers_of_ten(-1, 1),
     st.sampled_from([0.0, 1e-30, 1.0, 1e30, 3e38]),
 )
-# Of a size, and of any size together: few of them vanish beside the others.
+# Norms of similar size, scaled by any size, so that few are negligible.
 ALIKE = st.one_of(powers_of_ten(-1, 1), powers_of_ten(-3, 1), st.just(0.0))
 SIZES = st.sampled_from([1e-30, 1.0, 1e30])
 PROBABILITIES = st.one_of(powers_of_ten(-8, 0), st.sampled_from([1e-8, 1.0]))
@@ -101,16 +102,17 @@ def masks(num_arms):
 
 
 def steps(num_arms, norms=NORMS):
-    """Some steps: masks, and norms of all arms."""
+    """Generates several steps, each with a mask and the norms of all arms."""
     step = st.tuples(masks(num_arms), arrays(num_arms, norms))
     return st.lists(step, min_size=1, max_size=4)
 
 
 def project(weights, budget):
-    """The p that is proportional to the weights, at most 1, and adds up: by bisection.
+    """Finds p, proportional to the weights but at most 1, by bisection.
 
     Returns:
-        p, and whether weights have vanished: those below 1 then stay so.
+        p, whose sum is the budget, and whether weights are negligible, so that the sum
+        may be smaller.
     """
     low, high = budget / weights.sum(), 1.0 / weights[weights > 0].min()
     for _ in range(60):
@@ -127,7 +129,7 @@ def project(weights, budget):
 @examples
 @hypothesis.given(data=st.data())
 def test_projection_is_proportional_and_capped(data):
-    """Without a lesson the bandit only projects."""
+    """Without an update from norms, the bandit only projects."""
     run = run_of(samplers.Bandit, data.draw(st.sampled_from(CASES)))
     weights = data.draw(arrays(run.num_arms, PROBABILITIES)).astype("float32")
     run.sampler.probabilities.assign(weights)
@@ -159,13 +161,13 @@ def test_sum_and_bounds_hold_after_any_norms(cls, data):
 
 @examples
 @hypothesis.given(data=st.data())
-def test_bandit_is_that_of_the_paper(data):
+def test_bandit_matches_the_paper(data):
     run = run_of(samplers.Bandit, data.draw(st.sampled_from(FEW_ARMS)))
     for active, n in data.draw(steps(run.num_arms, ALIKE)):
         before = run.probabilities()
         n = n.astype("float32")
         if active.any():
-            # Errors of rounding grow by the exponent.
+            # Rounding errors grow with the exponent.
             exponent = 1e-3 * (n[active] / before[active]).max() ** 2 / before.min()
             hypothesis.assume(exponent < 1e4)
             expected = reference_bandit(before, active, n, run.sampler.active_fraction)
@@ -219,8 +221,8 @@ def test_proportional_does_not_depend_on_the_scale(data, scale):
 @pytest.mark.parametrize("cls", LEARNERS)
 @examples
 @hypothesis.given(data=st.data())
-def test_norms_that_are_not_finite_teach_nothing(cls, data):
-    """The step is that in which their arms were not active."""
+def test_arms_with_norms_that_are_not_finite_count_as_inactive(cls, data):
+    """The step equals one in which the arms with these norms are inactive."""
     run = run_of(cls, data.draw(st.sampled_from(CASES)))
     diverged = st.sampled_from([np.nan, np.inf, -np.inf])
     given = data.draw(steps(run.num_arms, st.one_of(NORMS, diverged)))
@@ -235,7 +237,7 @@ def test_norms_that_are_not_finite_teach_nothing(cls, data):
 
 
 def reference_draw(p, number):
-    """The mask, and whether rounding decides about it: NumPy in float64."""
+    """Returns the mask in float64, and whether it depends on rounding."""
     index = np.arange(len(p) + 1, dtype="uint64")
     high, low = reference_threefry((3, 0), (number, index))
     unit = (high * 2.0**32 + low) / 2.0**64
@@ -246,14 +248,14 @@ def reference_draw(p, number):
     first = np.searchsorted(reached, wanted)
     mask = (index[:-1] > first) & (unit[:-1] < p)
     mask[first] = True
-    # Sums of 10,000 terms in float32 differ by this much between the backends.
+    # In float32, sums of 10,000 terms differ by this much between backends.
     close = np.abs(reached - wanted) < 1e-3 * wanted
     return mask, close.any() or (np.abs(unit[:-1] - p) < 1e-6 * p).any()
 
 
 @examples
 @hypothesis.given(data=st.data(), number=st.integers(0, 2**31 - 2))
-def test_draws_are_those_of_the_reference_and_never_empty(data, number):
+def test_draws_match_the_reference_and_are_never_empty(data, number):
     run = run_of(samplers.Uniform, data.draw(st.sampled_from(CASES)))
     p = data.draw(arrays(run.num_arms, PROBABILITIES)).astype("float32")
     mask = run.draw(p, number)
@@ -265,7 +267,7 @@ def test_draws_are_those_of_the_reference_and_never_empty(data, number):
 
 
 @pytest.mark.parametrize("cls", LEARNERS)
-def test_an_arm_whose_gradient_is_always_zero_stays_in_the_draw(cls):
+def test_an_arm_with_zero_gradients_can_still_be_drawn(cls):
     run = run_of(cls, (9, 0.3))
     norms = np.where(np.arange(9) == 4, 0.0, 3.0)
     p = run.probabilities()

@@ -1,4 +1,4 @@
-"""All state is in the optimizer's variables: a saved run goes on exactly."""
+"""All state is in the optimizer's variables, so a saved run resumes exactly."""
 
 import copy
 import functools
@@ -64,7 +64,7 @@ def state(model):
 
 
 def assert_same_state(model, other):
-    # A metric's variables are not part of a saved model.
+    # A saved model does not contain the variables of metrics.
     for one, two in zip(model.weights, other.weights):
         np.testing.assert_array_equal(
             ops.convert_to_numpy(one), ops.convert_to_numpy(two)
@@ -111,7 +111,7 @@ def test_weights_file_resumes_exactly(name, tmp_path):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_state_that_a_step_changes_is_a_variable(name):
-    """Putting all variables back repeats the step exactly."""
+    """After all variables are restored, the step repeats exactly."""
     model = train(make_model(OPTIMIZERS[name]()), 3)
     variables = model.weights + model.optimizer.variables
     before = [ops.convert_to_numpy(v).copy() for v in variables]
@@ -146,9 +146,9 @@ def test_a_cloned_and_a_saved_model_are_plain_keras(tmp_path):
 
 @functools.cache
 def trained(name):
-    """A model after three steps, which no test may change."""
+    """Returns a model after three steps. Tests must not change it."""
     model = make_model(OPTIMIZERS[name]())
-    model.run_eagerly = BACKEND == "tensorflow"  # not compiled, to be fast
+    model.run_eagerly = BACKEND == "tensorflow"  # compiling would take longer
     return train(model, 3)
 
 
@@ -184,7 +184,7 @@ def by_weights_before_build(model, name, path):
 
 
 def by_whole_h5(model, name, path):
-    # A copy: what is saved in this format is no longer compiled with its optimizer.
+    # A copy, because saving in this format changes the compiled optimizer of the model.
     copy.deepcopy(model).save(path / "model.h5")
     other = keras.saving.load_model(path / "model.h5")
     other.optimizer.build(other.trainable_variables)
@@ -250,7 +250,7 @@ WAYS = [
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-def test_all_state_comes_back(way, name, tmp_path):
+def test_all_state_is_restored(way, name, tmp_path):
     model = trained(name)
     before = [value.copy() for value in state(model)]
     assert_same_state(model, way(model, name, tmp_path))
@@ -259,7 +259,7 @@ def test_all_state_comes_back(way, name, tmp_path):
 
 
 def named_model():
-    """With names: `set_state_tree` knows a variable by its path."""
+    """Returns a model with names, because `set_state_tree` identifies paths."""
     base = keras.optimizers.Adam(0.01, name="base")
     optimizer = keras_slsam.SLSAM(base, sampler="proportional", single_step=True)
     model = keras.Sequential(
@@ -271,7 +271,7 @@ def named_model():
     return model
 
 
-def test_all_state_comes_back_by_a_state_tree():
+def test_all_state_is_restored_from_a_state_tree():
     model, other = train(named_model(), 3), named_model()
     other.set_state_tree(model.get_state_tree("numpy_array"))
     assert_same_state(model, other)
@@ -280,7 +280,7 @@ def test_all_state_comes_back_by_a_state_tree():
 @pytest.mark.skipif(
     not hasattr(keras.callbacks, "OrbaxCheckpoint"), reason="newer than Keras 3.12"
 )
-def test_all_state_comes_back_by_orbax(tmp_path):
+def test_all_state_is_restored_by_orbax(tmp_path):
     pytest.importorskip("orbax.checkpoint")
     folder = str(tmp_path / "orbax")
     saver = keras.callbacks.OrbaxCheckpoint(folder, save_on_background=False)
@@ -300,7 +300,7 @@ def test_a_state_dict_of_torch_holds_the_weights():
         np.testing.assert_array_equal(one, two)
 
 
-def test_a_run_goes_on_from_an_h5_file(tmp_path):
+def test_a_run_resumes_from_an_h5_file(tmp_path):
     model = copy.deepcopy(trained("sam"))
     model.save(tmp_path / "model.h5")
     other = keras.saving.load_model(tmp_path / "model.h5")
@@ -311,7 +311,7 @@ def test_a_run_goes_on_from_an_h5_file(tmp_path):
 
 
 @pytest.mark.parametrize("copier", [copy.copy, copy.deepcopy, keras.models.clone_model])
-def test_a_copy_trains_itself_only(copier):
+def test_a_copy_trains_only_itself(copier):
     model = trained("sam")
     before = [value.copy() for value in state(model)]
     other = copier(model)
@@ -348,7 +348,7 @@ UNLIKE = {
 
 @pytest.mark.parametrize("when", ["built", "not built"])
 @pytest.mark.parametrize("message", UNLIKE)
-def test_state_of_an_unlike_optimizer_is_refused(message, when, tmp_path):
+def test_state_of_a_different_optimizer_is_refused(message, when, tmp_path):
     model = make_model(slsam())
     model.optimizer.build(model.trainable_variables)
     model.save_weights(tmp_path / "model.weights.h5")
@@ -376,14 +376,14 @@ def test_state_of_other_trainable_weights_is_refused(tmp_path):
         other.load_weights(tmp_path / "model.weights.h5")
 
 
-def test_state_of_a_keras_optimizer_does_not_become_ours(tmp_path):
+def test_state_of_a_keras_optimizer_is_not_loaded(tmp_path):
     make = {"adam": lambda: "adam", "ours": lambda: keras_slsam.SAM("adam")}
     model = make_model(make["adam"]())
     model.optimizer.build(model.trainable_variables)
     model.save_weights(tmp_path / "model.weights.h5")
     fresh = make_model(make["ours"]())
     with pytest.warns(UserWarning, match="Skipping variable loading"):
-        fresh.load_weights(tmp_path / "model.weights.h5")  # as for training that begins
+        fresh.load_weights(tmp_path / "model.weights.h5")  # to start new training
     fresh.optimizer.build(fresh.trainable_variables)
     assert int(fresh.optimizer.iterations) == 0
     with pytest.raises(ValueError, match="was not saved by it.*skip_mismatch"):
@@ -416,7 +416,7 @@ def by_name(variable):
 
 
 def test_a_function_is_saved_by_name(tmp_path):
-    """As Keras saves a loss that is a function: registered, or named at loading."""
+    """As in Keras for a loss function: register it, or name it when loading."""
     model = make_model(keras_slsam.SLSAM("sgd", arms=by_name))
     model.optimizer.build(model.trainable_variables)
     model.save(tmp_path / "model.keras")
@@ -439,7 +439,7 @@ def test_a_sampler_is_saved_by_name():
     assert type(again.sampler) is Mine
 
 
-def test_a_lambda_loads_where_the_file_is_trusted(tmp_path):
+def test_a_lambda_loads_only_with_safe_mode_off(tmp_path):
     model = make_model(keras_slsam.SLSAM("sgd", arms=lambda v: v.path[-4:]))
     model.optimizer.build(model.trainable_variables)
     with pytest.warns(UserWarning, match="lambda"):
@@ -450,9 +450,9 @@ def test_a_lambda_loads_where_the_file_is_trusted(tmp_path):
     assert len(other.optimizer.arms) == 2
 
 
-# Keras leaves a variable of Nadam out, also of one without our optimizer around it.
+# Keras does not save a variable of Nadam, even without our optimizer around it.
 @pytest.mark.parametrize("kind", sorted(set(OPTIMIZERS) - {"sl+s2"}))
-def test_a_loss_scale_leaves_no_state_out(kind):
+def test_a_loss_scale_optimizer_saves_all_state(kind):
     model = built(kind)
     scaled = keras.optimizers.LossScaleOptimizer(OPTIMIZERS[kind]())
     scaled.build(model.trainable_variables)

@@ -1,4 +1,4 @@
-"""Modules of PyTorch: nothing of a step shows outside, no weight is stale."""
+"""PyTorch modules: a step is not visible from outside, and no weight is stale."""
 
 import copy
 import threading
@@ -37,7 +37,7 @@ def step(model, x=X):
 
 
 def sam_by_hand(module, x=X):
-    """A step of SAM around SGD in plain PyTorch."""
+    """Takes a step of SAM around SGD in plain PyTorch."""
     weights = list(module.parameters())
     x, y = torch.tensor(x), torch.tensor(Y)
 
@@ -125,7 +125,7 @@ class ByStateDict(Base):
 
 
 class WithAGradient(Base):
-    """Differentiates in the forward pass, by its input and by a weight."""
+    """Differentiates in the forward pass, with respect to its input and a weight."""
 
     def forward(self, x):
         x = x.requires_grad_()
@@ -204,7 +204,7 @@ WAYS = [
 
 
 @pytest.mark.parametrize("make", WAYS)
-def test_a_weight_is_given_however_it_is_read(make):
+def test_a_weight_is_perturbed_however_it_is_read(make):
     torch.manual_seed(0)
     module = make()
     by_hand = copy.deepcopy(module)
@@ -217,7 +217,7 @@ def test_a_weight_is_given_however_it_is_read(make):
 
 
 class Predicts(nn.Module):
-    """In the middle of a step another thread uses the module."""
+    """A module that another thread uses in the middle of a step."""
 
     def __init__(self):
         super().__init__()
@@ -249,7 +249,7 @@ def test_another_thread_sees_nothing_of_a_step():
 
 
 class Momentum(nn.Module):
-    """A momentum encoder: its key follows its query, in the forward pass."""
+    """A momentum encoder whose key follows its query in the forward pass."""
 
     def __init__(self, moves):
         super().__init__()
@@ -279,7 +279,7 @@ MOVES = [
 
 
 @pytest.mark.parametrize("moves", MOVES)
-def test_weights_that_a_module_moves_are_moved_once_from_the_unperturbed(moves):
+def test_weights_that_a_module_updates_are_updated_once_from_unperturbed_ones(moves):
     torch.manual_seed(0)
     module = Momentum(moves)
     expected = [
@@ -334,7 +334,7 @@ class KeptValue(keras.layers.Layer):
 
 
 @pytest.mark.filterwarnings("ignore:`SLSAM` found a single arm:UserWarning")
-def test_a_weight_that_cannot_be_given_is_refused():
+def test_a_weight_that_cannot_be_perturbed_is_refused():
     for make in (WithATransformOfWeights, WithAFunction):
         module = make()
         before = copy.deepcopy(module.state_dict())
@@ -374,7 +374,7 @@ def test_hooks_of_a_weight_see_its_gradient():
 
 
 class Fails(nn.Module):
-    """Raises in its n-th call, after it has drawn and moved what it can."""
+    """Raises in its n-th call, after it has drawn numbers and changed buffers."""
 
     def __init__(self, at):
         super().__init__()
@@ -391,7 +391,7 @@ class Fails(nn.Module):
 
 
 @pytest.mark.parametrize("call", [1, 2])
-def test_modules_and_generators_are_as_before_if_a_step_raises(call):
+def test_modules_and_generators_are_restored_if_a_step_raises(call):
     module = Fails(call)
     model = compiled(module)
     frozen = [weight.requires_grad for weight in module.parameters()]
@@ -428,7 +428,7 @@ def test_a_process_group_of_more_than_one_is_refused():
             distributed.destroy_process_group()
 
 
-def test_a_layer_may_have_the_name_of_a_generator():
+def test_a_layer_may_have_the_same_name_as_a_generator():
     class Generator(nn.Linear):
         pass
 
@@ -466,7 +466,7 @@ class WithACounter(nn.Module):
         return self.o(x)
 
 
-def test_a_buffer_that_is_replaced_moves_once():
+def test_a_buffer_that_is_replaced_is_updated_once():
     module = WithACounter()
     model = compiled(module)
     before = float(module.n)

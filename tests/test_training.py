@@ -1,4 +1,4 @@
-"""The train step does what Keras' own does, and what the methods add."""
+"""The train step does the same as Keras' own, plus what the methods add."""
 
 import functools
 import itertools
@@ -20,7 +20,7 @@ TINY = 1e-9
 
 
 def methods(rho):
-    """Each kind of step, with all arms active."""
+    """Returns an optimizer for each kind of step, with all arms active."""
     return {
         "sam": keras_slsam.SAM("sgd", rho=rho),
         "s2sam": keras_slsam.S2SAM("sgd", rho=rho),
@@ -53,7 +53,7 @@ def fit(model, x, y, epochs=2, **kwargs):
 
 
 def trained_by_keras(name, **kwargs):
-    """What Keras' own step makes of a model: the history, and the variables' values."""
+    """Trains with Keras' own step. Returns the history and the variables' values."""
     plain, x, y = compiled(name, "sgd", sharpness_aware=False)
     history = fit(plain, x, y, **kwargs)
     return history, [ops.convert_to_numpy(v).copy() for v in plain.variables]
@@ -81,16 +81,17 @@ def assert_same_training(name, optimizer, compile_kwargs=None, **kwargs):
 
 
 @pytest.mark.parametrize("name", zoo.MODELS)
-def test_sam_with_a_vanishing_radius_is_the_step_of_keras(name):
-    """Losses, metrics, BatchNorm and seeds move alike, and alike only once.
+def test_sam_with_a_tiny_radius_equals_the_step_of_keras(name):
+    """Losses, metrics, BatchNorm and seeds are the same, so they are updated once.
 
-    The gradient applied is the second pass's, so it saw the dropout of the first.
+    The applied gradient comes from the second pass, so both passes have the same
+    dropout.
     """
     assert_same_training(name, methods(TINY)["sam"])
 
 
-# RST's passes are those of SAM, and the one of SL+S2 that of SL-SAM's first. The dense
-# model with SL-SAM is in test_fit.py.
+# RST has the passes of SAM, and SL+S2 has the first pass of SL-SAM. test_fit.py tests
+# SL-SAM on the dense model.
 @pytest.mark.parametrize(
     ("name", "method"),
     [
@@ -100,7 +101,7 @@ def test_sam_with_a_vanishing_radius_is_the_step_of_keras(name):
         *itertools.product(("attention", "convolution"), ("sl+s2", "rst")),
     ],
 )
-def test_any_method_with_a_vanishing_radius_is_the_step_of_keras(name, method):
+def test_any_method_with_a_tiny_radius_equals_the_step_of_keras(name, method):
     assert_same_training(name, methods(TINY)[method])
 
 
@@ -114,7 +115,7 @@ def test_sample_and_class_weights(method):
 
 
 @pytest.mark.parametrize("name", zoo.MODELS)
-def test_fit_with_arms_switched_off(name):
+def test_fit_with_inactive_arms(name):
     optimizer = keras_slsam.SLSAM("adam", rho=0.05, active_fraction=0.4, seed=0)
     model, x, y = compiled(name, optimizer)
     frozen = [ops.convert_to_numpy(v) for v in model.non_trainable_weights]
@@ -149,7 +150,7 @@ def test_jit_compile_gives_the_same(name, single_step):
             run_eagerly=BACKEND == "jax" and not jit_compile,
         )
         for layer in model._flatten_layers():
-            # XLA draws other random numbers than TensorFlow.
+            # XLA and TensorFlow draw different random numbers.
             if isinstance(layer, keras.layers.Dropout):
                 layer.rate = 0.0
         fit(model, x, y, epochs=3)
@@ -185,7 +186,7 @@ class Fails(keras.layers.Layer):
 
 
 @pytest.mark.parametrize("call", [1, 2])
-def test_weights_are_as_before_if_a_step_raises(call):
+def test_weights_are_restored_if_a_step_raises(call):
     fails = Fails(at=None)
     model = keras.Sequential(
         [
@@ -215,7 +216,7 @@ def test_weights_are_as_before_if_a_step_raises(call):
     assert any((a != b).any() for a, b in zip(before, model.get_weights()))
 
 
-def test_weights_are_as_before_if_a_metric_raises():
+def test_weights_are_restored_if_a_metric_raises():
     def broken(y, y_pred):
         raise RuntimeError("in a metric")
 
@@ -245,7 +246,7 @@ def test_metrics_see_the_mask_of_the_outputs(method):
     model.compile(
         loss=zoo.loss(), metrics=["accuracy"], optimizer=methods(TINY)[method]
     )
-    # All right where there is a token, all wrong where there is none.
+    # Predictions are right for all tokens, and wrong for all padding.
     predicted = np.argmax(model.predict(tokens, verbose=0), axis=-1)
     y = np.where(tokens > 0, predicted, 1 - predicted)
     expected = model.evaluate(tokens, y, return_dict=True, verbose=0)
@@ -256,7 +257,7 @@ def test_metrics_see_the_mask_of_the_outputs(method):
 
 @pytest.mark.parametrize("method", ["sam", "s2sam", "slsam"])
 def test_sample_weights_and_a_mask_of_the_outputs(method):
-    """Keras multiplies the one by the other in place on PyTorch."""
+    """On PyTorch, Keras multiplies one by the other in place."""
     rng = np.random.default_rng(0)
     tokens, y = rng.integers(0, 4, (6, 7)), rng.normal(size=(6, 7, 2))
     weights = rng.random((6, 7)).astype("float32")
@@ -300,7 +301,7 @@ def remat_model(optimizer, remat):
 def test_rematerialised_layers(method):
     x = np.linspace(-1, 1, 24).reshape(6, 4).astype("float32")
     if BACKEND == "jax":
-        # There Keras' own step has no gradients for what is behind a bare `remat`.
+        # There Keras' own step has no gradients of weights behind a bare `remat`.
         return
     results = []
     for remat in (False, True):
@@ -334,7 +335,7 @@ def test_remat_scope():
 @pytest.mark.skipif(BACKEND == "jax", reason="refused by Keras on JAX")
 @pytest.mark.parametrize("method", ["sam", "s2sam", "slsam"])
 def test_random_numbers_without_a_seed(method):
-    """New in each step, and the same in both passes of one."""
+    """They are new in each step, and the same in both of its passes."""
 
     class Noise(keras.layers.Layer):
         def call(self, x):
@@ -359,7 +360,7 @@ def test_random_numbers_without_a_seed(method):
 
 
 class DrawsOutside(keras.layers.Layer):
-    """Draws from the generators of Python and of NumPy, and from its own."""
+    """Draws from Python's and NumPy's generators, and from its own generator."""
 
     def __init__(self):
         super().__init__()
@@ -373,7 +374,7 @@ class DrawsOutside(keras.layers.Layer):
 
 
 def test_random_numbers_of_python_and_numpy():
-    """New in each step, the same in both passes, and afterwards as after one."""
+    """They are new in each step, the same in both passes, and advance by one pass."""
 
     def trained(optimizer):
         keras.utils.set_random_seed(0)
@@ -393,7 +394,7 @@ def test_random_numbers_of_python_and_numpy():
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="test_torch_modules.py, test_errors.py")
+@pytest.mark.skipif(BACKEND != "jax", reason="others: test_torch_modules, test_errors")
 def test_several_processes_are_refused(monkeypatch):
     import jax
 
@@ -404,7 +405,7 @@ def test_several_processes_are_refused(monkeypatch):
 
 
 class Centred(keras.layers.Layer):
-    """Takes away a running mean, which it moves first."""
+    """Subtracts a running mean, which it updates first."""
 
     def build(self, input_shape):
         self.mean = self.add_weight(
@@ -435,7 +436,7 @@ def test_a_variable_that_is_read_after_it_was_assigned():
     for method in ("s2sam", "slsam"):
         for one, other in zip(sam, trained(methods(TINY)[method])):
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
-    if BACKEND != "jax":  # whose own step differentiates through what was assigned
+    if BACKEND != "jax":  # there Keras' step differentiates through the assigned value
         for one, other in zip(sam, trained("sgd")):
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
@@ -449,13 +450,13 @@ def test_a_layer_that_assigns_to_its_trainable_weight_is_refused():
         model.train_on_batch(np.ones((2, 4)), np.ones((2, 1)))
 
 
-def test_a_loss_of_the_models_own():
+def test_a_custom_compute_loss():
     class Own(keras.Model):
         def __init__(self):
             super().__init__()
             self.dense = keras.layers.Dense(1)
 
-        def call(self, x):  # without `training`, like the next
+        def call(self, x):  # without the argument `training`, like `compute_loss`
             return self.dense(x)
 
         def compute_loss(self, x, y, y_pred, sample_weight=None):
@@ -487,7 +488,7 @@ def test_compute_loss_is_called_by_position():
 
 
 class Outputs(keras.Model):
-    """Returns what `wrap` makes of a tensor, and keeps what its metrics see."""
+    """Returns `wrap(tensor)`, and records the types that its metrics get."""
 
     def __init__(self, wrap):
         super().__init__()
@@ -511,13 +512,13 @@ OUTPUTS = {
     "array": lambda tensor: (tensor, np.arange(3)),
     "dict": lambda tensor: {"a": (tensor, None), "b": 2.0, "c": [tensor]},
 }
-if BACKEND != "jax":  # where Keras itself cannot build such a model
+if BACKEND != "jax":  # Keras cannot build such a model on JAX
     OUTPUTS["string"] = lambda tensor: {"a": tensor, "name": "b", "part": slice(2)}
 
 
 @pytest.mark.parametrize("run_eagerly", [False, True])
 @pytest.mark.parametrize("outputs", OUTPUTS)
-def test_outputs_that_are_no_tensors(outputs, run_eagerly):
+def test_outputs_that_are_not_tensors(outputs, run_eagerly):
     def trained(optimizer):
         model = keras_slsam.sharpness_aware(Outputs(OUTPUTS[outputs]))
         model.compile(optimizer=optimizer, run_eagerly=run_eagerly)
@@ -533,7 +534,7 @@ def test_outputs_that_are_no_tensors(outputs, run_eagerly):
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="other backends build beforehand")
 def test_an_eager_model_is_built_as_keras_does():
-    """By a call with the data, not with symbols."""
+    """Builds the model by a call with data, not with symbolic tensors."""
 
     class Reads(keras.Model):
         def __init__(self):
@@ -550,7 +551,7 @@ def test_an_eager_model_is_built_as_keras_does():
 
 
 class Counts(keras.layers.Layer):
-    """Counts the calls of Python: traces where the step is compiled."""
+    """Counts the calls in Python, which are traces if the step is compiled."""
 
     def __init__(self):
         super().__init__()
@@ -595,14 +596,14 @@ def test_no_retrace_after_the_first_steps(single_step):
 
 
 class OneHot(keras_slsam.SAMTrainStep, keras.Model):
-    """Makes of the data what the loss needs."""
+    """Converts the data for the loss."""
 
     def train_step(self, data):
         x, y = data
         return super().train_step((x, ops.one_hot(y, 3)))
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="a function that makes variables")
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's second trace")
 @pytest.mark.parametrize("eager", [False, True])
 def test_variables_are_made_before_the_first_trace(eager, monkeypatch):
     passes = []
@@ -629,12 +630,12 @@ def test_variables_are_made_before_the_first_trace(eager, monkeypatch):
     expected = (model.predict(x, verbose=0).argmax(axis=1) == y).mean()
     model.optimizer.learning_rate = 0.0
     history = model.fit(x, y, batch_size=5, verbose=0).history
-    # Once, or in both steps.
+    # Once if the step is traced, and in both steps otherwise.
     assert len(passes) == (2 if eager else 1)
     assert history["accuracy"] == pytest.approx([expected])
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="the size of XLA's program")
+@pytest.mark.skipif(BACKEND != "jax", reason="XLA's program size")
 @pytest.mark.parametrize("method", ["sam", "slsam"])
 def test_the_compiled_step_grows_in_proportion_to_the_depth(method):
     import jax
@@ -660,7 +661,7 @@ def test_the_compiled_step_grows_in_proportion_to_the_depth(method):
 @pytest.mark.skipif(BACKEND != "torch", reason="one program on JAX and TensorFlow")
 @pytest.mark.parametrize("accumulated", [None, 2])
 @pytest.mark.parametrize("sampler", ["bandit", "proportional", "uniform"])
-def test_two_synchronisations_a_step(sampler, accumulated, monkeypatch):
+def test_two_synchronisations_per_step(sampler, accumulated, monkeypatch):
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -668,7 +669,7 @@ def test_two_synchronisations_a_step(sampler, accumulated, monkeypatch):
         count = 0
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            # What `.item()`, `bool()`, `int()` and data-dependent shapes call.
+            # `.item()`, `bool()`, `int()` and data-dependent shapes call these.
             name = func.overloadpacket.__name__
             self.count += name in ("_local_scalar_dense", "nonzero", "is_nonzero")
             return func(*args, **(kwargs or {}))
@@ -693,7 +694,7 @@ def test_two_synchronisations_a_step(sampler, accumulated, monkeypatch):
 
     plain = count(base())
     ours = count(keras_slsam.SLSAM(base(), sampler=sampler, seed=0))
-    # The mask, and whether the gradients are finite.
+    # One for the mask, and one for the check that the gradients are finite.
     assert ours <= plain + 2
 
 
@@ -714,7 +715,7 @@ def test_custom_loop_takes_the_same_step_as_fit(name):
     (weights, logs), (custom_weights, custom_logs) = results
     for one, other in zip(weights, custom_weights):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
-    # Averages over all steps, of the metrics and of each output's loss.
+    # Metrics and the losses of the outputs are averages over all steps.
     assert sorted(logs) == sorted(custom_logs)
     assert len(logs) == {"dense": 2, "two_inputs_and_outputs": 4}[name]
     for key, value in logs.items():
@@ -722,7 +723,7 @@ def test_custom_loop_takes_the_same_step_as_fit(name):
 
 
 def run_custom_loop(model, optimizer, batch, steps):
-    """The loops of the README; returns the last metrics."""
+    """Runs the training loops of the README. Returns the last metrics."""
     batch = keras.tree.map_structure(ops.convert_to_tensor, batch)
     if BACKEND == "jax":
         import jax
@@ -761,12 +762,12 @@ def test_state_that_lacks_variables_is_refused():
     with pytest.raises(ValueError, match=way_out):
         keras_slsam.set_state(model, optimizer, empty)
     state = keras_slsam.get_state(model, optimizer)
-    if BACKEND == "jax":  # elsewhere `fit` and `step` alone make variables
+    if BACKEND == "jax":  # on other backends only `fit` and `step` create variables
         with pytest.raises(ValueError, match="Give `get_state` a batch"):
             keras_slsam.stateless_step(model, optimizer, state, (x, y))
 
 
-def test_a_state_is_a_copy_that_can_be_set_again():
+def test_a_state_is_a_copy_that_can_be_restored():
     optimizer = keras_slsam.SLSAM("adamw", active_fraction=0.5, seed=0)
     model, x, y = compiled("dense", optimizer)
     before = keras_slsam.get_state(model, optimizer, (x, y))
@@ -784,7 +785,7 @@ def test_a_state_is_a_copy_that_can_be_set_again():
     assert not all(equal(before, after))
 
 
-def test_the_state_of_a_scaled_optimizer_stays_as_it_is():
+def test_get_state_does_not_change_a_scaled_optimizer():
     inner = keras_slsam.SLSAM("adamw", active_fraction=0.5, seed=0)
     scaled = keras.optimizers.LossScaleOptimizer(inner, initial_scale=8.0)
     model, x, y = compiled("dense", inner)
@@ -795,7 +796,7 @@ def test_the_state_of_a_scaled_optimizer_stays_as_it_is():
     assert float(ops.convert_to_numpy(scaled.dynamic_scale)) == 2.0
 
 
-def test_the_state_of_a_model_that_data_build():
+def test_the_state_of_a_model_that_is_built_by_data():
     model = keras.Sequential([keras.layers.Dense(2)])
     model.compile(loss="mse")
     data = np.ones((4, 3), "float32"), np.ones((4, 2), "float32")
@@ -840,8 +841,8 @@ def test_sharpness_aware_twice_is_once():
 
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("single_step", [False, True])
-def test_perturbation_is_that_of_the_formula(adaptive, single_step):
-    """One Dense layer, mean squared error, two steps by hand in NumPy."""
+def test_perturbation_matches_the_formula(adaptive, single_step):
+    """Compares two steps with NumPy: one Dense layer, mean squared error."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(6, 3)), rng.normal(size=(6, 2))
     masks = [[True, False], [True, True], [False, True], [True, True]]
@@ -912,7 +913,7 @@ def test_rst_perturbs_a_share_of_the_steps():
 
 
 def test_a_thread_that_loads_data_draws_each_number_once():
-    """A step does not set back the global generators where no layer may draw."""
+    """A step does not reset the global generators if no layer may draw from them."""
     model, x, y = compiled("shared", keras_slsam.SAM("sgd"))
     numbers = []
     loss = model.compute_loss
@@ -927,7 +928,7 @@ def test_a_thread_that_loads_data_draws_each_number_once():
     assert len(set(numbers)) == len(numbers)
 
 
-@pytest.mark.skipif(BACKEND == "jax", reason="nor may they be in Keras' own step")
+@pytest.mark.skipif(BACKEND == "jax", reason="Keras' own step refuses them, too")
 def test_logs_may_be_variables():
     class Logging(keras.Sequential):
         def compute_metrics(self, *args):

@@ -1,6 +1,6 @@
-"""The saving: the products that a step executes are those that its arms need.
+"""The saving: a step executes only the products that its active arms need.
 
-A step that computes all gradients and masks them fails here.
+These tests fail for a step that computes all gradients and then masks them.
 """
 
 import functools
@@ -22,16 +22,17 @@ BATCH, LENGTH = 6, 5
 
 
 class Products:
-    """The products of a model, in the order of its calls.
+    """Records the matrix products of a model, in the order of its calls.
 
-    Each has the weights that its operands depend on, and those that its layer reads.
+    Each product has the weights that its operands depend on, and the weights that its
+    layer reads.
     """
 
     def __init__(self):
         self.products = []
 
     def dense(self, layer, upstream, rows, width):
-        """A Dense layer; returns what its output depends on."""
+        """Adds a Dense layer. Returns the weights that its output depends on."""
         kernel, bias = layer.kernel.path, layer.bias.path
         flops = 2 * rows * width * layer.units
         self.products.append((flops, [{kernel}, upstream], {kernel, bias}))
@@ -42,20 +43,20 @@ class Products:
         return first | second
 
     def norm(self, layer, upstream):
-        """A layer without a product."""
+        """Adds a layer without a product."""
         paths = {variable.path for variable in layer.trainable_variables}
         self.products.append((0, [], paths))
         return upstream | paths
 
     def flops(self, active, trained=None):
-        """Forward, and one product for each operand that an active arm needs.
+        """Counts the forward pass, and a product per operand that an active arm needs.
 
         Args:
             active: Set of the paths of the active variables.
-            trained: Set of the paths of all variables that are trained, for the second
-                pass. On JAX and TensorFlow what depends on none of them is not computed
-                again; on PyTorch, the layers that were called before one read an active
-                weight.
+            trained: Set of the paths of all trained variables, for the second pass. The
+                second pass reuses, on JAX and TensorFlow, products that depend on none
+                of them, and on PyTorch, layers that were called before a layer read an
+                active weight.
         """
         total, read_so_far = 0, set()
         for flops, operands, read in self.products:
@@ -68,7 +69,7 @@ class Products:
         return total
 
     def step(self, active, optimizer):
-        """Both passes."""
+        """Counts both passes."""
         trained = {v.path for arm in optimizer.arms for v in arm}
         return self.flops(active) + self.flops(active, trained)
 
@@ -100,7 +101,7 @@ def transformer():
 
     products = Products()
     x = products.dense(embed, set(), rows, width)
-    # A functional model calls the key first, which has the longest way to the end.
+    # A functional model calls the key first, because its path to the output is longest.
     k, q = (products.dense(layer, x, rows, width) for layer in (key, query))
     one = 2 * BATCH * LENGTH * LENGTH * width
     scores = products.matmul(one, q, k)
@@ -115,7 +116,7 @@ def transformer():
 
 
 def counter(model, optimizer, x):
-    """A function that takes a step, traced once, and returns its products' FLOPs."""
+    """Returns a function that takes a step, traced once, and counts its FLOPs."""
     model.compile(loss="mse")
     y = np.zeros((BATCH, 3), "float32")
     model.evaluate(x, y, verbose=0)
@@ -143,7 +144,7 @@ def counter(model, optimizer, x):
 
 
 def executed(model, optimizer, x):
-    """FLOPs of one step's products."""
+    """Returns the FLOPs of the products of one step."""
     return counter(model, optimizer, x)()
 
 
@@ -157,7 +158,7 @@ def masks(num_arms):
 
 @pytest.mark.parametrize("single_step", [False, True])
 @pytest.mark.parametrize("make", [dense_chain, transformer])
-def test_a_step_executes_what_the_active_arms_need_and_no_more(make, single_step):
+def test_a_step_executes_only_what_the_active_arms_need(make, single_step):
     model, products, x = make()
     chosen = masks(len(model.trainable_variables))
     sampler = Replay(chosen)
@@ -185,7 +186,7 @@ def test_arms_of_several_variables(make):
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="PyTorch has no conditions")
-def test_any_number_of_arms_saves_what_is_inactive(compile_step):
+def test_inactive_work_is_skipped_for_any_number_of_arms(compile_step):
     depth, width = 192, 2
     variables = [keras.Variable(np.eye(width, dtype="float32")) for _ in range(depth)]
     x = np.ones((BATCH, width), "float32")
@@ -202,13 +203,13 @@ def test_any_number_of_arms_saves_what_is_inactive(compile_step):
         return loss, found
 
     count = importlib.import_module(f"benchmarks.work.{BACKEND}").executed_flops
-    # Forward, to the inputs above the lowest active layer, and to the weights.
+    # The forward pass, input gradients above the lowest active layer, weight gradients.
     products = depth + 2 + 3
     mask = ops.arange(depth) >= depth - 3
     assert count(gradients, mask) == products * 2 * BATCH * width * width
 
 
-def test_what_is_hardly_ever_skipped_has_no_condition():
+def test_work_that_is_almost_never_skipped_has_no_condition():
     chain = [layers.Dense(5, use_bias=False) for _ in range(4)]
     model = keras.Sequential([keras.Input((5,)), *chain, layers.Dense(3)])
     model.layers[-1].trainable = False
@@ -217,14 +218,15 @@ def test_what_is_hardly_ever_skipped_has_no_condition():
     optimizer = keras_slsam.SLSAM("sgd", sampler=sampler, single_step=True)
     x = np.ones((BATCH, 5), "float32")
     one, last = 2 * BATCH * 5 * 5, 2 * BATCH * 5 * 3
-    # Forward, backward through the last layer, one gradient; to the third layer's
-    # output, which three arms need, also where none of these is active.
+    # The forward pass, the last layer's backward pass, and one gradient. Three arms
+    # need the gradient of the third layer's output, which is computed even if all three
+    # are inactive.
     backward = one * (BACKEND != "torch")
     assert executed(model, optimizer, x) == 4 * one + 2 * last + one + backward
 
 
 @pytest.mark.parametrize("make", [dense_chain, transformer])
-def test_dense_methods_execute_all(make):
+def test_dense_methods_execute_everything(make):
     model, products, x = make()
     everything = products.flops({v.path for v in model.trainable_variables})
     assert executed(model, keras_slsam.SAM("sgd"), x) == 2 * everything
@@ -296,7 +298,7 @@ class Block(layers.Layer):
         return x + self.down(self.up(x))
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="only XLA tells what it plans")
+@pytest.mark.skipif(BACKEND != "jax", reason="only XLA reports its planned memory")
 def test_remat_scope_saves_memory():
     from benchmarks.probes.jax import planned_memory
 

@@ -1,4 +1,4 @@
-"""Wrong uses of a model that trains: each is refused, and the model trains on."""
+"""Wrong uses of a model: each is refused, and the model can still be trained."""
 
 import pathlib
 
@@ -44,7 +44,7 @@ def set_in_callback(model, **attributes):
 
 
 def saved(folder, optimizer=None, **kwargs):
-    """The path of the weights of another model."""
+    """Saves the weights of another model, and returns the path."""
     path = folder / "other.weights.h5"
     make_model(optimizer, **kwargs).save_weights(path)
     return path
@@ -64,13 +64,13 @@ def foreign(folder, name):
 
 
 def config(model, **changes):
-    """The optimizer's config with some entries changed, or left out if `None`."""
+    """Returns the optimizer's config with entries changed, or removed if `None`."""
     found = {**model.optimizer.get_config(), **changes}
     return {key: value for key, value in found.items() if value is not None}
 
 
 class Draws(samplers.Sampler):
-    """Draws what it is given."""
+    """Draws the given mask."""
 
     def __init__(self, mask):
         self.mask = mask
@@ -99,7 +99,7 @@ def train_with(sampler):
 
 
 class Assigns(layers.Layer):
-    """Moves its own weight when it is called."""
+    """Assigns to its own weight when it is called."""
 
     def build(self, input_shape):
         self.weight = self.add_weight(shape=(), initializer="ones")
@@ -139,7 +139,7 @@ def frozen(model):
 
 
 def stored(model, without=None, replaced=None):
-    """The optimizer's state as a saver has it, with a fault."""
+    """Returns the optimizer's state as Keras saves it, with a fault."""
     store = {}
     model.optimizer.save_own_variables(store)
     if without:
@@ -154,7 +154,7 @@ def values(model):
 
 
 SLSAM, ADAM = keras_slsam.SLSAM, keras.optimizers.Adam()
-# Name: (what is done to a model, in a folder; what the message says).
+# From a name to a function of a model and a folder, and a part of the error message.
 WRONG = {
     # Data.
     "features of another size": (lambda m, _: fit(m, X[:, :2]), "shape"),
@@ -263,7 +263,7 @@ WRONG = {
         lambda m, _: keras_slsam.stateless_step(m, m.optimizer, ([], [], [], []), X),
         "`state` of `stateless_step`",
     ),
-    # Frozen and thawed.
+    # Frozen and unfrozen weights.
     "a frozen layer": (lambda m, _: frozen(m), "other trainable weights.*compile"),
     # Samplers.
     "a mask of another shape": (lambda m, _: train_with(Draws([True])), r"num_arms"),
@@ -401,7 +401,7 @@ WRONG = {
         lambda m, _: m.optimizer.set_weights(values(m)[::-1]),
         "shapes",
     ),
-    # Configs, also of older and newer versions.
+    # Configs, also from older and newer versions.
     "a config without base_optimizer": (
         lambda m, _: SLSAM.from_config(config(m, base_optimizer=None)),
         "`base_optimizer`",
@@ -479,7 +479,7 @@ WRONG = {
 }
 
 
-# What a callback refuses, after a step.
+# Wrong uses that are refused in a callback, after a step.
 TRAIN_BEFORE = {
     "rho below 0 in a callback",
     "rho is not a number",
@@ -493,15 +493,15 @@ def model():
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_use_is_refused_and_the_model_trains_on(name, model, tmp_path):
+def test_a_wrong_use_is_refused_and_training_continues(name, model, tmp_path):
     use, message = WRONG[name]
-    # Keras and the frameworks raise errors of their own kinds for data and files.
+    # Keras and the frameworks raise other types of errors for data and files.
     refusals = (ValueError, TypeError, NotImplementedError)
     kinds = Exception if message == "." else refusals
     before = values(model)
     with pytest.raises(kinds, match=message) as raised:
         use(model, tmp_path)
-    # What Keras and the frameworks refuse does not fail by chance in our code.
+    # An error of Keras or a framework must not come from our code by chance.
     ours = pathlib.Path(keras_slsam.__file__).parent
     assert message != "." or ours not in pathlib.Path(raised.traceback[-1].path).parents
     if name not in TRAIN_BEFORE:

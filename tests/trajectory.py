@@ -1,7 +1,7 @@
-"""Steps of SL-SAM with the library's own draws, for any backend.
+"""Takes steps of SL-SAM with the package's own draws, on any backend.
 
 python trajectory.py resume FOLDER FILE    resumes from the checkpoints in FOLDER
-python trajectory.py all FOLDER FILE       also twenty steps of each kind
+python trajectory.py all FOLDER FILE       also takes twenty steps of each kind
 """
 
 import pathlib
@@ -20,7 +20,7 @@ KINDS = {
     "bandit, single step": {"sampler": "bandit", "single_step": True},
     "proportional, single step": {"sampler": "proportional", "single_step": True},
 }
-# What each kind adds to the state is saved and found again.
+# Together these two kinds have all state that must be saved and restored.
 CHECKPOINTS = {"proportional": "model.keras", "bandit, single step": "model.weights.h5"}
 
 
@@ -52,7 +52,7 @@ def start(kind):
 
 
 def train(model, first=0, steps=STEPS):
-    """Masks `(steps, arms)`, and the final weights as one vector."""
+    """Returns the masks `(steps, arms)`, and the final weights as one vector."""
     masks = []
     for step in range(first, first + steps):
         rng = np.random.default_rng(step)
@@ -64,10 +64,11 @@ def train(model, first=0, steps=STEPS):
 
 
 def run_all(folder=None):
-    """Twenty steps of each kind.
+    """Takes twenty steps of each kind.
 
     Args:
-        folder: Path, where to leave the checkpoints. The steps then go on after them.
+        folder: Path for checkpoints after these steps. If given, the kinds with a
+            checkpoint take twenty more steps.
     """
     results = {}
     for kind in KINDS:
@@ -81,7 +82,7 @@ def run_all(folder=None):
 
 
 def resume(folder):
-    """Twenty steps more of each checkpoint, of a model or of weights."""
+    """Takes twenty more steps from each checkpoint, of a model or of weights."""
     results = {}
     for kind, name in CHECKPOINTS.items():
         file = folder / name

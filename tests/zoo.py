@@ -1,4 +1,4 @@
-"""Small models of every kind that must work, with data, the same on all backends."""
+"""Small models of all kinds, with data. They are the same on all backends."""
 
 import keras
 import numpy as np
@@ -9,7 +9,7 @@ BATCH, LENGTH, WIDTH, VOCABULARY, CLASSES = 6, 5, 8, 11, 3
 
 
 class Subclassed(keras.Model):
-    """Layers made in the constructor, one of them nested in a list."""
+    """A model whose layers are made in the constructor, some of them in a list."""
 
     def __init__(self):
         super().__init__()
@@ -23,7 +23,7 @@ class Subclassed(keras.Model):
 
 
 class Unreached(keras.Model):
-    """A weight that the loss does not reach."""
+    """A model with a weight that the loss does not reach."""
 
     def __init__(self):
         super().__init__()
@@ -36,7 +36,7 @@ class Unreached(keras.Model):
 
 
 class Penalised(layers.Layer):
-    """Adds a loss in its call."""
+    """Adds a loss in `call`."""
 
     def call(self, x):
         self.add_loss(0.1 * ops.mean(ops.square(x)))
@@ -175,14 +175,14 @@ MODELS = {
 
 
 def targets(name):
-    """The labels for the model `name`, in the structure of its outputs."""
+    """Returns the labels for the model `name`, in the structure of its outputs."""
     if name == "two_inputs_and_outputs":
         return {"a": labels(), "b": labels()[::-1].copy()}
     return labels()
 
 
 def build(name):
-    """The model, built and with weights that are the same on every backend."""
+    """Returns the built model, with the same weights on every backend, and its data."""
     keras.utils.set_random_seed(0)
     model, x = MODELS[name]()
     model(x)
@@ -201,7 +201,7 @@ def loss():
 
 
 def loss_of(function, variables):
-    """A function of the weights, in the form that the passes take."""
+    """Wraps a function of the weights in the form that the passes take."""
 
     def loss_fn(weights, differentiate=lambda loss: None):
         loss = function(weights)

@@ -1,14 +1,15 @@
-"""What is measured in a framework's own way, one file per backend.
+"""Measurements that use a framework's API, one file per backend.
 
 - `TRACES`: whether a step is traced and compiled.
 - `device()`: the name of the device that computes.
 - `step_flops(model, x, y)`: takes steps of the model, and yields the FLOPs of each.
 - `conditions(model, x, y)`: the number of conditions in the traced step.
-- `planned_memory(model, x, y)`: bytes that the compiled step plans for.
-- `live_bytes(model, step)`: the most bytes of tensors during `step()`.
-- `num_tensors()`: how many tensors are alive.
+- `planned_memory(model, x, y)`: the bytes that the compiled step plans for.
+- `live_bytes(model, step)`: the most bytes of live tensors during `step()`.
+- `num_tensors()`: the number of live tensors.
 
-What a backend's file lacks, its framework does not tell: the answer is `None`.
+If a framework does not provide a measurement, its file lacks the function, which then
+returns `None`.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Measuring on JAX."""
+"""Measurements on JAX."""
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,12 @@ TRACES = True
 
 
 def device():
-    """The kind of the device that computes."""
+    """Returns the kind of the device that computes."""
     return jax.devices()[0].device_kind
 
 
 def step_flops(model, x, y):
-    """Takes steps of the model, and yields the FLOPs of each; all are of one trace."""
+    """Takes steps of the model, all with one trace, and yields the FLOPs of each."""
     step = jax.jit(model.train_step)
     while True:
         yield executed_flops(step, *_arguments(model, x, y))
@@ -23,7 +23,7 @@ def step_flops(model, x, y):
 
 
 def conditions(model, x, y):
-    """The number of `cond` equations in the traced step."""
+    """Returns the number of `cond` equations in the traced step."""
     jaxpr = jax.make_jaxpr(model.train_step)(*_arguments(model, x, y)).jaxpr
     return _count_conditions(jaxpr)
 
@@ -43,10 +43,10 @@ def _is_jaxpr(value):
 
 
 def planned_memory(model, x, y):
-    """What XLA plans for the compiled step, a dict of bytes.
+    """Returns the memory that XLA plans for the compiled step, as a dict of bytes.
 
-    The step's results take the place of its arguments (`alias`), as `fit` donates
-    them; `temporary` is what it needs besides.
+    `alias` counts results that replace arguments, because `fit` donates the arguments.
+    `temporary` counts the temporary buffers.
     """
     compiled = jax.jit(model.train_step, donate_argnums=0)
     analysis = compiled.lower(*_arguments(model, x, y)).compile().memory_analysis()
@@ -59,7 +59,7 @@ def planned_memory(model, x, y):
 
 
 def _arguments(model, x, y):
-    """The arguments of a step: the state of a model that was trained, and a batch."""
+    """Returns the arguments of a step: the state of a trained model, and a batch."""
     variables = (
         model.trainable_variables,
         model.non_trainable_variables,
@@ -71,5 +71,5 @@ def _arguments(model, x, y):
 
 
 def num_tensors():
-    """How many arrays are alive."""
+    """Returns the number of live arrays."""
     return len(jax.live_arrays())

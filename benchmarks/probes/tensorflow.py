@@ -1,11 +1,11 @@
-"""Measuring on TensorFlow."""
+"""Measurements on TensorFlow."""
 
 import pathlib
 import tempfile
 
 import tensorflow as tf
 
-# What a profile is written as; TensorFlow has no public reader of it.
+# The format of a profile. TensorFlow has no public reader for it.
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
 from benchmarks.work.tensorflow import executed_flops
@@ -14,7 +14,7 @@ TRACES = True
 
 
 def device():
-    """The name of the device that computes."""
+    """Returns the name of the device that computes."""
     gpus = tf.config.list_physical_devices("GPU")
     if not gpus:
         return "cpu"
@@ -22,9 +22,10 @@ def device():
 
 
 def step_flops(model, x, y):
-    """Takes steps of the model, and yields the FLOPs of each; all are of one trace.
+    """Takes steps of the model, all with one trace, and yields the FLOPs of each.
 
-    It yields none if XLA compiles the step, or if an operation's FLOPs are unknown.
+    It yields nothing if XLA compiles the step, or if the FLOPs of an operation are
+    unknown.
     """
     step = _traceable(model)
     while not model.jit_compile:
@@ -36,7 +37,7 @@ def step_flops(model, x, y):
 
 
 def conditions(model, x, y):
-    """The number of `If` operations in the traced step."""
+    """Returns the number of `If` operations in the traced step."""
     graph = _traceable(model).get_concrete_function(*_tensors(x, y)).graph
     definition = graph.as_graph_def()
     nodes = list(definition.node)
@@ -54,11 +55,11 @@ def _tensors(x, y):
 
 
 def live_bytes(model, step):
-    """The most bytes that are allocated at a time during `step()`.
+    """Returns the most bytes that are allocated at one time during `step()`.
 
     A profile has an entry for each block that TensorFlow's allocator of large blocks
-    gives out or takes back, with the bytes that are out then, the weights' among them.
-    `None` where that allocator is not in use.
+    allocates or frees. The entry has the bytes that are allocated at that time,
+    including the weights. Returns `None` if that allocator is not in use.
     """
     with tempfile.TemporaryDirectory() as folder:
         with tf.profiler.experimental.Profile(folder):

@@ -1,11 +1,11 @@
-"""Measuring on PyTorch."""
+"""Measurements on PyTorch."""
 
 import gc
 import weakref
 
 import torch
 
-# It sees every operation, as `torch.utils.flop_counter` does; no public name has it.
+# It sees every operation, as in `torch.utils.flop_counter`, but has no public name.
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.work.torch import executed_flops
@@ -14,7 +14,7 @@ TRACES = False
 
 
 def device():
-    """The name of the device that computes."""
+    """Returns the name of the device that computes."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
@@ -27,10 +27,10 @@ def step_flops(model, x, y):
 
 
 def live_bytes(model, step):
-    """The most bytes of tensors that are alive at a time during `step()`.
+    """Returns the most bytes of tensors that are alive at one time during `step()`.
 
-    The weights and the optimizer's variables are among them. What an operation
-    allocates for itself is not seen.
+    They include the weights and the optimizer's variables. They do not include
+    temporary memory inside an operation.
     """
     with _LiveBytes() as live:
         for variable in model.variables + model.optimizer.variables:
@@ -40,9 +40,9 @@ def live_bytes(model, step):
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Follows the bytes of the tensors that operations read and make.
+    """Follows the bytes of the tensors that operations read and return.
 
-    Each storage counts once, from the operation that first sees it until it is freed.
+    Each storage counts once, from the first operation that uses it until it is freed.
     """
 
     def __init__(self):
@@ -74,5 +74,5 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def num_tensors():
-    """How many tensors Python holds."""
+    """Returns the number of tensors that Python holds."""
     return sum(issubclass(type(value), torch.Tensor) for value in gc.get_objects())

@@ -1,4 +1,4 @@
-"""SAM on JAX: two stateless calls, and the perturbed weights in a list of their own."""
+"""SAM on JAX: two stateless calls, and a separate list of perturbed weights."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""SAM on TensorFlow: two tapes, and variables that climb and come back."""
+"""SAM on TensorFlow: two tapes, and variables that are perturbed and restored."""
 
 import tensorflow as tf
 

@@ -1,4 +1,4 @@
-"""SAM on PyTorch: the weights climb in place and come back."""
+"""SAM on PyTorch: the weights are perturbed in place and restored."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Counters of the work that is really done, one file per backend.
+"""Counters of the work that is really executed, one file per backend.
 
-Each has `executed_flops(function, *arguments)`.
+Each file has `executed_flops(fn, *args)`.
 """

@@ -1,4 +1,4 @@
-"""Counts the work that a JAX function does for given arguments."""
+"""Counts the work that a JAX function executes for given arguments."""
 
 import math
 
@@ -20,24 +20,24 @@ _EMPTY = jax.make_jaxpr(lambda: ())().jaxpr
 
 
 def executed_flops(fn, *args):
-    """FLOPs of the matrix products and convolutions that `fn(*args)` executes.
+    """Returns the FLOPs of the matrix products and convolutions in `fn(*args)`.
 
-    Only equations that the results depend on are evaluated, one by one: of a `cond`
-    the branch that is taken, of a loop as many iterations as it makes.
+    It evaluates the equations that the results depend on, one by one: only the branch
+    of a `cond` that is taken, and only the iterations of a loop that are executed.
 
     Args:
-        fn: Function of structures of arrays that `jax.jit` could trace.
-        *args: The arguments, concrete.
+        fn: Function of structures of arrays that `jax.jit` can trace.
+        *args: The concrete arguments.
 
     Returns:
-        int, counted as `torch.utils.flop_counter` does: two for each product.
+        int, two for each product, as in `torch.utils.flop_counter`.
     """
     closed = jax.make_jaxpr(fn)(*args)
     return _run(closed, jax.tree.leaves(args))[1]
 
 
 def _run(closed, args):
-    """Results and FLOPs of a closed jaxpr."""
+    """Returns the results and FLOPs of a closed jaxpr."""
     jaxpr, flops = closed.jaxpr, 0
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *args]))
 
@@ -53,7 +53,7 @@ def _run(closed, args):
 
 
 def _needed(jaxpr):
-    """The equations that the results depend on: a compiler drops the others."""
+    """Returns the equations that the results depend on. A compiler drops the others."""
     wanted = {v for v in jaxpr.outvars if isinstance(v, core.Var)}
     needed = []
     for equation in reversed(jaxpr.eqns):
@@ -64,7 +64,7 @@ def _needed(jaxpr):
 
 
 def _evaluate(equation, inputs):
-    """Results and FLOPs of one equation."""
+    """Returns the results and FLOPs of one equation."""
     name, params = equation.primitive.name, equation.params
     if name in _CALLS:
         return _run(_closed(params[_CALLS[name]]), inputs)
@@ -118,7 +118,7 @@ def _scan(params, inputs):
 
 
 def _flops(equation):
-    """Two for each product of two numbers; zeros of a dilation do not count."""
+    """Counts two for each product of two numbers, without the zeros of a dilation."""
     if equation.primitive.name == "dot_general":
         left, right = (v.aval.shape for v in equation.invars)
         (summed, _), _ = equation.params["dimension_numbers"]

@@ -1,27 +1,27 @@
-"""Work really done on TensorFlow: the products that an execution went through."""
+"""Counts the work that a TensorFlow function executes for given arguments."""
 
 import math
 
 import tensorflow as tf
 
-# Functions that were not inlined: the trace does not show what they execute.
+# Calls of functions that were not inlined. The trace does not show their operations.
 _CALLS = {"If", "PartitionedCall", "StatefulPartitionedCall", "While", "XlaLaunch"}
 
 
 def executed_flops(fn, *args):
-    """FLOPs of the matrix products and convolutions of one execution of `fn`.
+    """Returns the FLOPs of the matrix products and convolutions in `fn(*args)`.
 
-    A multiplication and an addition are two, as `torch.utils.flop_counter` counts.
-    A session runs the graph of `fn` and traces every operation, on copies of the
-    variables, without optimising the graph. Branches that are not taken, and loops
-    without an iteration, are not in the trace.
+    A multiplication and an addition count two, as in `torch.utils.flop_counter`. A
+    session runs the graph of `fn` on copies of the variables, without optimising the
+    graph, and traces every operation. Branches that are not taken, and loops without an
+    iteration, are not in the trace.
 
     Args:
         fn: `tf.function`, not compiled by XLA. Its variables do not change.
-        *args: Its arguments, tensors.
+        *args: The arguments, tensors.
 
     Raises:
-        NotImplementedError: if an operation was executed whose FLOPs are unknown.
+        NotImplementedError: if the FLOPs of an executed operation are unknown.
     """
     nodes, executed = _trace(fn.get_concrete_function(*args), args)
     shapes = {}
@@ -109,11 +109,11 @@ def _flops(node, shape_of, output):
     if kind in {"Conv2DBackpropFilter", "DepthwiseConv2dNativeBackpropFilter"}:
         return 2 * math.prod(shape_of(2)) * _window(kind, output)
     if kind in _CALLS or any(part in kind for part in ("MatMul", "Einsum", "Conv")):
-        raise NotImplementedError(f"The FLOPs of {node.op} are unknown: {node.name}")
+        raise NotImplementedError(f"The FLOPs of {node.op} are unknown: {node.name!r}.")
     return 0
 
 
 def _window(kind, kernel):
-    """Products for one entry of a convolution's output."""
+    """Returns the number of products for one entry of a convolution's output."""
     height, width, channels, _ = kernel
     return height * width * (1 if kind.startswith("Depthwise") else channels)

@@ -1,10 +1,10 @@
-"""Keras' own tests, through our step.
+"""Runs Keras' own tests with our step.
 
 KERAS_BACKEND=jax python tests/keras_suite --optimizer=sam
 KERAS_BACKEND=jax python tests/keras_suite --optimizer=slsam keras/src/optimizers
 KERAS_BACKEND=jax python tests/keras_suite --optimizer=none -k test_fit
 
-The other arguments are pytest's; files are named relative to Keras' installation.
+All other arguments go to pytest. Paths are relative to Keras' installation.
 """
 
 import importlib.util

@@ -1,7 +1,7 @@
-"""Pytest plugin: sends Keras' tests through our step, and accounts for each of them.
+"""Pytest plugin that runs Keras' tests with our step, and checks the result of each.
 
-A test passes, or stands in `listed.txt` with the reason why it cannot. A listed test
-that passes or does not exist is an error too, and so is a test that Keras skips for a
+Each test must pass, or be listed in `listed.txt` with the reason why it cannot. It is
+an error if a listed test passes or does not exist, and if Keras skips a test for a
 reason that is not in the list.
 """
 
@@ -31,7 +31,7 @@ def make(name, base):
 
 
 def read_list(kind):
-    """The tests, or reasons to skip, that are listed for this backend.
+    """Returns the tests, or reasons to skip, that are listed for this backend.
 
     Args:
         kind: String, one of `OPTIMIZERS`, or "skip".
@@ -56,13 +56,13 @@ def pytest_addoption(parser):
         "--optimizer",
         choices=[*OPTIMIZERS, "none"],
         required=True,
-        help="what is put around the tests' optimizers",
+        help="the optimizer that wraps the optimizers of the tests",
     )
     parser.addoption(
         "--fewest",
         type=int,
         default=0,
-        help="the fewest tests that have to go through our step",
+        help="the number of tests that must take our step, at least",
     )
 
 
@@ -71,9 +71,9 @@ def pytest_configure(config):
         config.pluginmanager.register(Account(config))
     if config.getoption("numprocesses", None):
         return  # the workers run the tests
-    # As in the configuration of Keras' tests, which its wheel lacks.
+    # From the configuration of Keras' tests, which is not in its wheel.
     os.environ.setdefault("JAX_DEFAULT_DTYPE_BITS", "32")
-    importlib.import_module("torch")  # crashes after TensorFlow
+    importlib.import_module("torch")  # importing it after TensorFlow crashes
     import keras
 
     sys.modules["conftest"] = types.SimpleNamespace(
@@ -90,7 +90,7 @@ def pytest_configure(config):
 
 
 def pytest_ignore_collect(collection_path):
-    """Leaves out files without such tests: some need packages of which we have none."""
+    """Leaves out files without steps, some of which need packages that we lack."""
     if collection_path.name.endswith("_test.py"):
         text = collection_path.read_text(encoding="utf-8")
         return None if any(f"{name}(" in text for name in TAKE_STEPS) else True
@@ -98,7 +98,7 @@ def pytest_ignore_collect(collection_path):
 
 
 def names_used(item):
-    """Names in a test, and in what it uses of its class and its file."""
+    """Returns the names in a test, and in the code of its file that it uses."""
     names, found = set(), [inspect.unwrap(item.function), vars(item.cls).get("setUp")]
     while found:
         code = found.pop()
@@ -114,7 +114,7 @@ def names_used(item):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out the tests that can take no step: they do not name what takes one."""
+    """Leaves out tests that cannot take a step, because they name no such method."""
     without = [item for item in items if not TAKE_STEPS & names_used(item)]
     items[:] = [item for item in items if item not in without]
     config.hook.pytest_deselected(items=without)
@@ -142,7 +142,7 @@ class Steps:
 
 
 class Account:
-    """What became of each test, and what is wrong with the list."""
+    """Records the outcome of each test, and the errors in the list."""
 
     def __init__(self, config):
         self._config = config
@@ -178,9 +178,9 @@ class Account:
             return
         for test in filter(self._is_chosen, listed):
             if seen(test) not in ("listed", "failed"):
-                self._errors.append(f"listed, but {seen(test, 'not there')}: {test}")
+                self._errors.append(f"listed, but {seen(test, 'missing')}: {test}")
         if len(self._stepped) < option.fewest:
-            self._errors.append(f"fewer than {option.fewest} through our step")
+            self._errors.append(f"fewer than {option.fewest} tests took our step")
         if self._errors and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -198,7 +198,7 @@ class Account:
             terminalreporter.write_line(f"ERROR {error}", red=True)
         terminalreporter.write_line(
             f"Keras' tests on {BACKEND} with {self._config.option.optimizer}: "
-            f"{count['passed']} passed, {len(stepped)} of them through our step; "
+            f"{count['passed']} passed, {len(stepped)} of them took our step; "
             f"{count['listed']} listed; {count['skipped']} skipped by Keras; "
             f"{count['failed']} failed."
         )

@@ -1,8 +1,8 @@
-"""Patches of Keras that send its tests through our step.
+"""Patches of Keras that run its tests with our step.
 
-`compile` gives a model our step and wraps its optimizer. The tests of optimizers hand
-an optimizer gradients and no model: there `apply` becomes a step of a model whose loss
-is linear in the variables, so that its gradients are the given ones.
+`compile` gives a model our step and wraps its optimizer. The tests of optimizers pass
+gradients to an optimizer, without a model. There, `apply` takes a step of a model whose
+loss is linear in the variables, so that its gradients are the given ones.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ BackendTrainer = keras.Model.__bases__[0]
 
 
 class Routing:
-    """The patches, and what they know of the test that runs.
+    """The patches, and their state for the current test.
 
     Args:
         make: Function that wraps a Keras optimizer in `SAM` or `SLSAM`.
@@ -36,18 +36,18 @@ class Routing:
         self.start()
 
     def start(self, of_optimizers=False):
-        """Begins a test.
+        """Resets the state for a new test.
 
         Args:
-            of_optimizers: bool, whether it may use optimizers without a model.
+            of_optimizers: bool, whether the test may use optimizers without a model.
         """
-        self.steps = 0  # calls of our step; where it is compiled, traces
+        self.steps = 0  # calls of our step, or its traces if it is compiled
         self._of_optimizers = of_optimizers
-        self._made = {}  # id of an optimizer -> it, and ours around it
-        self._models = {}  # id of an optimizer -> it, and the model of its variables
+        self._made = {}  # id of an optimizer -> the optimizer, and ours around it
+        self._models = {}  # id of an optimizer -> the optimizer, and its LinearModel
 
     def install(self):
-        # The models of Keras' trainer tests are trainers, but no `keras.Model`.
+        # The models of Keras' trainer tests are trainers, but not `keras.Model`s.
         fit.keras = training.keras = types.SimpleNamespace(**vars(keras))
         training.keras.Model = BackendTrainer
         training.step = self._counted(training.step)
@@ -100,7 +100,7 @@ class Routing:
                 setattr(cls, name, self._outermost(vars(cls)[name], route))
 
     def _outermost(self, method, route):
-        """A method of optimizers, by another route where a test calls it itself."""
+        """Wraps a method of optimizers to take `route` if a test calls it directly."""
 
         @functools.wraps(method)
         def patched(optimizer, *args, **kwargs):
@@ -168,7 +168,7 @@ class Routing:
 
 
 class LinearModel(keras.Model):
-    """A model of these variables, whose gradients are what it is called with."""
+    """A model of the given variables, whose inputs are their gradients."""
 
     def __init__(self, variables):
         super().__init__()
@@ -184,13 +184,13 @@ class LinearModel(keras.Model):
             if rows:
                 value = ops.take(value, rows[0][0], axis=0)
             total = total + ops.sum(value * ops.cast(gradient[0], value.dtype))
-        # Tests give a `LossScaleOptimizer` the gradients of the scaled loss.
+        # Tests pass the gradients of the scaled loss to a `LossScaleOptimizer`.
         scale = loss_scale.read(loss_scale.split(self.optimizer)[0])
         return total if scale is None else total / ops.cast(scale, total.dtype)
 
 
 def _parts(gradient):
-    """A gradient as a batch of one: its values and, where it is sparse, their rows."""
+    """Returns a gradient as a batch of one: its values, and their rows if sparse."""
     if type(gradient).__name__ == "IndexedSlices":
         parts = gradient.values, gradient.indices
     elif type(gradient).__name__ == "BCOO":
