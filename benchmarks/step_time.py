@@ -28,18 +28,25 @@ BASES = ("AdamW", "tutorial SAM", "SAM")
 
 
 class StepLog(keras.callbacks.Callback):
-    """Records the seconds of each step until its result is available."""
+    """Records the seconds of each step until its result is available.
+
+    Attributes:
+        seconds: List of float, those of a clock.
+        cpu: List of float, those that all cores together spent on this process.
+    """
 
     def __init__(self):
         super().__init__()
-        self.seconds = []
+        self.seconds, self.cpu = [], []
 
     def on_train_batch_begin(self, batch, logs=None):
-        self._start = time.perf_counter()
+        self._start = time.perf_counter(), time.process_time()
 
     def on_train_batch_end(self, batch, logs=None):
         float(logs["loss"])  # dispatch is asynchronous on some backends
-        self.seconds.append(time.perf_counter() - self._start)
+        start, cpu_start = self._start
+        self.seconds.append(time.perf_counter() - start)
+        self.cpu.append(time.process_time() - cpu_start)
 
 
 def log_traces(model: keras.Model) -> list[float]:
@@ -98,7 +105,7 @@ def of_models(prepared: dict, args: argparse.Namespace) -> dict:
     x, y = models.data(args, args.batch * (args.steps + 1))
     names = list(prepared)
     traces = {name: log_traces(model) for name, model in prepared.items()}
-    rounds = {name: [] for name in names}
+    rounds, cpu = {name: [] for name in names}, {name: [] for name in names}
     first_calls = {}
     for number in range(args.rounds + 1):
         turn = number % len(names)
@@ -109,10 +116,12 @@ def of_models(prepared: dict, args: argparse.Namespace) -> dict:
                 first_calls[name] = log.seconds[0], sum(traces[name]) or None
             else:
                 rounds[name].append(log.seconds[1:])
+                cpu[name] += log.cpu[1:]
         print(f"round {number} of {args.rounds}", file=sys.stderr, flush=True)
     return {
         name: {
             **_summary(rounds[name], *first_calls[name]),
+            "cpu": statistics.fmean(cpu[name]),
             **_active_arms(prepared[name].optimizer, args),
             "traces": len(traces[name]) or None,
             "flops": _flops(prepared[name], args),
@@ -197,6 +206,7 @@ def rows(result: dict):
             "method": name,
             "s per step": cells.number(row["mean"], 4),
             "quartiles": f"{row['lower_quartile']:.4f} to {row['upper_quartile']:.4f}",
+            "CPU, s": cells.number(row["cpu"], 2),
             **{f"× {base}": cells.ratio(found) for base, found in ratios.items()},
             "of medians": " ".join(cells.number(median, 2) for median in medians),
             "active": cells.number(row["active_share"], 2),

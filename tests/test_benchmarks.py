@@ -98,6 +98,7 @@ def test_each_method_can_have_a_separate_process(tmp_path, monkeypatch):
             "lower_quartile",
             "upper_quartile",
             "first_call",
+            "cpu",
         ):
             row[part] = seconds
         return {**row, "seconds": [[seconds], [seconds]], "flops": []}
@@ -106,7 +107,7 @@ def test_each_method_can_have_a_separate_process(tmp_path, monkeypatch):
     run(tmp_path, "time", "AdamW", "SAM", more=["--alone"])
     text, _ = reported(tmp_path, "time")
     assert "each method in a separate process" in text
-    assert "| SAM | 2.0000 | 2.0000 to 2.0000 | 2.000 ± 0.000 |" in text
+    assert "| SAM | 2.0000 | 2.0000 to 2.0000 | 2.00 | 2.000 ± 0.000 |" in text
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's resident set")
