@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_slsam import atomic
+from keras_slsam import batch
 from keras_slsam import loss_scale
 from keras_slsam import perturbation
 from keras_slsam.gradients import backend
@@ -78,15 +79,23 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
             arms = selection.draw(is_first)
             ascends = optimizer._draw_ascent()
         direction = optimizer._direction(arms)
-        passes = backend.Passes(
-            loss,
-            selection.arm_of,
-            arms.active,
-            twice=direction is None,
-            jit_compile=model.jit_compile,
-            min_probability=optimizer.sampler.min_probability,
-        )
         weights = [backend.read(v) for v in variables]  # w
+
+        def passes_of(loss, twice=False):
+            return backend.Passes(
+                loss,
+                selection.arm_of,
+                arms.active,
+                twice,
+                model.jit_compile,
+                optimizer.sampler.min_probability,
+            )
+
+        def differentiate(one_pass, weights):
+            """What a pass gives: outputs, gradients, and their arms' squared norms."""
+            (_, outputs), gradients = one_pass(weights)
+            gradients = loss_scale.unscale(gradients, arms, scale)
+            return outputs, gradients, arms.squared_norms(gradients)
 
         def perturb(directions, squared_norm):
             """The weights `w + e`."""
@@ -95,11 +104,30 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
                 weights, directions, squared_norm, arms, rho, optimizer.adaptive
             )
 
-        if direction is None:
+        if direction is not None:
+            # One pass, h = grad(w + e): the ascent is along what is known.
+            outputs, gradients, squares = differentiate(
+                passes_of(loss).first, perturb(*direction)
+            )
+            norms = squares
+        elif optimizer.ascent_fraction < 1:
+            # First pass on part of the batch, second pass on the whole.
+            part = batch.first_rows((x, y, sample_weight), optimizer.ascent_fraction)
+
+            def ascend():
+                part_loss = Loss(model, variables, *part, scale)
+                _, first, squares = differentiate(passes_of(part_loss).first, weights)
+                return perturb(first, sum(squares))
+
+            perturbed = backend.cond(ascends, ascend, lambda: weights)
+            outputs, gradients, squares = differentiate(
+                passes_of(loss).first, perturbed
+            )
+            norms = squares
+        else:
             # First pass, g = grad(w); second pass, h = grad(w + e).
-            (_, outputs), first = passes.first(weights)
-            first = loss_scale.unscale(first, arms, scale)
-            squares = arms.squared_norms(first)
+            passes = passes_of(loss, twice=True)
+            outputs, first, squares = differentiate(passes.first, weights)
 
             def second():
                 found = passes.second(perturb(first, sum(squares)))
@@ -109,11 +137,6 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
             gradients, norms = backend.cond(
                 ascends, second, lambda: (first, squares + squares)
             )
-        else:
-            # One pass, h = grad(w + e): the ascent is along what is known.
-            (_, outputs), gradients = passes.first(perturb(*direction))
-            gradients = loss_scale.unscale(gradients, arms, scale)
-            squares = norms = arms.squared_norms(gradients)
         # The root, or XLA would repeat the sum over the arms wherever this is read.
         finite = ops.isfinite(ops.sqrt(sum(norms)))
         (finite,) = backend.concrete(ops.reshape(finite, (1,)))

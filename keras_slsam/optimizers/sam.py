@@ -24,6 +24,11 @@ class SAM(SharpnessAware):
         adaptive: bool, whether the perturbation is scaled by the weights (ASAM,
             arXiv 2102.11600). Its `rho` is about ten times larger.
         name: String, the optimizer's name.
+        ascent_fraction: Float in (0, 1], the share of a batch's rows, the first ones,
+            from which the first pass computes the perturbation. Below 1 loss, metrics
+            and BatchNormalization are those of the second pass, which sees the whole
+            batch at the perturbed weights, and a step costs less: at 0.25,
+            1.25 times the passes of the base optimizer.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -49,11 +54,17 @@ class SAM(SharpnessAware):
         rho: float = 0.05,
         adaptive: bool = False,
         name: str = "sam",
+        *,
+        ascent_fraction: float = 1.0,
     ) -> None:
         super().__init__(
             base_optimizer,
             rho=rho,
             adaptive=adaptive,
             sampler=samplers.All(),
+            ascent_fraction=ascent_fraction,
             name=name,
         )
+
+    def get_config(self):
+        return {**super().get_config(), "ascent_fraction": self.ascent_fraction}

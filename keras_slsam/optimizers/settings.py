@@ -66,6 +66,22 @@ def checked_probability(probability):
     return number
 
 
+def checked_fraction(owner, fraction):
+    """`ascent_fraction` as a float, if it is one that is allowed.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    number = _as_number(fraction)
+    if number is None or not 0 < number <= 1:
+        raise ValueError(
+            f"Argument `ascent_fraction` of `{owner}` is the share of a batch's rows "
+            "that the first pass sees and must be a number in (0, 1]. "
+            f"Received: ascent_fraction={fraction!r}"
+        )
+    return number
+
+
 def _as_number(value):
     """The float that a number or a scalar tensor stands for, else `None`."""
     if isinstance(value, keras.Variable) or ops.is_tensor(value):

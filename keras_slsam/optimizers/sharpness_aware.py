@@ -20,8 +20,8 @@ from keras_slsam.selection import Selection
 
 # What an optimizer is made with, and keeps.
 _FIXED = {
-    *("active_fraction", "adaptive", "base_optimizer", "sampler", "seed"),
-    "single_step",
+    *("active_fraction", "adaptive", "ascent_fraction", "base_optimizer", "sampler"),
+    *("seed", "single_step"),
 }
 
 
@@ -51,6 +51,8 @@ class SharpnessAware(Stateful, Wrapper):
             a hashable key.
         single_step: bool, whether the ascent is along the gradient of the last
             step, so that one pass is enough.
+        ascent_fraction: Float in (0, 1], the share of a batch's rows that the ascent's
+            gradient is computed from.
         name: String, the optimizer's name.
 
     Raises:
@@ -66,10 +68,18 @@ class SharpnessAware(Stateful, Wrapper):
         sampler,
         arms="variable",
         single_step=False,
+        ascent_fraction=1.0,
         name=None,
     ):
         owner = type(self).__name__
         rho = settings.checked_rho(owner, rho)
+        ascent_fraction = settings.checked_fraction(owner, ascent_fraction)
+        if single_step and ascent_fraction < 1:
+            raise ValueError(
+                f"Argument `ascent_fraction` of `{owner}` must be 1 with "
+                "`single_step=True`: the ascent then takes no pass of its own. "
+                f"Received: ascent_fraction={ascent_fraction!r}"
+            )
         switches = {"adaptive": adaptive, "single_step": single_step}
         for argument, value in switches.items():
             if not isinstance(value, bool):
@@ -92,6 +102,7 @@ class SharpnessAware(Stateful, Wrapper):
         self.adaptive = adaptive
         self.sampler = sampler
         self.single_step = single_step
+        self.ascent_fraction = ascent_fraction
         self._grouping = arms
         self._all_active = type(sampler) is samplers.All
         accumulates = bool(base_optimizer.gradient_accumulation_steps)
