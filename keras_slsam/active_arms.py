@@ -8,8 +8,8 @@ from keras_slsam.gradients import backend
 class ActiveArms:
     """The arms that are active in a step.
 
-    Methods take lists with one entry per variable. The entries of inactive arms are
-    ignored, and may be `None`.
+    Methods take lists with one entry per variable. Entries of inactive arms are not
+    read, and may be `None`.
 
     Args:
         members: List of lists of int, the variables of each arm.
@@ -66,8 +66,8 @@ class ActiveArms:
 
         Args:
             directions: List of tensors, one per variable.
-            weights: List of tensors, or `None`. If given, computes the norms of `|w| *
-                g` (ASAM).
+            weights: List of tensors, or `None`. If given, the norms are those of
+                `|w| * g` (ASAM).
 
         Returns:
             List of float scalars, one per arm, 0 where inactive.

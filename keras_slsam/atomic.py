@@ -83,7 +83,7 @@ def put_back_metrics(model):
         yield
     except BaseException:
         if len(model.metrics_variables) > len(before):
-            model.reset_metrics()  # also resets metrics created in this step
+            model.reset_metrics()  # resets those created in this step
         for variable, value in before:
             variable.assign(value)
         raise

@@ -139,7 +139,7 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
 
 
 def is_sharpness_aware(optimizer):
-    """Returns whether the optimizer, or the one inside a loss scaler, is from here."""
+    """Returns whether the optimizer, without its loss scaling, is sharpness-aware."""
     return isinstance(loss_scale.split(optimizer)[1], SharpnessAware)
 
 
