@@ -227,7 +227,7 @@ def _has_state(op):
 
 
 def _is_small_and_pure(op):
-    """Returns whether an operation is pure and only returns scalars or small ints."""
+    """Returns whether an operation is pure, and returns only scalars or int vectors."""
     return not _has_state(op) and all(
         t.shape.rank == 0 or (t.shape.rank == 1 and t.dtype.is_integer)
         for t in op.outputs

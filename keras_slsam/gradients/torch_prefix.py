@@ -178,7 +178,7 @@ class Prefix:
         return _map(_Leaf, (args, kwargs, self._random_states(), inherited))
 
     def _attributes(self, operation):
-        """The values of the attributes of an operation, and of those in it."""
+        """Returns the attribute values of an operation and of those inside it."""
         parts = self._inside[id(operation)]
         return [x for p in parts for name, x in vars(p).items() if name not in _CALLED]
 
