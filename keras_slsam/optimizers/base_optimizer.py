@@ -17,8 +17,8 @@ def get_base_optimizer(owner, base_optimizer):
     if isinstance(base_optimizer, keras.optimizers.LossScaleOptimizer):
         raise ValueError(
             f"Argument `base_optimizer` of `{owner}` must not scale the loss. Pass the "
-            "optimizer inside it, and put the `LossScaleOptimizer` around the whole. "
-            f"{received}"
+            "optimizer inside it, and put a `LossScaleOptimizer` around the outer "
+            f"optimizer. {received}"
         )
     try:
         optimizer = keras.optimizers.get(base_optimizer)
@@ -31,7 +31,7 @@ def get_base_optimizer(owner, base_optimizer):
             f"Argument `base_optimizer` of `{owner}` must not have a "
             "`loss_scale_factor`, because the perturbation needs unscaled gradients. "
             f"Received: loss_scale_factor={optimizer.loss_scale_factor!r}. Put a "
-            "`keras.optimizers.LossScaleOptimizer` around the whole instead."
+            "`keras.optimizers.LossScaleOptimizer` around the outer optimizer instead."
         )
     return optimizer
 

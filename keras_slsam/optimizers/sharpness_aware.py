@@ -225,7 +225,7 @@ class SharpnessAware(Stateful, Wrapper):
 
     @property
     def probabilities(self):
-        """Tensor of shape `(num_arms,)` for the next draw, or `None`."""
+        """Tensor of shape `(num_arms,)`, probabilities in the next draw, or `None`."""
         probabilities = self.sampler.probabilities
         return None if probabilities is None else ops.copy(probabilities)
 
@@ -297,7 +297,7 @@ class SharpnessAware(Stateful, Wrapper):
         return self._base_step.applied(arms) if self.single_step else None
 
     def _draw_ascent(self):
-        """Whether this step has an ascent: a bool or a scalar boolean tensor."""
+        """Returns whether this step has an ascent, a bool or scalar boolean tensor."""
         if self.ascends:
             # A condition would cost time. If `rho` has since been loaded as 0, the
             # second pass runs at w, and gives the same gradients.
