@@ -48,7 +48,7 @@ def draw(state, size):
     Args:
         state: `keras.Variable`, int32 of shape `(2,)`: the seed, and the number of this
             draw, which grows by 1.
-        size: int, the number of numbers.
+        size: int, how many numbers to draw.
 
     Returns:
         float32 tensor of shape `(size,)`, see `uniform`.
@@ -66,7 +66,7 @@ def uniform(seed, draw, size):
         seed: int32 scalar tensor, the key.
         draw: int32 scalar tensor, the number of this draw. Each draw gives different
             numbers.
-        size: int, the number of numbers.
+        size: int, how many numbers to draw.
 
     Returns:
         float32 tensor of shape `(size,)`. Near 0 the numbers have the full resolution

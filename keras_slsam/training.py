@@ -139,7 +139,7 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
 
 
 def is_sharpness_aware(optimizer):
-    """Returns whether the optimizer, without its loss scaling, is sharpness-aware."""
+    """Returns whether `optimizer` is a `SharpnessAware`, also inside a loss scaler."""
     return isinstance(loss_scale.split(optimizer)[1], SharpnessAware)
 
 

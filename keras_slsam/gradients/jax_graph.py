@@ -16,9 +16,9 @@ from keras_slsam.gradients import jax_recompute
 from keras_slsam.gradients import partition
 from keras_slsam.gradients import program
 
-# From the name of a primitive that calls a traced function to the parameter with its
-# jaxpr. The primitive of `jax.checkpoint` has no public name. Inlining it is safe: the
-# conditions keep what it recomputes apart from the forward pass.
+# Maps each primitive that calls a traced function to the parameter with its jaxpr. The
+# primitive of `jax.checkpoint` has no public name. Inlining it is safe: the conditions
+# keep what it recomputes apart from the forward pass.
 CALLS = {
     primitives.jit_p.name: "jaxpr",
     primitives.closed_call_p.name: "call_jaxpr",

@@ -44,7 +44,7 @@ def mark(nodes, inputs, outputs, everyone):
     forward = {v for node in nodes if node.arms == everyone for v in node.makes}
     conditional = [node for node in nodes if node.arms not in (0, everyone)]
     kept = {v for node in conditional for v in node.reads if v in forward}
-    # From each available variable to the number of equations that recompute it.
+    # Maps each available variable to the number of equations that recompute it.
     effort, outputs = dict.fromkeys(inputs, 0), set(outputs)
     for node in nodes:
         result = node.makes[:1]

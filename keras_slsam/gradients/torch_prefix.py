@@ -307,7 +307,7 @@ def _is_of_keras(operation):
         all(map(_comes_with_keras, [type(operation), type(operation).call, *called]))
         # Recomputation must enter as many checkpoints as the call did.
         and getattr(operation, "_remat_mode", None) is None
-        # What these call is not an attribute, or not a layer.
+        # These call code that is not an attribute, or not a layer.
         and type(operation) not in (keras.layers.TorchModuleWrapper, keras.Function)
         and not attributes.keys() & set(_CALLED)
         and not any(x for name, x in attributes.items() if name.endswith("_hooks"))

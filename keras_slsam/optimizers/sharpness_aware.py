@@ -148,7 +148,7 @@ class SharpnessAware(Stateful, Wrapper):
                 f"`min_probability` of the sampler of `{owner}` must be a number in "
                 f"[0, 1], 0 if it is unknown. Received: {low!r} from {self.sampler!r}"
             )
-        # Everything that may raise comes first, so that a failed call changes nothing.
+        # All checks come first, so that a refused call changes nothing.
         arms = grouping.group(variables, self._grouping)
         num_arms = max(arms) + 1
         if num_arms == 1 and not self._all_active:

@@ -31,7 +31,7 @@ class SLSAM(SharpnessAware):
     it, normalised over the active variables that have one. A variable that is active
     for the first time is not perturbed. The sampler learns from the gradient norms of
     this one pass. The papers say that the two methods combine. This rule for combining
-    them is our own.
+    them is specific to this package.
 
     Only a share of the variables changes in a step, so the learning rate should be
     higher than for the base optimizer alone.

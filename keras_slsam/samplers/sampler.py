@@ -37,8 +37,7 @@ class Sampler:
     probabilities = None
 
     #: Lower bound of each arm's probability if arms are drawn independently, else 0.
-    #: From it, a compiled step knows which work is hardly ever skipped: this has no
-    #: condition.
+    #: With a higher bound, a compiled step has fewer conditions.
     min_probability: float = 0.0
 
     def build(self, num_arms: int) -> None:
