@@ -6,9 +6,10 @@ pass, the backward pass down to the lowest active layer, and the weight gradient
 active layers. If the mask is known, only the gradients of the active weights are
 computed.
 
-The second pass reuses values of the first that depend on no weight, such as a frozen
-prefix and the noise of dropout. It recomputes everything else, because a value that is
-kept for the second pass takes memory, even where the model asks for recomputation.
+The second pass reuses values of the first that depend on no trainable weight, such as a
+frozen prefix and the noise of dropout. It recomputes everything else, because a value
+that is kept for the second pass takes memory, even where the model asks for
+recomputation.
 """
 
 import jax

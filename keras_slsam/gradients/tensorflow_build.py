@@ -52,7 +52,7 @@ def build_first(model, train_function):
 
 
 def _is_traced(model, iterator):
-    """Returns whether a graph of the step takes the iterator's batches as they are."""
+    """Returns whether the step runs in a graph, on the iterator's own batches."""
     if model.run_eagerly or tf.config.functions_run_eagerly():
         return False
     if not isinstance(iterator, tf.data.Iterator):

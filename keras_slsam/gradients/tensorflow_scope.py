@@ -1,4 +1,4 @@
-"""The scope in which layers read and assign variables in a traced pass."""
+"""The scope in which layers read and assign variables in a pass on TensorFlow."""
 
 import keras
 import tensorflow as tf
