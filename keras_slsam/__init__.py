@@ -1,4 +1,4 @@
-"""Sharpness-aware fine-tuning in Keras 3, with the compute truly saved."""
+"""Sharpness-aware fine-tuning in Keras 3, at less than the usual cost."""
 
 from keras_slsam import samplers
 from keras_slsam.fit import SAMTrainStep

@@ -1,4 +1,4 @@
-"""The active arms of one step, and what is done to their variables only."""
+"""The active arms of a step, and operations on their variables only."""
 
 from keras import ops
 
@@ -6,10 +6,10 @@ from keras_slsam.gradients import backend
 
 
 class ActiveArms:
-    """Which arms are active in a step.
+    """The arms that are active in a step.
 
-    Lists with one entry per variable hold anything, or `None`, where the arm of the
-    variable is inactive.
+    Methods take lists with one entry per variable. Entries of inactive arms are not
+    read, and may be `None`.
 
     Args:
         members: List of lists of int, the variables of each arm.
@@ -28,23 +28,27 @@ class ActiveArms:
 
     @property
     def mask(self):
-        """Boolean tensor of shape `(num_arms,)`."""
+        """The mask, a boolean tensor of shape `(num_arms,)`."""
         return ops.convert_to_tensor(self.active, dtype="bool")
 
     def where(self, condition):
-        """These arms where `condition`, a bool or scalar boolean tensor; else none."""
+        """Returns these arms if `condition` holds, else no active arms.
+
+        Args:
+            condition: bool or scalar boolean tensor.
+        """
         active = [backend.both(on, condition) for on in self.active]
         return ActiveArms(self.members, active, self._dtype)
 
     def map(self, function, values):
-        """A function of the values of the active arms; the others stay as they are.
+        """Applies a function to the values of the active arms.
 
         Args:
-            function: Function of the number of a variable and its value.
+            function: Function of the index of a variable and its value.
             values: List of tensors, one per variable.
 
         Returns:
-            List of tensors like `values`.
+            List of tensors like `values`, unchanged where inactive.
         """
         result = list(values)
         for on, indices in zip(self.active, self.members):
@@ -58,11 +62,12 @@ class ActiveArms:
         return result
 
     def squared_norms(self, directions, weights=None):
-        """Squared norm of each arm's direction.
+        """Computes the squared norm of the direction of each arm.
 
         Args:
             directions: List of tensors, one per variable.
-            weights: List of tensors. If given, the norms of `|w| * g` (ASAM).
+            weights: List of tensors, or `None`. If given, the norms are those of
+                `|w| * g` (ASAM).
 
         Returns:
             List of float scalars, one per arm, 0 where inactive.
@@ -90,8 +95,8 @@ class ActiveArms:
         """Runs `update(arm)`, which assigns to Keras variables, for each active arm.
 
         Args:
-            update: Function of the number of an arm.
-            arms: Iterable of int, those to update. All by default.
+            update: Function of the index of an arm.
+            arms: Iterable of int, the arms to consider. All by default.
         """
         for arm in range(len(self.members)) if arms is None else arms:
             backend.when(self.active[arm], lambda arm=arm: update(arm))

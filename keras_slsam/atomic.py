@@ -1,11 +1,12 @@
-"""A step happens whole, or not at all.
+"""A step completes, or changes nothing.
 
-Assignments wait in `Staged` until all that may raise has been computed, metrics are put
-back by `put_back_metrics`, and a Ctrl-C waits for the step's end. If the base
-optimizer's own update raises, weights and moments are as Keras leaves them.
+`Staged` delays assignments until everything that may raise has been computed.
+`put_back_metrics` restores the metrics. `hold_back_interrupt` delays Ctrl-C until the
+step ends. If the update of the base optimizer raises, weights and moments stay as Keras
+leaves them.
 
-All this holds where Python runs the step. A compiled step is one call, which Python
-interrupts before or after it only.
+This applies to steps that Python runs. A compiled step is one call, which Python can
+interrupt only before or after.
 """
 
 import contextlib
@@ -17,13 +18,13 @@ from keras import ops
 
 
 class Staged(keras.StatelessScope):
-    """A scope whose assignments wait for `commit`.
+    """A scope that delays assignments until `commit`.
 
-    It reads from the scope around it what was not assigned in it, and may be entered
-    several times.
+    Variables that were not assigned in it are read from the surrounding scope. It can
+    be entered several times.
 
     Attributes:
-        assigned: List of the `keras.Variable`s that were assigned to.
+        assigned: List of the `keras.Variable`s that were assigned.
     """
 
     def __init__(self):
@@ -46,7 +47,7 @@ class Staged(keras.StatelessScope):
         return value
 
     def commit(self, condition=True):
-        """Makes the assignments, where `condition`.
+        """Makes the assignments if `condition` holds.
 
         Args:
             condition: True, or a scalar boolean tensor.
@@ -59,14 +60,14 @@ class Staged(keras.StatelessScope):
 
 
 def assign_if(condition, update):
-    """Runs `update()`, whose assignments count only where `condition`.
+    """Runs `update()`, and keeps its assignments only if `condition` holds.
 
-    Unlike those of `backend.when` they may wait in a scope on every backend. A traced
-    step executes the update in any case, so it should be cheap.
+    Unlike in `backend.when`, a scope can delay these assignments on every backend. A
+    traced step always executes the update, so the update should be cheap.
 
     Args:
         condition: bool or scalar boolean tensor.
-        update: Function without arguments; what it returns is ignored.
+        update: Function without arguments. Its result is ignored.
     """
     if condition is not False:
         with Staged() as staged:
@@ -76,13 +77,13 @@ def assign_if(condition, update):
 
 @contextlib.contextmanager
 def put_back_metrics(model):
-    """Context that puts the model's metrics back if something raises in it."""
+    """Context that restores the model's metrics if an exception is raised in it."""
     before = [(variable, ops.copy(variable)) for variable in model.metrics_variables]
     try:
         yield
     except BaseException:
         if len(model.metrics_variables) > len(before):
-            model.reset_metrics()  # those that were made in this step
+            model.reset_metrics()  # resets those created in this step
         for variable, value in before:
             variable.assign(value)
         raise
@@ -90,10 +91,10 @@ def put_back_metrics(model):
 
 @contextlib.contextmanager
 def hold_back_interrupt():
-    """Context in which Ctrl-C waits for the end; a second one does not.
+    """Context that delays Ctrl-C until its end. A second Ctrl-C is not delayed.
 
-    It would fall between two assignments, or in the exit of a scope. Only the main
-    thread receives it, and only there does it have to wait.
+    An interrupt between two assignments, or in the exit of a scope, would leave a step
+    half done. Only the main thread receives interrupts, so other threads need no delay.
     """
     handler = signal.getsignal(signal.SIGINT)
     is_main = threading.current_thread() is threading.main_thread()

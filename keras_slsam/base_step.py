@@ -1,9 +1,9 @@
-"""The base optimizer's step, on the active arms only.
+"""Applies the base optimizer's step to the active arms only.
 
-An inactive variable keeps its value, its moments and its step count, and gets no
-weight decay, as if the step had not happened for it. `Optimizer.apply` would count,
-decay and average all variables alike, so its parts are called here one arm at a time;
-Keras has no public names for them.
+An inactive variable keeps its value, moments and step count, and gets no weight decay,
+as if the step had not taken place. `Optimizer.apply` would count, decay and average all
+variables alike. So its parts are called here for one arm at a time. Keras has no public
+names for them.
 """
 
 import contextlib
@@ -15,22 +15,22 @@ from keras_slsam.gradients import backend
 
 
 class BaseStep:
-    """The step of a base optimizer on the active arms only.
+    """Updates the active arms with a base optimizer.
 
-    With `gradient_accumulation_steps` the gradients of a window of steps are added
-    up, and their mean is applied by the last of them.
+    With `gradient_accumulation_steps`, the gradients of a window of steps are summed,
+    and the last step of the window applies their mean.
 
     Args:
         base_optimizer: `keras.optimizers.Optimizer`, built.
-        variables: List of `keras.Variable`s, those that it was built for.
+        variables: List of `keras.Variable`s for which it was built.
         num_arms: int, the number of arms.
         dtype: String, float dtype of the norms.
         all_active: bool, whether all arms are active in every step.
         remember: bool, whether to keep the gradients that are applied.
-        owner: `keras.optimizers.Optimizer`, which makes and holds the state.
+        owner: `keras.optimizers.Optimizer`, which creates and holds the state.
 
     Attributes:
-        skipped_steps: `keras.Variable`, the number of steps that were left out.
+        skipped_steps: `keras.Variable`, the number of skipped steps.
     """
 
     def __init__(
@@ -58,15 +58,15 @@ class BaseStep:
                 self._own_products = add("own_products", variables[0].dtype, "ones")
 
     def __call__(self, gradients, squares, arms, last, finite):
-        """Updates the active arms, or adds up their gradients.
+        """Updates the active arms, or accumulates their gradients.
 
         Args:
-            gradients: List of tensors, one per variable; anything where inactive.
+            gradients: List of tensors, one per variable. Ignored where inactive.
             squares: List of float scalars, the squared norms of the arms' gradients.
             arms: `ActiveArms`.
             last: Whether this is the last step of a window, see `window`.
-            finite: Whether all gradients are finite: else the step is left out, and
-                counted.
+            finite: Whether all gradients are finite. If not, the step is skipped and
+                counted in `skipped_steps`.
         """
         base = self._base
         steps = base.gradient_accumulation_steps
@@ -76,7 +76,7 @@ class BaseStep:
         if self._all_active and not (steps and self._applied):
             backend.select(finite, lambda: self._apply(gradients, squares))
             return
-        # For a step that is left out it is as if no arm were active.
+        # A skipped step is a step without active arms.
         arms = arms.where(finite)
         counts = []
         if steps:
@@ -100,7 +100,7 @@ class BaseStep:
             self._applied_squares.assign(ops.stack(squares))
 
     def _constrain(self, arms):
-        # Last, and in each step of a window, as in Keras.
+        # As in Keras, constraints come last, and apply in each step of a window.
         def project(arm):
             for variable in constrained[arm]:
                 variable.assign(variable.constraint(variable))
@@ -115,10 +115,10 @@ class BaseStep:
 
     @contextlib.contextmanager
     def counted(self, finite):
-        """Counts this step before it is made, for what metrics read of the count.
+        """Context in which `iterations` counts this step already, as metrics expect.
 
-        In Keras' own step metrics come after the update; here they come before it, so
-        that a metric that raises leaves the weights as they were.
+        Keras computes metrics after the update. Here they come before it, so that a
+        metric that raises leaves the weights unchanged.
         """
         count = self._base._iterations
         before = ops.copy(count)
@@ -129,29 +129,29 @@ class BaseStep:
             count.assign(before)
 
     def applied(self, arms):
-        """The gradient last applied to each variable: the ascent of `single_step`.
+        """Returns the gradient last applied to each variable, for `single_step`.
 
         Args:
             arms: `ActiveArms`.
 
         Returns:
-            Tuple of a list of tensors, 0 where there was none, and a float scalar,
-            the squared norm of those of the active arms.
+            Tuple of a list of tensors, 0 where no gradient was applied yet, and a float
+            scalar, the squared norm over the active arms.
         """
         gradients = [backend.read(gradient) for gradient in self._applied]
         squares = backend.read(self._applied_squares)
         return gradients, ops.sum(ops.where(arms.mask, squares, 0.0))
 
     def position(self):
-        """Int tensor, how many steps of this window were made before this one.
+        """Returns the number of earlier steps in this window, an int tensor.
 
-        `None` without `gradient_accumulation_steps`.
+        Returns `None` without `gradient_accumulation_steps`.
         """
         steps = self._base.gradient_accumulation_steps
         return self._base._iterations % steps if steps else None
 
     def window(self):
-        """Whether this is the first, and the last, step of a window.
+        """Returns whether this step is the first, and the last, of a window.
 
         Returns:
             Tuple of two bools, or scalar boolean tensors inside a traced step.
@@ -178,7 +178,7 @@ class BaseStep:
         share = 1.0 / self._base.gradient_accumulation_steps
         totals = [backend.read(total) for total in sums]
         means = arms.map(lambda i, total: total * share, totals)
-        # Asked for only where the gradients are remembered.
+        # Needed only to remember the applied gradients.
         squares = arms.squared_norms(means) if self._applied else None
         for variable, value in self._update(means, squares, arms):
             variable.assign(value)
@@ -193,7 +193,7 @@ class BaseStep:
         """Updates the active arms.
 
         Returns:
-            List of `(variable, value)`, what to assign where nothing has raised.
+            List of `(variable, value)`, to be assigned after everything that may raise.
         """
         base = self._base
         present = [i for i, gradient in enumerate(gradients) if gradient is not None]
@@ -223,7 +223,7 @@ class BaseStep:
                     for count, _, everyone in own_counts:
                         count.assign(everyone)
 
-            if self._all_active:  # together: Nadam counts the updates
+            if self._all_active:  # in one update: Nadam counts updates
                 everything = range(len(self._variables))
                 backend.when(arms.active[0], lambda: update_variables(everything))
             else:
@@ -235,22 +235,22 @@ class BaseStep:
         return counts_after
 
     def _own_counts(self, mask):
-        """What the base optimizer counts, for each arm by its own updates.
+        """Returns the base optimizer's counters, which each arm advances separately.
 
         Returns:
-            Two lists: `(variable of the base optimizer, its value for each arm, its
-            value for the whole)`, and `(own variable, its value after the step)`.
+            Two lists: `(variable of the base optimizer, its values for each arm, its
+            value for the whole model)`, and `(own variable, its value after the step)`.
         """
         if self._all_active:
             return [], []
         base, own = self._base, self._own_iterations
-        # The base optimizer's own variable counts the steps of each window.
+        # `_iterations` counts the steps of each window; an own count counts windows.
         steps = base.gradient_accumulation_steps or 1
         whole = base._iterations
         counts = [(whole, ops.copy(own) * steps, ops.copy(whole))]
         after = [(own, own + ops.cast(mask, own.dtype))]
         if isinstance(base, keras.optimizers.Nadam):
-            # Nadam keeps a running product of its momentum schedule, mu_1 ... mu_t.
+            # Nadam keeps the running product of its momentum schedule, mu_1 ... mu_t.
             before = backend.read(self._own_products)
             step = ops.cast(own + 1, before.dtype)
             decay = ops.power(ops.cast(0.96, before.dtype), step)
@@ -262,7 +262,7 @@ class BaseStep:
         return counts, after
 
     def _average(self):
-        # The moving average is that of the whole model, step by step.
+        # The moving average covers all variables, in every step.
         base, variables = self._base, self._variables
         base._update_model_variables_moving_average(variables)
         if base.ema_overwrite_frequency:
@@ -275,10 +275,10 @@ class BaseStep:
 
 @contextlib.contextmanager
 def _fixed_learning_rate(optimizer):
-    """The learning rate of this global step, also where an own count is read.
+    """Context that fixes the learning rate at its value for the global step.
 
-    A schedule computes it from the optimizer's `iterations`, which an arm's update
-    finds replaced by the arm's own count.
+    A schedule reads the optimizer's `iterations`, which hold an arm's own count while
+    that arm is updated.
     """
     learning_rate = ops.convert_to_tensor(optimizer.learning_rate)
     schedule = optimizer._learning_rate

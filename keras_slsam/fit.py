@@ -1,4 +1,4 @@
-"""How `fit` comes to take the step: a mixin for classes, and a function for models."""
+"""Makes `fit` take the step, by a mixin class or by a function."""
 
 import functools
 import types
@@ -13,11 +13,11 @@ from keras_slsam.gradients import backend
 
 
 class SAMTrainStep:
-    """Gives a model of your own class the sharpness-aware train step.
+    """Gives a custom model class the sharpness-aware train step.
 
-    A mixin: put it before `keras.Model`. With an optimizer that is not of this
-    package the model trains as Keras does. `sharpness_aware` does the same for a model
-    that exists.
+    This is a mixin: list it before `keras.Model`. With an optimizer from another
+    package, the model trains as usual in Keras. For an existing model, use
+    `sharpness_aware`.
 
     Example:
 
@@ -41,29 +41,29 @@ class SAMTrainStep:
             SAMTrainStep
         ):
             raise ValueError(
-                f"`{cls.__name__}` must name `SAMTrainStep` before `keras.Model`, "
-                f"whose train step it replaces: `class {cls.__name__}(SAMTrainStep, "
+                f"`{cls.__name__}` must list `SAMTrainStep` before `keras.Model`, to "
+                f"replace its train step: `class {cls.__name__}(SAMTrainStep, "
                 "keras.Model)`."
             )
 
     def train_step(self, *args):
-        """The step of `fit`, with the arguments that the backend's Keras gives it."""
+        """Takes one step, with the arguments that Keras passes on this backend."""
         if training.is_sharpness_aware(self.optimizer):
             return _step(self, *args)
         return super().train_step(*args)
 
     def make_train_function(self, force=False):
-        """What `fit` calls for the function that takes its steps."""
+        """Makes the function that `fit` calls for its steps."""
         _make(self, super().make_train_function, force)
 
 
 def sharpness_aware(model: keras.Model) -> keras.Model:
     """Gives an existing model the sharpness-aware train step, in place.
 
-    Nothing is copied, and the model's class stays what it is: a saved model loads
-    without `keras_slsam`'s step and takes it again by one more call. On PyTorch a
-    model that was saved on another backend may come with `jit_compile=True`, which
-    is switched off with a warning.
+    The model's class, weights and file format do not change. A saved file does not
+    contain the train step, so call this function again on a loaded model. On PyTorch, a
+    model that was saved on another backend may have `jit_compile=True`, which is set to
+    False with a warning.
 
     Args:
         model: `keras.Model`: functional, sequential, subclassed, or a KerasHub task.
@@ -72,8 +72,8 @@ def sharpness_aware(model: keras.Model) -> keras.Model:
         The same model.
 
     Raises:
-        ValueError: if `model` is no `keras.Model`, or overrides `train_step`, or with
-            KERAS_NNX_ENABLED, where the class must be a `SAMTrainStep`.
+        ValueError: if `model` is not a `keras.Model`, or overrides `train_step`, or if
+        KERAS_NNX_ENABLED is set, where the class must be a `SAMTrainStep`.
 
     Example:
 
@@ -89,9 +89,9 @@ def sharpness_aware(model: keras.Model) -> keras.Model:
         )
     if model.compiled and model.jit_compile and not backend.can_compile:
         warnings.warn(
-            f"The model {model.name!r} was compiled with jit_compile=True, as models "
-            "that were saved on another backend are. It is set to False: on PyTorch a "
-            "sharpness-aware step cannot be compiled.",
+            f"The model {model.name!r} was compiled with jit_compile=True, for example "
+            "because it was saved on another backend. It is set to False, because a "
+            "sharpness-aware step cannot be compiled on PyTorch.",
             stacklevel=2,
         )
         model.jit_compile = False
@@ -108,24 +108,24 @@ def sharpness_aware(model: keras.Model) -> keras.Model:
         )
         raise ValueError(
             f"Argument `model` of `sharpness_aware`, a `{type(model).__name__}`, "
-            "overrides `train_step` itself, which would be lost. Return "
-            f"`keras_slsam.{right}` there, or leave out the override."
+            "overrides `train_step`, and would lose its own step. Return "
+            f"`keras_slsam.{right}` from the override, or remove it."
         )
     if keras.config.is_nnx_enabled():
         raise ValueError(
-            "With KERAS_NNX_ENABLED Keras takes the train step from the model's class, "
-            "which `sharpness_aware` leaves as it is. Derive the class from "
-            "`keras_slsam.SAMTrainStep`, or switch NNX off. "
+            "With KERAS_NNX_ENABLED, Keras takes the train step from the model's "
+            "class, which `sharpness_aware` does not change. Derive the class from "
+            "`keras_slsam.SAMTrainStep`, or disable NNX. "
             f"Received: model={model!r} of type {type(model).__name__}"
         )
     model.train_step = types.MethodType(_train_step, model)
     model.make_train_function = types.MethodType(_make_train_function, model)
-    model.train_function = None  # what `fit` has compiled holds the old step
+    model.train_function = None  # a compiled one holds the old step
     return model
 
 
 def _train_step(model, *args):
-    """The method `train_step` of a model that `sharpness_aware` was given."""
+    """The `train_step` method that `sharpness_aware` sets on a model."""
     step = (
         _step
         if training.is_sharpness_aware(model.optimizer)
@@ -135,37 +135,37 @@ def _train_step(model, *args):
 
 
 def _make_train_function(model, force=False):
-    """Its method `make_train_function`."""
+    """The `make_train_function` method that `sharpness_aware` sets on a model."""
     _make(model, functools.partial(type(model).make_train_function, model), force)
 
 
 def _step(model, *args):
-    """The step, with the arguments that the backend's Keras gives it."""
+    """Takes one step, with the arguments that Keras passes on this backend."""
     if len(args) == 2:
-        # The stateless trainer of the JAX backend gives `(state, data)`.
+        # On JAX, Keras' trainer is stateless and passes `(state, data)`.
         return stateless.stateless_step(model, model.optimizer, *args)
     return training.step(model, model.optimizer, *args)
 
 
 def _make(model, keras_make, force):
-    """Has Keras make the train function, unless it has one for this optimizer.
+    """Makes the train function, unless the model has one for this optimizer.
 
     Args:
         model: `keras.Model`.
-        keras_make: Its method `make_train_function` without ours.
+        keras_make: Keras' own `make_train_function`, bound to the model.
         force: bool, whether to make it in any case.
     """
     _, optimizer = loss_scale.split(model.optimizer)
     if not training.is_sharpness_aware(optimizer):
-        optimizer = None  # Keras compares nothing
+        optimizer = None  # Keras does not compare optimizers
     elif optimizer.built:
         optimizer._check_variables(model.trainable_variables)
     before = model.train_function
     made_for, ascends = getattr(before, "made_for", (optimizer, False))
-    # With `rho` above 0 both passes were compiled, without a condition.
+    # A function that was compiled with `rho` > 0 always runs both passes.
     force = force or made_for is not optimizer or (ascends and not optimizer.ascends)
     own = vars(model).get("train_step")
-    # A function of its own for each that Keras makes: `jax.jit` knows its traces by it.
+    # Each train function needs a new object, because `jax.jit` caches traces by it.
     model.train_step = functools.partial(model.train_step)
     try:
         keras_make(force)

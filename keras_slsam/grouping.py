@@ -1,20 +1,19 @@
-"""Which variables make an arm, to be switched on or off together."""
+"""Groups variables into arms."""
 
 
 def group(variables, grouping):
-    """The arm of each variable.
+    """Returns the arm of each variable.
 
     Args:
         variables: List of `keras.Variable`s, the model's trainable ones.
-        grouping: `"variable"`, `"layer"`, `"block"` or a function from a variable
-            to a hashable key; variables of the same key make an arm.
+        grouping: `"variable"`, `"layer"`, `"block"` or a function from a variable to a
+            hashable key. Variables with the same key form an arm.
 
     Returns:
-        List of int, one per variable; arms are numbered in the order in which they
-        first appear.
+        List of int, one per variable. Arms are numbered in order of first appearance.
 
     Raises:
-        ValueError: if the function returns something that is no key of a dict.
+        ValueError: if the function returns something that cannot be a key of a dict.
     """
     if isinstance(grouping, str):
         keys = _GROUPINGS[grouping](variables)
@@ -24,13 +23,13 @@ def group(variables, grouping):
     arms = []
     for variable, key in zip(variables, keys):
         try:
-            is_key = hash(key) is not None and key == key  # nan is not
+            is_key = hash(key) is not None and key == key  # False for nan
         except TypeError:
             is_key = False
         if not is_key:
             raise ValueError(
-                "The function given as `arms` must return something hashable that "
-                f"equals itself, like a string. Received: {key!r} for the variable "
+                "The function passed as `arms` must return a hashable key that equals "
+                f"itself, such as a string. Received: {key!r} for the variable "
                 f"{variable.path!r}"
             )
         arms.append(numbers.setdefault(key, len(numbers)))
@@ -60,9 +59,9 @@ def _by_layer(variables):
 
 
 def _by_block(variables):
-    # In a subclassed model all paths begin with the model's own name, which says
-    # nothing: the block is the first part in which the paths of layers differ. A
-    # weight of the model itself has a shorter path, and is a block of its own.
+    # All paths of a subclassed model begin with its name. So the block is the first
+    # part in which the paths of layers differ. A weight of the model itself has a
+    # shorter path, and is a block of its own.
     paths = _layer_paths(variables)
     depth = 0
     while any(len(path) > depth + 1 for path in paths) and (
@@ -77,11 +76,12 @@ def _layer_paths(variables):
 
 
 def _runs(paths, variables):
-    """Numbers the layers, of which a model lists the variables one after the other.
+    """Numbers the layers, given the variables in the order of the model.
 
-    A model inside a model leaves no trace in the paths, so two towers with the same
-    names of layers differ in their places only: a path that comes again is another
-    layer's. A variable without a path, like those of a `TorchModuleWrapper`, is alone.
+    A model lists the variables of a layer one after the other. Paths do not name nested
+    models, so two towers may have the same paths: a path that appears again belongs to
+    another layer. A variable without a path, such as a weight of a
+    `TorchModuleWrapper`, gets a number of its own.
     """
     numbers = []
     number, before, names = -1, None, []

@@ -3,8 +3,8 @@
 import keras
 from keras import ops
 
-# Keras has no public name for the mask that it attaches to a tensor, which its metrics
-# read. Copies of a tensor have none.
+# Metrics read the mask that Keras attaches to a tensor. It has no public name, and
+# copies of a tensor lose it.
 from keras.src.backend.common.masking import get_keras_mask
 from keras.src.backend.common.masking import set_keras_mask
 
@@ -12,10 +12,10 @@ from keras_slsam.gradients import backend
 
 
 class Loss:
-    """The loss as a pure function of the weights.
+    """A pure function from the weights to the loss of a batch.
 
-    It always starts from the state of before the step, so a second pass sees the
-    dropout masks of the first; what it does to the state comes out as values.
+    Each call starts from the state before the step, so both passes see the same dropout
+    masks. Changes of state are returned as values.
 
     Args:
         model: `keras.Model`.
@@ -41,20 +41,19 @@ class Loss:
         self._assigned = None
 
     def __call__(self, weights, differentiate=None):
-        """The loss at `weights`.
+        """Computes the loss at `weights`.
 
         Args:
             weights: List of tensors, one per trainable variable.
-            differentiate: Function that is called with the loss while layers still
-                read `weights`, for those that recompute in the backward pass.
+            differentiate: Function that is called with the loss while layers still read
+                `weights`, because layers that recompute read them in the backward pass.
 
         Returns:
-            `(scaled loss, (loss, tensors, masks, values))`: the tensors among the
-            model's outputs, their masks, and the values that were assigned to
-            variables.
+            `(scaled loss, (loss, tensors, masks, values))`: the tensors in the model's
+            outputs, their masks, and the values that were assigned to variables.
         """
         model, (x, y, sample_weight) = self.model, self._data
-        # Keras multiplies sample weights by masks in place on PyTorch.
+        # On PyTorch, Keras multiplies sample weights by masks in place.
         sample_weight = keras.tree.map_structure(_copy, sample_weight)
         mapping = list(zip(self.variables, weights)) + self._state
         if self._generators is None:
@@ -63,7 +62,7 @@ class Loss:
             self._generators.rewind()
         with self._given(weights), _Scope(mapping) as scope:
             y_pred = call(model, x)
-            # Keras' own way to call a `compute_loss` of any signature, not public.
+            # Calls a `compute_loss` of any signature. Keras has no public name for it.
             loss = model._compute_loss(x, y, y_pred, sample_weight, training=True)
             scaled = loss if self._scale is None else ops.multiply(loss, self._scale)
             assigned = list(scope.assigned.values())
@@ -85,15 +84,15 @@ class Loss:
                 raise ValueError(
                     f"A layer assigns to the trainable weight {variable.path!r} when "
                     "it is called, as `SpectralNormalization` does. It would assign a "
-                    "perturbed weight. Leave the layer out, or set "
-                    "`trainable = False` on it."
+                    "perturbed value. Remove the layer, or set `trainable = False` on "
+                    "it."
                 )
 
     def record_metrics(self, outputs):
-        """Takes over what the first call did to the metrics.
+        """Assigns the metrics as the first call left them.
 
         Args:
-            outputs: What that call returned next to the scaled loss.
+            outputs: What the first call returned after the scaled loss.
 
         Returns:
             `(loss, y_pred)`, with the masks that Keras attached to the outputs.
@@ -110,10 +109,10 @@ class Loss:
         return loss, y_pred
 
     def record_state(self, outputs):
-        """Takes over what the first call did to the model's state, and to generators.
+        """Assigns the model's state and seed generators as the first call left them.
 
         Args:
-            outputs: What that call returned next to the scaled loss.
+            outputs: What the first call returned after the scaled loss.
         """
         *_, values = outputs
         metrics = {id(v) for v in self.model.metrics_variables}
@@ -128,10 +127,10 @@ class Loss:
 
 
 class _Scope(backend.Scope):  # type: ignore[name-defined]
-    """A scope that lists the variables that were assigned to.
+    """A scope that records which variables were assigned.
 
-    Not all are the model's: a generator of random numbers may be anyone's. What was
-    assigned is a constant to the gradient, like the value of a variable.
+    They may include variables outside the model, such as a shared seed generator.
+    Assigned values are constants for the gradient.
     """
 
     def __init__(self, state_mapping):
@@ -146,11 +145,11 @@ class _Scope(backend.Scope):  # type: ignore[name-defined]
 
 
 def call(model, x):
-    """The model's outputs for a batch, called as Keras' train steps do."""
+    """Calls the model on a batch as Keras' train steps do."""
     return model(x, training=True) if model._call_has_training_arg else model(x)
 
 
-# Stands for a tensor, in a structure of outputs that may hold anything else.
+# Placeholder for a tensor in the outputs, which may also hold other objects.
 _TENSOR = object()
 
 

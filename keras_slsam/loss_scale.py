@@ -1,10 +1,10 @@
-"""Loss scaling, for float16: the gradients of a small loss would vanish in it.
+"""Loss scaling for float16, where the gradients of a small loss would vanish.
 
-Keras wraps the optimizer of a model with the policy "mixed_float16" in a
-`LossScaleOptimizer`, which multiplies the loss by a scale, divides the gradients by it,
-leaves out a step whose gradients are not finite, and adapts the scale. Norms and
-perturbations are those of the unscaled gradients. Our steps are left out where the
-gradients of either pass are not finite, with a scale or without one.
+For a model with the policy "mixed_float16", Keras wraps the optimizer in a
+`LossScaleOptimizer`. It multiplies the loss by a scale, divides the gradients by it,
+skips a step whose gradients are not finite, and adapts the scale. Norms and
+perturbations use the unscaled gradients. A sharpness-aware step is skipped if the
+gradients of either pass are not finite, with or without a scale.
 """
 
 import keras
@@ -14,7 +14,7 @@ from keras_slsam.gradients import backend
 
 
 def split(optimizer):
-    """Takes the `LossScaleOptimizer` off an optimizer.
+    """Separates a `LossScaleOptimizer` from the optimizer inside it.
 
     Returns:
         Tuple of the `LossScaleOptimizer` or `None`, and the optimizer inside.
@@ -25,17 +25,17 @@ def split(optimizer):
 
 
 def read(scaler):
-    """The present scale of a `LossScaleOptimizer`, a float scalar, or `None`."""
+    """Returns the current scale, a float scalar, or `None` without a `scaler`."""
     return None if scaler is None else backend.read(scaler.dynamic_scale)
 
 
 def unscale(gradients, arms, scale):
-    """Gradients of the loss, from those of the loss times `scale`.
+    """Divides the gradients of the active arms by the scale of the loss.
 
     Args:
-        gradients: List of tensors, one per variable; anything where inactive.
+        gradients: List of tensors, one per variable. Ignored where inactive.
         arms: `ActiveArms`.
-        scale: Float scalar, or `None` for a loss that was not scaled.
+        scale: Float scalar, or `None` if the loss was not scaled.
 
     Returns:
         List of tensors like `gradients`.
@@ -50,12 +50,12 @@ def unscale(gradients, arms, scale):
 def adapt(scaler, finite):
     """Adapts the scale after a step.
 
-    The rule is that of Keras: half of the scale after a step that was left out, twice
-    the scale after `dynamic_growth_steps` steps that were not.
+    As in Keras, a skipped step halves the scale, and `dynamic_growth_steps` steps
+    without a skipped one double it.
 
     Args:
         scaler: `keras.optimizers.LossScaleOptimizer`, built, or `None`.
-        finite: bool or scalar boolean tensor, whether the gradients were.
+        finite: bool or scalar boolean tensor, whether the gradients were finite.
     """
     if scaler is None:
         return

@@ -1,10 +1,10 @@
-"""The perturbation: a step of length rho from the active weights, along a direction.
+"""The ascent: perturbs the active weights by a step of length rho.
 
     e = rho * g / (||g|| + eps)                   SAM (Foret et al., 2010.01412)
     e = rho * w^2 * g / (|| |w| g || + eps)       adaptive (ASAM, 2102.11600)
 
-The norm is one over all active weights; the other weights stay put. The optimizer
-chooses the direction g.
+The norm is taken over all active weights. Inactive weights are not perturbed. The
+optimizer chooses the direction g.
 """
 
 from keras import ops
@@ -15,12 +15,12 @@ _EPSILON = 1e-12
 
 
 def perturb(weights, directions, squared_norm, arms, rho, adaptive=False):
-    """The perturbed weights, `w + e` where active and `w` elsewhere.
+    """Returns the perturbed weights, `w + e` where active and `w` elsewhere.
 
     Args:
         weights: List of tensors, w.
-        directions: List of tensors like `weights`, g; anything, or `None`, where
-            the arm is inactive.
+        directions: List of tensors like `weights`, g. Ignored where inactive, and may
+            be `None` there.
         squared_norm: Float scalar, the squared norm of all active directions.
         arms: `ActiveArms`.
         rho: Float scalar, the radius.
@@ -32,8 +32,8 @@ def perturb(weights, directions, squared_norm, arms, rho, adaptive=False):
     if adaptive:
         squared_norm = sum(arms.squared_norms(directions, weights))
     norm = ops.sqrt(squared_norm)
-    # Without a direction there is no ascent; 1 / eps would overflow in float16. Not
-    # `squared_norm > 0`, which XLA repeats, with the sum over the arms, in each use.
+    # A zero direction gives no ascent; 1 / eps would overflow in float16. The condition
+    # reads `norm`, because XLA would repeat the sum in `squared_norm` at each use.
     scale = ops.where(norm > 0, ops.cast(rho, norm.dtype) / (norm + _EPSILON), 0.0)
 
     def ascended(i, weight):

@@ -1,4 +1,4 @@
-"""Which arms are active: a sampler draws them, and learns from their gradients."""
+"""Selects the active arms: a sampler draws them, and learns from their gradients."""
 
 import keras
 import numpy as np
@@ -18,15 +18,15 @@ class Selection:
         members: List of lists of int, the variables of each arm.
         all_active: bool, whether all arms are active in every step.
         dtype: String, float dtype of the norms.
-        owner: `keras.optimizers.Optimizer`, which makes and holds `active` and
-            `norms`. The sampler makes its own variables.
+        owner: `keras.optimizers.Optimizer`, which creates and holds `active` and
+            `norms`. The sampler creates its own variables.
 
     Attributes:
         arm_of: As given.
         members: As given.
         active: `keras.Variable` of shape `(num_arms,)`, the mask of the last step.
-        norms: `keras.Variable` of shape `(num_arms,)`, the norms of its first pass's
-            gradients.
+        norms: `keras.Variable` of shape `(num_arms,)`, the gradient norms of the first
+            pass of the last step.
     """
 
     def __init__(self, sampler, arm_of, members, all_active, dtype, owner):
@@ -42,16 +42,16 @@ class Selection:
         """Draws the active arms.
 
         Args:
-            first: Whether this is the first step of a window of accumulated gradients,
-                in which the arms stay: a bool or scalar boolean tensor.
+            first: bool or scalar boolean tensor, whether this is the first step of a
+                window of accumulated gradients. The arms are drawn once per window.
 
         Returns:
             `ActiveArms`, with scalar boolean tensors inside a traced step, unless all
             arms are always active.
 
         Raises:
-            ValueError: if the sampler's mask has another shape, or is seen to have
-                no active arm.
+            ValueError: if the sampler's mask has the wrong shape, or is known to have
+            no active arm.
         """
         atomic.assign_if(first, self._draw)
         if self._all_active:
@@ -61,7 +61,7 @@ class Selection:
         if not any(on is not False for on in active):
             raise ValueError(
                 "`draw()` of a sampler must return at least one active arm. "
-                f"Received: none of {self._sampler!r}"
+                f"Received: none from {self._sampler!r}"
             )
         return ActiveArms(self.members, active, self.norms.dtype)
 
@@ -71,26 +71,27 @@ class Selection:
         if not _is_mask(mask) or (None not in shape and shape != expected):
             raise ValueError(
                 "`draw()` of a sampler must return a boolean tensor of shape "
-                f"(num_arms,), here {expected}. Received: {mask!r} of {self._sampler!r}"
+                f"(num_arms,), here {expected}. Received: {mask!r} from "
+                f"{self._sampler!r}"
             )
         self.active.assign(ops.cast(mask, "bool"))
 
     def learn(self, squares, position, last):
-        """Records the arms' norms and lets the sampler learn from them.
+        """Records the norms of the arms, and lets the sampler learn from them.
 
         In a window of accumulated gradients the norms are root mean squares, and the
-        sampler learns from them once.
+        sampler learns once, in the last step.
 
         Args:
             squares: List of float scalars, the arms' squared gradient norms.
-            position: Int tensor, the number of steps of this window before this one,
-                or `None` without accumulation.
+            position: Int tensor, the number of earlier steps in this window, or `None`
+                without accumulation.
             last: Whether this is the last step of a window.
         """
         squares = ops.stack(squares)
         if position is not None:
             position = ops.cast(position, squares.dtype)
-            # Norms of the window before, which may not be finite, do not count.
+            # Ignore norms of the previous window, which may not be finite.
             before = ops.where(position > 0, ops.square(self.norms) * position, 0.0)
             squares = (before + squares) / (position + 1)
         norms = ops.sqrt(squares)
@@ -102,7 +103,7 @@ class Selection:
 
 
 def _is_mask(x):
-    """Whether `x` is an array or tensor of bools or ints."""
+    """Returns whether `x` is an array or tensor of bools or ints."""
     if not hasattr(x, "dtype"):
         return False
     dtype = keras.backend.standardize_dtype(x.dtype)

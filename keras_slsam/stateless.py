@@ -1,4 +1,4 @@
-"""The step as a pure function of the state, as JAX compiles it."""
+"""The step as a pure function of the state, to compile with `jax.jit`."""
 
 import keras
 from keras import ops
@@ -11,15 +11,16 @@ from keras_slsam.optimizers import SharpnessAware
 def get_state(
     model: keras.Model, optimizer: SharpnessAware, data: tuple | None = None
 ) -> tuple:
-    """The state that `stateless_step` takes.
+    """Returns the state that `stateless_step` takes.
 
     Args:
         model: `keras.Model`, built and compiled with a loss.
         optimizer: `SAM`, `S2SAM`, `SLSAM` or `RST`, or a Keras `LossScaleOptimizer`
-            around one. It is built if it is not.
-        data: Tuple `(x, y)` or `(x, y, sample_weight)` of one batch. The loss and
-            most metrics make their variables when they see data: give it where the
-            model was not evaluated or trained since `compile`. The metrics are reset.
+            around one of them. It is built if necessary.
+        data: Tuple `(x, y)` or `(x, y, sample_weight)` of one batch, or `None`. The
+            loss and most metrics create their variables when they see data. So pass a
+            batch if the model was not evaluated or trained since `compile`. This resets
+            the metrics.
 
     Returns:
         Tuple of four lists of arrays, the values of `model.trainable_variables`,
@@ -47,15 +48,15 @@ def get_state(
 
 
 def set_state(model: keras.Model, optimizer: SharpnessAware, state: tuple) -> None:
-    """Assigns a state to the variables of model and optimizer.
+    """Assigns a state to the variables of the model and the optimizer.
 
     Args:
         model: `keras.Model`.
-        optimizer: Its optimizer, built.
+        optimizer: The optimizer, built.
         state: What `get_state` or `stateless_step` returned.
 
     Raises:
-        ValueError: if values are missing in `state`.
+        ValueError: if `state` lacks values, or if `optimizer` is not built.
     """
     groups = _variables(model, optimizer)
     _check_sizes("set_state", groups, state, optimizer)
@@ -67,19 +68,20 @@ def set_state(model: keras.Model, optimizer: SharpnessAware, state: tuple) -> No
 def stateless_step(
     model: keras.Model, optimizer: SharpnessAware, state: tuple, data: tuple
 ) -> tuple[dict, tuple]:
-    """`step` as a pure function, to compile with `jax.jit`.
+    """Takes one step, as a pure function to compile with `jax.jit`.
 
     Args:
         model: `keras.Model`, built and compiled with a loss.
-        optimizer: `SAM`, `S2SAM`, `SLSAM` or `RST`, built.
-        state: What `get_state` or the step before returned.
+        optimizer: `SAM`, `S2SAM`, `SLSAM` or `RST`, or a Keras `LossScaleOptimizer`
+            around one of them, built.
+        state: What `get_state` or the previous step returned.
         data: Tuple `(x, y)` or `(x, y, sample_weight)` of one batch.
 
     Returns:
-        Tuple `(logs, state)`, the metrics' values and the new state.
+        Tuple `(logs, state)`, the values of the metrics and the new state.
 
     Raises:
-        ValueError: as `step`, and if variables are missing in `state`.
+        ValueError: as `step`, and if `state` lacks variables.
     """
     variables = _variables(model, optimizer)
     _check_sizes("stateless_step", variables, state, optimizer)
@@ -89,8 +91,9 @@ def stateless_step(
     after = _variables(model, optimizer)
     if [len(vs) for vs in after] != [len(vs) for vs in variables]:
         raise ValueError(
-            "The model, its loss or its metrics had no variables yet, so `state` does "
-            "not hold them. Give `get_state` a batch as `data`."
+            "Argument `state` of `stateless_step` lacks variables that the model, its "
+            "loss or its metrics create in the first step. Give `get_state` a batch as "
+            "`data`."
         )
     return logs, tuple([scope.get_current_value(v) for v in vs] for vs in variables)
 

@@ -1,9 +1,9 @@
-"""Threefry 2x32, a counter-based random number generator, in `keras.ops`.
+"""Random numbers that are the same on every backend: Threefry 2x32 in `keras.ops`.
 
-`keras.random` gives other numbers on every backend. A counter-based generator is
-a pure function of a key and a counter, built of additions, rotations and
-exclusive ors of 32-bit integers, so the same seed draws the same numbers on
-JAX, TensorFlow and PyTorch.
+`keras.random` gives different numbers on each backend. Threefry is a counter-based
+generator: a pure function of a key and a counter, made of additions, rotations and
+exclusive ors of 32-bit integers. So the same seed draws the same numbers on JAX,
+TensorFlow and PyTorch.
 
 Reference: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011
 (Threefry-2x32, 20 rounds).
@@ -19,12 +19,12 @@ _PARITY = 0x1BD11BDA
 
 
 def make_seed(seed, owner):
-    """The seed to start from: `seed`, or a fresh one where it is `None`.
+    """Returns the initial seed: `seed`, or a fresh one if it is `None`.
 
     Args:
-        seed: int or `None`. Fresh seeds come from Python's `random`, like those
-            of Keras' layers, so `keras.utils.set_random_seed` fixes them.
-        owner: String, who asks, for the message.
+        seed: int or `None`. Fresh seeds come from Python's `random`, as in Keras'
+            layers, so `keras.utils.set_random_seed` fixes them.
+        owner: String, the name of the caller, for the message.
 
     Returns:
         int in the range of a signed 32-bit integer.
@@ -43,15 +43,15 @@ def make_seed(seed, owner):
 
 
 def draw(state, size):
-    """Uniform numbers in [0, 1), other ones at each call.
+    """Draws uniform numbers in [0, 1), different in each call.
 
     Args:
-        state: `keras.Variable`, int32 of shape `(2,)`: the seed and the number of this
+        state: `keras.Variable`, int32 of shape `(2,)`: the seed, and the number of this
             draw, which grows by 1.
-        size: int, how many numbers.
+        size: int, how many numbers to draw.
 
     Returns:
-        float32 tensor of shape `(size,)`, as of `uniform`.
+        float32 tensor of shape `(size,)`, see `uniform`.
     """
     seed, number = state[0], state[1]
     unit = uniform(seed, number, size)
@@ -60,22 +60,22 @@ def draw(state, size):
 
 
 def uniform(seed, draw, size):
-    """Uniform numbers in [0, 1) for one draw.
+    """Returns uniform numbers in [0, 1) for one draw.
 
     Args:
         seed: int32 scalar tensor, the key.
-        draw: int32 scalar tensor, the number of this draw. Each draw gives other
+        draw: int32 scalar tensor, the number of this draw. Each draw gives different
             numbers.
-        size: int, how many numbers.
+        size: int, how many numbers to draw.
 
     Returns:
-        float32 tensor of shape `(size,)`. Near 0 the numbers are as fine as
-        float32 is, so `uniform(...) < p` holds with probability `p` also for a
-        `p` of 1e-8.
+        float32 tensor of shape `(size,)`. Near 0 the numbers have the full resolution
+        of float32, so `uniform(...) < p` holds with probability `p` even for a `p` of
+        1e-8.
     """
     index = ops.arange(size, dtype="int32")
     high, low = _threefry((seed, ops.zeros_like(seed)), (draw, index))
-    # Halves of 16 bits are exact in float32, and so is a product with 2**-k.
+    # Halves of 16 bits are exact in float32, and so are products with 2**-k.
     unit = _half(high, 16) * 2.0**-16 + (
         _half(high, 0) * 2.0**-32
         + (_half(low, 16) * 2.0**-48 + _half(low, 0) * 2.0**-64)

@@ -1,4 +1,4 @@
-"""The train step: one text for all methods and all backends."""
+"""The train step: one implementation for all methods and backends."""
 
 import warnings
 
@@ -16,26 +16,26 @@ from keras_slsam.optimizers.sharpness_aware import SharpnessAware
 
 
 def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
-    """One sharpness-aware training step, for a training loop of your own.
+    """Takes one sharpness-aware training step, for custom training loops.
 
-    `model.fit` takes the same step. On TensorFlow call it inside a `tf.function`
-    with `jit_compile=model.jit_compile`, on PyTorch as it is; on JAX compile
+    `model.fit` takes the same step. On TensorFlow call it inside a `tf.function` with
+    `jit_compile=model.jit_compile`. On PyTorch call it directly. On JAX compile
     `stateless_step` instead.
 
     Args:
-        model: `keras.Model`, compiled with a loss; its `compute_loss` and
-            `compute_metrics` are used.
-        optimizer: `SAM`, `S2SAM`, `SLSAM` or `RST`, or a Keras
-            `LossScaleOptimizer` around one of them.
+        model: `keras.Model`, compiled with a loss. The step calls its `compute_loss`
+            and `compute_metrics`.
+        optimizer: `SAM`, `S2SAM`, `SLSAM` or `RST`, or a Keras `LossScaleOptimizer`
+            around one of them.
         data: Tuple `(x, y)` or `(x, y, sample_weight)` of one batch.
 
     Returns:
-        Dict of the metrics' values so far, like that of `model.train_step`. The
-        loss is that of the unperturbed weights, if the method evaluates them.
+        Dict of the values of the metrics so far, as from `model.train_step`. The loss
+        is computed at the unperturbed weights if the method evaluates them.
 
     Raises:
-        ValueError: if `optimizer` is not of this package, or the model's trainable
-            weights are not those that it was built for.
+        ValueError: if `optimizer` is not from this package or was built for other
+        trainable weights, or if a feature is not supported.
 
     Example:
 
@@ -98,7 +98,7 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
             return outputs, gradients, arms.squared_norms(gradients)
 
         def perturb(directions, squared_norm):
-            """The weights `w + e`."""
+            """Returns the weights `w + e`."""
             rho = backend.read(optimizer.rho)
             return perturbation.perturb(
                 weights, directions, squared_norm, arms, rho, optimizer.adaptive
@@ -137,11 +137,11 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
             gradients, norms = backend.cond(
                 ascends, second, lambda: (first, squares + squares)
             )
-        # The root, or XLA would repeat the sum over the arms wherever this is read.
+        # The square root keeps XLA from repeating the sum over the arms at each use.
         finite = ops.isfinite(ops.sqrt(sum(norms)))
         (finite,) = backend.concrete(ops.reshape(finite, (1,)))
 
-        # Until here nothing has moved. Assignments come last.
+        # Nothing has been assigned so far. All assignments come last.
         with backend.after(outputs, gradients), atomic.put_back_metrics(model):
             with base_step.counted(finite):
                 logs = _update_metrics(
@@ -153,7 +153,7 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
                     atomic.assign_if(
                         finite, lambda: selection.learn(squares, position, is_last)
                     )
-                # The base step at w, with h.
+                # The base optimizer's step from w, with h.
                 base_step(gradients, squares, arms, is_last, finite)
                 drawn.commit()
                 backend.when(finite, lambda: loss.record_state(outputs))
@@ -162,12 +162,12 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
 
 
 def is_sharpness_aware(optimizer):
-    """Whether the optimizer, or the one that it scales the loss for, is ours."""
+    """Returns whether `optimizer` is a `SharpnessAware`, also inside a loss scaler."""
     return isinstance(loss_scale.split(optimizer)[1], SharpnessAware)
 
 
 def _prepare(model, optimizer, x):
-    """Checks what a step is called with, and builds what is not built yet."""
+    """Checks the arguments of a step, and builds what is not built yet."""
     if not isinstance(model, keras.Model) or not model.compiled:
         raise ValueError(
             "Argument `model` must be a `keras.Model` that was compiled with a loss. "
@@ -180,10 +180,10 @@ def _prepare(model, optimizer, x):
         )
     if model.jit_compile and not backend.can_compile:
         raise ValueError(
-            "A sharpness-aware step cannot be compiled on the PyTorch backend: with "
-            "arms switched off it would be compiled again for every new mask. "
+            "A sharpness-aware step cannot be compiled on the PyTorch backend, because "
+            "it would be compiled again for each new mask. "
             "Received: jit_compile=True. Call `model.compile(..., jit_compile=False)`, "
-            "or set `model.jit_compile = False` on a model that was loaded."
+            "or set `model.jit_compile = False` on a loaded model."
         )
     backend.check_devices()
     for layer in model._flatten_layers():
@@ -192,15 +192,16 @@ def _prepare(model, optimizer, x):
             raise ValueError(
                 f"The layer {layer.name!r}, a `TFSMLayer`, reads weights that Keras "
                 "cannot replace by perturbed ones, so it would be trained with wrong "
-                "gradients. Set its `trainable = False`, or write it with Keras layers."
+                "gradients. Set `trainable = False` on it, or rewrite it with Keras "
+                "layers."
             )
     inner = loss_scale.split(optimizer)[1]
-    # A `LossScaleOptimizer` may have been built when no weight was trainable.
+    # A `LossScaleOptimizer` may have been built while no weight was trainable.
     unbuilt = inner if optimizer.built else optimizer
     if not unbuilt.built:
         if not all(layer.built for layer in model._flatten_layers()):
-            # TensorFlow's `fit` leaves it to the first step. The scope makes variables
-            # outside any graph, and keeps nothing else.
+            # On TensorFlow, `fit` leaves building to the first step. The scope creates
+            # variables outside any graph, and discards everything else.
             with keras.StatelessScope():
                 call(model, x)
         with backend.init_scope():

@@ -1,15 +1,15 @@
-"""Sparse gradients: the only room that knows a framework.
+"""Sparse gradients: the only code that uses a framework's API.
 
-The rest of the package uses `backend` from here, and speaks `keras.ops` otherwise.
+The rest of the package uses `backend` from here, and `keras.ops`.
 
 | module | idea |
 | --- | --- |
-| `interface` | the class of `backend`, a subclass for each framework |
+| `interface` | the base class of `backend`, with a subclass per framework |
 | `passes` | the two passes of a step |
-| `generators` | random numbers outside of Keras, the same in both passes |
+| `generators` | random generators outside of Keras, rewound for the second pass |
 | `partition`, `program` | which arms need which work of a traced step |
-| `jax`, `jax_*` | JAX: a jaxpr, put under conditions |
-| `tensorflow`, `tensorflow_*` | TensorFlow: a graph, put under conditions |
+| `jax`, `jax_*` | JAX: a jaxpr under conditions |
+| `tensorflow`, `tensorflow_*` | TensorFlow: a graph under conditions |
 | `torch`, `torch_*` | PyTorch: eager, only the active weights require gradients |
 """
 

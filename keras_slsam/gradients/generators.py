@@ -1,7 +1,7 @@
-"""Generators of random numbers outside of Keras and the framework.
+"""Rewinds random generators outside of Keras, so both passes draw the same numbers.
 
 A layer that runs in Python may draw from the global generators of Python and NumPy, or
-from one that it keeps as an attribute. Both passes of a step must draw the same.
+from a generator that it keeps as an attribute.
 """
 
 import functools
@@ -12,11 +12,11 @@ import numpy as np
 
 
 class Generators:
-    """The generators of a model's layers, with the states that they have now.
+    """The generators that a model's layers draw from, with their current states.
 
-    As a context it rewinds them if something raises. A generator that did not move is
-    left alone. So are the global generators of Python and NumPy where all layers are
-    Keras' own: a thread that loads data may draw there.
+    As a context, it rewinds them if an exception is raised. Rewinding skips generators
+    that did not move. It also skips the global generators of Python and NumPy if all
+    layers are Keras' own, because a thread that loads data may draw from them.
 
     Args:
         model: `keras.Model`.
@@ -41,14 +41,14 @@ class Generators:
             self.rewind()
 
     def rewind(self):
-        """Sets all generators to the states of the beginning."""
+        """Sets all generators back to their initial states."""
         for get, set, state in self._before:
             if not _same(state, get()):
                 set(state)
 
 
 def _of_users(model):
-    """The layers, and modules of PyTorch in them, that are not Keras' own."""
+    """Returns the custom layers, and the custom PyTorch modules in wrappers."""
     # Keras has no public name for the layers at any depth.
     holders = model._flatten_layers()
     wrappers = [x for x in holders if isinstance(x, keras.layers.TorchModuleWrapper)]
@@ -62,11 +62,7 @@ def _of_users(model):
 
 
 def _owned(holders):
-    """The generators that layers and modules have as attributes.
-
-    Yields:
-        Pairs of functions, which get and set the state of a generator.
-    """
+    """Yields functions that get and set the state of generators in attributes."""
     found = {}
     for holder in holders:
         for x in vars(holder).values():

@@ -1,9 +1,9 @@
-"""What a framework does in its own way: the base class of the three backends.
+"""The base class of the three backends: all operations that need a framework's API.
 
-An arm's entry in `active` is a bool where its value is known while Python runs: on
-PyTorch, and with `run_eagerly=True`. Inside a traced step, on JAX under `jit` and in a
-graph of TensorFlow, it is a scalar boolean tensor. Either way, work that only inactive
-arms need is not executed.
+An entry of `active` is a bool if its value is known while Python runs: on PyTorch, and
+with `run_eagerly=True`. Inside a traced step (on JAX under `jit`, on TensorFlow in a
+graph) it is a scalar boolean tensor. In both cases, work that only inactive arms need
+is not executed.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ class Backend:
 
     Attributes:
         Passes: Subclass of `Passes`, the two passes of a step.
-        Scope: The `keras.StatelessScope` that the loss is computed in.
+        Scope: Subclass of `keras.StatelessScope` in which the loss is computed.
         can_compile: bool, whether a step may run with `jit_compile=True`.
     """
 
@@ -29,18 +29,18 @@ class Backend:
     can_compile = True
 
     def check_devices(self):
-        """Raises a `ValueError` with several devices or processes, if not supported."""
+        """Raises a `ValueError` if several devices or processes are not supported."""
 
     def no_grad(self):
         """Context in which nothing is recorded for differentiation."""
         return contextlib.nullcontext()
 
     def init_scope(self):
-        """Context in which variables are made, outside any graph."""
+        """Context in which variables are created outside any graph."""
         return contextlib.nullcontext()
 
     def generators(self, model):
-        """The `Generators` of a model's layers that are no Keras variables."""
+        """Returns the `Generators` of a model's layers, outside of Keras variables."""
         return Generators(model)
 
     def own_parameters(self, model, variables):
@@ -48,69 +48,67 @@ class Backend:
 
         Args:
             model: `keras.Model`.
-            variables: List of its `keras.Variable`s that `weights` stand for.
+            variables: List of the model's `keras.Variable`s that `weights` replace.
 
         Returns:
-            Tuple of two functions. The first makes of a list of tensors, like the
-            values of `variables`, a context in which these layers compute with them;
-            the second, without arguments, takes over what the first pass did to their
+            Tuple of two functions. The first takes a list of tensors like the values of
+            `variables`, and returns a context in which these layers compute with them.
+            The second, without arguments, keeps what the first pass did to the layers'
             other state.
         """
         return lambda weights: contextlib.nullcontext(), lambda: None
 
     def build_first(self, model, train_function):
-        """A train function that makes the variables of optimizer and metrics first.
+        """Returns a train function that creates the variables of its step first.
+
+        They belong to the optimizer and the metrics.
 
         Args:
             model: `keras.Model`.
             train_function: Function of an iterator over batches.
-
-        Returns:
-            Function like `train_function`.
         """
         return train_function
 
     def only_builds(self):
-        """Whether this step is taken for the variables that it makes, not executed."""
+        """Returns whether this step only creates its variables, and is not executed."""
         return False
 
     def after(self, *structures):
-        """Context whose operations run after those that give the tensors in these.
+        """Context whose operations run after those that compute the given tensors.
 
-        And after the checks before it, which give no tensors.
+        They also run after all earlier checks, which return no tensors.
         """
         return contextlib.nullcontext()
 
     def concrete(self, mask):
-        """The entries of a boolean tensor of shape `(n,)`.
+        """Returns the entries of a boolean tensor of shape `(n,)`.
 
         Returns:
-            List of bools if they are known, else of scalar boolean tensors. At most
-            one synchronisation with the device.
+            List of bools if they are known, else of scalar boolean tensors. Needs at
+            most one synchronisation with the device.
         """
         raise NotImplementedError
 
     def read(self, variable):
-        """The value of a `keras.Variable` as a tensor, not a copy."""
+        """Returns the value of a `keras.Variable` as a tensor, without a copy."""
         return variable.value
 
     def cond(self, active, true_fn, false_fn):
-        """The value of `true_fn()` where `active`, else of `false_fn()`.
+        """Returns the value of `true_fn()` if `active`, else of `false_fn()`.
+
+        The other function is not executed.
 
         Args:
             active: bool or scalar boolean tensor.
             true_fn: Function without arguments.
-            false_fn: Function without arguments, of the same structure.
-
-        Returns:
-            What the function that was taken returns; the other is not executed.
+            false_fn: Function without arguments, with a result of the same structure.
         """
         if isinstance(active, bool):
             return true_fn() if active else false_fn()
         return ops.cond(active, true_fn, false_fn)
 
     def both(self, one, other):
-        """Whether two conditions hold: bools, or scalar boolean tensors."""
+        """Returns whether two conditions hold: bools or scalar boolean tensors."""
         if isinstance(one, bool):
             return other if one else False
         if isinstance(other, bool):
@@ -122,21 +120,21 @@ class Backend:
 
         Args:
             active: bool or scalar boolean tensor.
-            update: Function without arguments; what it returns is ignored.
+            update: Function without arguments. Its result is ignored.
         """
         if active:
             update()
 
     def select(self, active, update):
-        """The same for an update of all weights: on JAX without a condition.
+        """Like `when`, for an update of all weights. On JAX it uses no condition.
 
-        XLA makes one loop of the update and the choice, where a condition takes memory
-        for the old weights and the new ones.
+        XLA fuses the update and the choice into one loop. A condition would need memory
+        for both the old and the new weights.
         """
         self.when(active, update)
 
     def apply(self, optimizer, gradients, variables):
-        """The step of a Keras optimizer, as Keras' own train step asks for it.
+        """Applies a Keras optimizer in the way that Keras' own train step does.
 
         Args:
             optimizer: `keras.optimizers.Optimizer`, built for `variables`.
@@ -146,23 +144,20 @@ class Backend:
         optimizer.apply(gradients, variables)
 
     def squared_sum(self, gradient):
-        """Sum of the squares of a gradient's entries, at least in float32."""
+        """Computes the sum of the squares of a gradient, at least in float32."""
         dtype = keras.backend.result_type(gradient.dtype, "float32")
         return ops.sum(ops.square(ops.cast(gradient, dtype)))
 
     def multiply(self, gradient, factor):
-        """`factor * gradient` for a scalar `factor`, a new tensor."""
+        """Returns `factor * gradient` for a scalar `factor`, as a new tensor."""
         return gradient * ops.cast(factor, gradient.dtype)
 
     def add(self, weight, gradient, scale):
-        """`weight + scale * gradient`, a new tensor.
+        """Returns `weight + scale * gradient`, as a new tensor.
 
         Args:
             weight: Tensor.
-            gradient: Gradient of a tensor of the shape of `weight`.
-            scale: Scalar tensor, or one of the shape of `weight`.
-
-        Returns:
-            Tensor of the shape of `weight`.
+            gradient: Gradient of a tensor with the shape of `weight`.
+            scale: Tensor, a scalar or with the shape of `weight`.
         """
         return weight + scale * gradient

@@ -1,13 +1,15 @@
-"""Sparse gradients on JAX, one compiled step for all masks.
+"""Sparse gradients on JAX: one compiled step for all masks.
 
-Under `jit` the mask is not known while the step is traced, so the step holds the work
-of every gradient; `jax_graph` puts it under conditions. Executed are then the forward
+Under `jit` the mask is not known while the step is traced, so the trace holds the work
+of all gradients. `jax_graph` puts it under conditions. A step then executes the forward
 pass, the backward pass down to the lowest active layer, and the weight gradients of the
-active layers. Where the mask is known only the wanted gradients are asked for.
+active layers. If the mask is known, only the gradients of the active weights are
+computed.
 
-The second pass reuses from the first what depends on no weight, like a frozen prefix
-and the noise of dropout. Everything else is computed again: a value kept for the second
-pass takes memory, also where the model asks for it to be recomputed.
+The second pass reuses values of the first that depend on no trainable weight, such as a
+frozen prefix and the noise of dropout. It recomputes everything else, because a value
+that is kept for the second pass takes memory, even where the model asks for
+recomputation.
 """
 
 import jax
@@ -53,7 +55,7 @@ class Passes(passes.Passes):
 
 
 class JaxBackend(Backend):
-    """JAX, which differentiates only what it is told to."""
+    """JAX, traced under `jit` or with a known mask."""
 
     Passes = Passes
 

@@ -1,8 +1,9 @@
-"""The gradients of all arms on JAX, in one program that skips inactive arms.
+"""A jaxpr of the loss and the gradients of all arms, which skips inactive arms.
 
-The loss and all its gradients are traced once, to a jaxpr, which `partition` sorts by
-the arms that need its equations. Each set of arms becomes one `jax.lax.cond` on "any of
-these is active". A loop (`scan`, `while`) or a `cond` of the model is one equation.
+The loss and all gradients are traced once to a jaxpr. `partition` groups its equations
+by the arms that need them. Each group becomes one `jax.lax.cond` with the predicate
+"any of these arms is active". A loop (`scan`, `while`) or a `cond` of the model is one
+equation.
 """
 
 import jax
@@ -15,9 +16,9 @@ from keras_slsam.gradients import jax_recompute
 from keras_slsam.gradients import partition
 from keras_slsam.gradients import program
 
-# Calls of a traced function, by the name of the primitive, and the parameter that holds
-# its jaxpr. That of `jax.checkpoint` has no public name. What it recomputes stays apart
-# from the forward pass: conditions do that.
+# Maps each primitive that calls a traced function to the parameter with its jaxpr. The
+# primitive of `jax.checkpoint` has no public name. Inlining it is safe: the conditions
+# keep what it recomputes apart from the forward pass.
 CALLS = {
     primitives.jit_p.name: "jaxpr",
     primitives.closed_call_p.name: "call_jaxpr",
@@ -26,13 +27,13 @@ CALLS = {
 
 
 class Gradients(program.Program):
-    """A function of weights that gives a value and the gradient of each weight.
+    """A function from weights to a value and the gradient of each weight.
 
     Args:
-        function: Function from a list of arrays to `(value, gradients)`, of which the
-            gradients are a list like the weights.
+        function: Function from a list of arrays to `(value, gradients)`, with one
+            gradient per weight.
         weights: List of arrays to trace it with.
-        passes: `Passes`, of a traced step.
+        passes: `Passes` of a traced step.
     """
 
     def __init__(self, function, weights, passes):
@@ -77,15 +78,15 @@ class Gradients(program.Program):
 
 
 def inline(jaxpr, inputs):
-    """The equations of a jaxpr, with those of the functions that it calls.
+    """Returns the equations of a jaxpr, with called functions inlined.
 
     Args:
         jaxpr: `Jaxpr` or `ClosedJaxpr`.
         inputs: List of variables and literals, the arguments.
 
     Returns:
-        `(equations, outputs, constants)`: a flat list, the variables and literals
-        that hold the results, and a dict from variables to constant arrays.
+        `(equations, outputs, constants)`: a flat list, the variables and literals that
+        hold the results, and a dict from variables to constant arrays.
     """
     arrays, equations = getattr(jaxpr, "consts", ()), []
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
@@ -104,7 +105,7 @@ def inline(jaxpr, inputs):
             equations += body
             constants.update(more)
         else:
-            # Two calls of one function share its jaxpr, so the variables are new.
+            # Two calls of a function share its jaxpr, so each needs new variables.
             results = [core.Var(v.aval) for v in equation.outvars]
             equations.append(equation.replace(invars=arguments, outvars=results))
         names.update(zip(equation.outvars, results))
@@ -123,7 +124,7 @@ def _node(equation):
 
 
 def _has_zeros(variable):
-    """False for tokens, references and typed random keys."""
+    """Returns False for tokens, references and typed random keys."""
     return isinstance(variable.aval, jax.core.ShapedArray) and not (
         jax.dtypes.issubdtype(variable.aval.dtype, jax.dtypes.extended)
     )

@@ -1,7 +1,7 @@
-"""The layout of convolutions on JAX.
+"""Changes convolutions on JAX to the layout that is fast inside conditions.
 
-XLA on CPU brings convolutions into the one order of axes for which it has a fast
-kernel, but not those in conditions, which are 20 to 100 times slower then.
+On CPU, XLA has a fast kernel for one order of the axes. It changes convolutions to this
+order, but not inside conditions, where they are then 20 to 100 times slower.
 """
 
 import functools
@@ -12,7 +12,7 @@ from jax.extend.core import primitives
 
 
 def channels_last(equation):
-    """A convolution with the channels last, where the given one would be slow.
+    """Returns a convolution with channels last, if the given one would be slow.
 
     Args:
         equation: Equation of a jaxpr.
@@ -31,10 +31,10 @@ def channels_last(equation):
 
 
 def _order(equation):
-    """The order of the axes (batch, ..., channels), and of the kernel's (..., in, out).
+    """Returns dimension numbers: (batch, ..., channels), for the kernel (..., in, out).
 
-    A tuple of three, of the left and right argument of a convolution and its result.
-    Each tells where batch and channels, or `out` and `in`, are, and then the others.
+    There is one entry for the left argument, the right argument and the result. It
+    lists the axis of batch and of channels (or `out` and `in`), then the other axes.
     """
     rank = equation.outvars[0].aval.ndim
     between = tuple(range(1, rank - 1))

@@ -1,19 +1,19 @@
-"""What is recomputed on JAX rather than kept for another condition.
+"""Chooses what JAX recomputes in a condition, rather than keeps for it.
 
-What one condition keeps for another takes memory, and time to write and to copy. A
-light equation is not worth that if what it reads is there anyway: weights, data, what
-the forward pass keeps for the backward pass, and small things.
+A value that one condition keeps for another takes memory, and time to write and copy. A
+light equation is recomputed if its inputs are available anyway: weights, data, values
+that the forward pass keeps for the backward pass, and small values.
 """
 
 from jax.extend.core import primitives
 
-# A chain of more light equations than this is not light.
+# A longer chain of light equations is not light.
 _LONGEST_CHAIN = 16
 
-# What is smaller than a result by this factor does not count beside it.
+# An input that is this many times smaller than the result does not count.
 _SMALL = 8
 
-# A condition would cost more than these do.
+# These cost less than a condition.
 FREE = {
     primitives.broadcast_in_dim_p,
     primitives.iota_p,
@@ -21,7 +21,7 @@ FREE = {
     primitives.squeeze_p,
 }
 
-# These cost no more than to write their result down and read it again.
+# These cost no more than writing their result and reading it again.
 _LIGHT = FREE | {
     getattr(primitives, f"{name}_p")
     for name in (
@@ -36,15 +36,15 @@ def mark(nodes, inputs, outputs, everyone):
     """Marks the nodes that are recomputed wherever their results are read.
 
     Args:
-        nodes: List of `partition.Node`s, equations marked with the arms that need them.
-        inputs: List of variables, which are there in any case.
+        nodes: List of `partition.Node`s, marked with the arms that need them.
+        inputs: List of variables that are always available.
         outputs: List of variables.
         everyone: int, the set of all arms.
     """
     forward = {v for node in nodes if node.arms == everyone for v in node.makes}
     conditional = [node for node in nodes if node.arms not in (0, everyone)]
     kept = {v for node in conditional for v in node.reads if v in forward}
-    # For each variable that is there, the number of equations to make it.
+    # Maps each available variable to the number of equations that recompute it.
     effort, outputs = dict.fromkeys(inputs, 0), set(outputs)
     for node in nodes:
         result = node.makes[:1]

@@ -1,12 +1,12 @@
-"""Which work is needed by which arms, in the graph of any framework.
+"""Finds which arms need which operations of a graph, for any framework.
 
-The graph holds the loss and the gradients of all weights. A walk back from these finds
-the arms that need each node. Nodes that the same arms need become one part, which runs
-if any of these arms is active. What the loss needs belongs to all arms, of which at
-least one is active in every step.
+The graph holds the loss and the gradients of all weights. A backward walk marks each
+node with the set of arms that need it. Nodes with the same set form a part, which runs
+if any of these arms is active. All arms need the loss, and at least one arm is active
+in every step.
 
-The second pass of a step differs from the first in the weights. What depends on none of
-them is not run again, so each pass has parts of its own.
+The second pass differs from the first in the weights only. It does not run nodes that
+depend on no weight, so each pass has its own parts.
 
 A set of arms is an int with one bit per arm.
 """
@@ -18,24 +18,25 @@ import math
 import operator
 import typing
 
-# What is skipped in fewer steps than this share is not worth a condition.
+# Work that is skipped in a smaller share of the steps than this has no condition.
 RARELY = 0.01
 
 
 @dataclasses.dataclass(eq=False)
 class Node:
-    """An operation, which makes values from values.
+    """An operation that computes values from values.
 
     Attributes:
         work: The framework's operation.
-        reads: List of values, anything hashable.
-        makes: List of values. What no node makes is an input of the graph.
-        always: bool, whether it runs in every pass: it has effects.
-        local: List of those of `makes` that no condition can give: other parts read
-            them only if they are made without one.
-        free: bool, whether a condition costs more: it runs where what it reads is made.
-        copied: bool, whether it is cheaper to compute than to keep: it runs in each
-            part that reads it. It makes none of the graph's outputs.
+        reads: List of hashable values.
+        makes: List of values. A value that no node makes is an input of the graph.
+        always: bool, whether it runs in every pass, because it has effects.
+        local: List of values in `makes` that a condition cannot return. Other parts can
+            read them only if they are made outside conditions.
+        free: bool, whether it is cheaper than a condition. It runs in the part that
+            makes its inputs.
+        copied: bool, whether it is cheaper to recompute than to keep. It runs in each
+            part that reads it, and makes no output of the graph.
         arms: int, the set of arms that need it, 0 if none does.
     """
 
@@ -59,14 +60,11 @@ class Part(typing.NamedTuple):
 
 
 def find_independent(nodes, weights):
-    """The nodes that compute the same at other values of the weights.
+    """Returns the set of nodes that depend on no weight and have no effects.
 
     Args:
-        nodes: List of `Node`s, each after those that make what it reads.
+        nodes: List of `Node`s in topological order.
         weights: Values, inputs of the graph.
-
-    Returns:
-        Set of nodes.
     """
     found, dependent = set(), set(weights)
     for node in nodes:
@@ -78,24 +76,23 @@ def find_independent(nodes, weights):
 
 
 def most_arms(min_probability):
-    """The most arms that are worth a condition: with more, one is nearly always active.
+    """Returns the largest number of arms that are worth a condition, at least 1.
+
+    If a set has more arms, one of them is nearly always active.
 
     Args:
-        min_probability: Float, the least probability that an arm is active, 0 if that
-            is not known.
-
-    Returns:
-        Float, at least 1.
+        min_probability: Float, a lower bound of the probability that an arm is active,
+            0 if unknown.
     """
     inactive = math.log1p(-min(min_probability, 1 - 1e-12))
     return max(math.log(RARELY) / inactive, 1.0) if inactive else math.inf
 
 
 def mark(nodes, needs, everyone, independent=frozenset(), most=math.inf):
-    """Finds the arms that need each node.
+    """Marks each node with the set of arms that need it.
 
     Args:
-        nodes: List of `Node`s, each after those that make what it reads.
+        nodes: List of `Node`s in topological order.
         needs: Dict from the graph's outputs to the sets of arms that need them.
         everyone: int, the set of all arms.
         independent: Set of nodes that the second pass does not run.
@@ -115,11 +112,11 @@ def mark(nodes, needs, everyone, independent=frozenset(), most=math.inf):
 
 
 def place_free(nodes, outputs, everyone):
-    """Moves free nodes to the part that makes what they read, if it is one.
+    """Moves free nodes to the part that makes their inputs, if there is only one.
 
     Args:
-        nodes: List of `Node`s, each after those that make what it reads.
-        outputs: Values, the outputs of the graph. What makes them stays.
+        nodes: List of `Node`s in topological order.
+        outputs: Values, the outputs of the graph. Nodes that make them do not move.
         everyone: int, the set of all arms.
     """
     outputs, made_by = set(outputs), collections.defaultdict(set)
@@ -132,17 +129,18 @@ def place_free(nodes, outputs, everyone):
 
 
 def partition(nodes, outputs):
-    """Sorts nodes by the arms that need them.
+    """Groups nodes by the set of arms that need them.
 
-    Along the data flow the set of arms only shrinks. So no other node lies between two
-    of one set, and in the order of their sizes the parts come after what they read.
+    Along the data flow, the set only shrinks. So no other node lies between two nodes
+    of one set, and a part comes after the parts that it reads if larger sets come
+    first.
 
     Args:
-        nodes: List of marked `Node`s, each after those that make what it reads.
-        outputs: List of values, to be among the outputs of their parts.
+        nodes: List of marked `Node`s in topological order.
+        outputs: List of values that must be among the outputs of their parts.
 
     Returns:
-        List of `Part`s, in the order of computation.
+        List of `Part`s in topological order.
     """
     readers = collections.defaultdict(set)
     for value in outputs:
@@ -167,16 +165,16 @@ def partition(nodes, outputs):
 
 
 def partition_passes(nodes, outputs, independent):
-    """The parts of both passes of a step.
+    """Groups the nodes of both passes of a step.
 
     Args:
-        nodes: List of marked `Node`s, each after those that make what it reads.
+        nodes: List of marked `Node`s in topological order.
         outputs: List of values, the outputs of the graph.
         independent: Set of nodes that the second pass does not run.
 
     Returns:
-        Tuple of the parts of the first pass and of the second, and the list of values
-        that the second takes from the first.
+        Tuple of the parts of the first pass, the parts of the second, and the list of
+        values that the second pass reuses from the first.
     """
     again = [node for node in nodes if node.copied or node not in independent]
     second = partition(again, outputs)

@@ -5,16 +5,15 @@ class Passes:
     """The passes of a step. Each backend has a subclass.
 
     Args:
-        loss_fn: `Loss`, a pure function from a list of tensors, and a function to call
-            with the loss while layers still read these, to `(loss, aux)` with a scalar
-            `loss` and any structure `aux`.
+        loss_fn: `Loss`, a pure function from a list of weights to `(loss, aux)`, with a
+            scalar `loss` and any structure `aux`. See `Loss.__call__`.
         arm_of: List of int, the arm of each weight.
         active: List with one entry per arm: bools, or scalar boolean tensors inside a
-            traced step, of which at least one is true.
+            traced step. At least one is true.
         twice: bool, whether there may be a second pass.
-        jit_compile: bool, whether XLA compiles the graph of TensorFlow around the step.
-        min_probability: Float, the least probability that an arm is active in a traced
-            step, 0 if that is not known.
+        jit_compile: bool, whether XLA compiles the surrounding graph of TensorFlow.
+        min_probability: Float, a lower bound of the probability that an arm is active
+            in a traced step, 0 if unknown.
     """
 
     def __init__(
@@ -34,15 +33,15 @@ class Passes:
         self.min_probability = min_probability
 
     def first(self, weights):
-        """Value of the loss and the gradients of the active weights.
+        """Computes the loss and the gradients of the active weights.
 
         Args:
             weights: List of tensors to differentiate at.
 
         Returns:
             `((loss, aux), gradients)`. The gradient of an inactive weight is `None` if
-            `active` holds bools and zero otherwise. That of an active weight that the
-            loss does not reach is zero. On TensorFlow those of embeddings are
+            `active` holds bools, else zero. The gradient of an active weight that the
+            loss does not depend on is zero. On TensorFlow, gradients of embeddings are
             `tf.IndexedSlices`.
 
         Raises:
@@ -51,13 +50,14 @@ class Passes:
         raise NotImplementedError
 
     def second(self, weights):
-        """The gradients at other values of the active weights.
+        """Computes the gradients at other values of the active weights.
 
-        Random numbers are those of the first pass. Only those of TensorFlow's own
-        stateful operations cannot be repeated.
+        Random numbers are the same as in the first pass, except those of TensorFlow's
+        own stateful operations, which cannot be repeated.
 
         Args:
-            weights: List of tensors, the inactive ones those of the first pass.
+            weights: List of tensors. Inactive weights are the same as in the first
+                pass.
 
         Returns:
             List like the gradients of `first`.

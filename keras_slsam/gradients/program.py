@@ -1,7 +1,7 @@
-"""The graph of all gradients, run where arms are active, on JAX and TensorFlow.
+"""Runs a graph of all gradients on JAX and TensorFlow, and skips inactive arms.
 
-What all arms need runs in any case. The rest is in conditions, one for each set of
-arms, on "any of these is active".
+Work that all arms need always runs. All other work is in conditions, one per set of
+arms, with the predicate "any of these arms is active".
 """
 
 import functools
@@ -13,14 +13,14 @@ from keras_slsam.gradients import partition
 
 
 class Program:
-    """A traced function of weights, which gives a loss and the gradients of all arms.
+    """A traced function from weights to a loss and the gradients of all arms.
 
     Args:
-        nodes: List of `partition.Node`s, each after those that make what it reads.
-        outputs: List of values, what the function returns.
-        needs: List of int, the arm that needs each, or `None` for all arms.
-        independent: Set of nodes that the second pass need not compute again.
-        passes: `Passes`, of a traced step.
+        nodes: List of `partition.Node`s in topological order.
+        outputs: List of values that the function returns.
+        needs: List, the arm that needs each output, or `None` for all arms.
+        independent: Set of nodes that the second pass does not recompute.
+        passes: `Passes` of a traced step.
     """
 
     def __init__(self, nodes, outputs, needs, independent, passes):
@@ -40,54 +40,37 @@ class Program:
         self._sets = {value: node.arms for node in nodes for value in node.makes}
 
     def choose_copied(self, nodes, outputs):
-        """Marks nodes that are to be copied, where that depends on the arms."""
+        """Marks nodes as copied, where this depends on the arms that need them."""
 
     def given(self, weights):
-        """Dict from the inputs of the graph to tensors.
-
-        Args:
-            weights: List of tensors.
-        """
+        """Returns a dict from the inputs of the graph to tensors."""
         raise NotImplementedError
 
     def place(self, part, values):
-        """Puts a part into what is being traced.
+        """Adds a part to the current trace, and returns its outputs.
 
         Args:
             part: `partition.Part`.
             values: Dict from the part's inputs to tensors.
-
-        Returns:
-            List of tensors, the part's outputs.
         """
         raise NotImplementedError
 
     def zeros(self, part, work):
-        """What stands in for a part that is skipped.
+        """Returns zeros in place of the outputs of a part that is skipped.
 
         Args:
             part: `partition.Part`.
-            work: Function without arguments that places it.
-
-        Returns:
-            List of tensors like the part's outputs.
+            work: Function without arguments that places the part.
         """
         raise NotImplementedError
 
     def first(self, weights):
-        """What the function returns at `weights`.
-
-        Args:
-            weights: List of tensors.
-
-        Returns:
-            List of tensors, zero where their arm is inactive.
-        """
+        """Returns the outputs at `weights`, zero where their arm is inactive."""
         self._values = self._evaluate(self._parts, self.given(weights))
         return self._results(self._values)
 
     def second(self, weights):
-        """The same at weights of which the inactive ones are those of `first`."""
+        """Returns the outputs at other values of the active weights."""
         given = {**self.given(weights), **{v: self._values[v] for v in self._kept}}
         return self._results(self._evaluate(self._parts_again, given, self._values))
 
@@ -101,7 +84,7 @@ class Program:
             else:
                 skip = functools.partial(self.zeros, part, work)
                 if before and part.arms.bit_count() == 1:
-                    # The zero gradient of a single arm is there: nothing is written.
+                    # Reuse the zero gradient of the first pass for a single arm.
                     zeros = [before[value] for value in part.outputs]
                     skip = functools.partial(list, zeros)
                 made = ops.cond(wanted[part.arms], work, skip)
@@ -109,7 +92,7 @@ class Program:
         return values
 
     def _any_active(self, sets):
-        """Whether an arm of each set is active, a list of scalar boolean tensors."""
+        """Returns whether any arm of each set is active, as scalar boolean tensors."""
         if not sets:
             return []
         arms = range(len(self._active))
@@ -122,8 +105,8 @@ class Program:
         for i, (value, arm) in enumerate(zip(self._outputs, self._needs)):
             made_for = self._sets.get(value, self._everyone)
             if arm is not None and made_for != 1 << arm:
-                # Made for others too: a loop yields the gradients of all its weights,
-                # the terms of a sum have the same gradient.
+                # Other arms need it too: a loop computes the gradients of all its
+                # weights, and the terms of a sum share a gradient.
                 zeros = ops.zeros_like(results[i])
                 results[i] = ops.where(self._active[arm], results[i], zeros)
         return results

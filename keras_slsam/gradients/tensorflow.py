@@ -1,13 +1,13 @@
 """Sparse gradients on TensorFlow, in the graph of a step or eagerly.
 
-A step is traced once for all masks, so its graph holds the work of every gradient;
-`tensorflow_graph` puts it under conditions. Run eagerly, the tape watches the active
-weights only.
+A step is traced once for all masks, so its graph holds the work of all gradients.
+`tensorflow_graph` puts it under conditions. In an eager step, the tape watches the
+active weights only.
 
-The forward pass reads its weights as `tf.Variable`s, as in a step of Keras: code that
-looks for these, like inner tapes and custom gradients, finds them. In a graph they are
-the model's own, and the values of the pass take the place of what is read. Run
-eagerly, others stand in for them.
+The forward pass reads its weights as `tf.Variable`s, as in Keras' own step, because
+code such as inner tapes and custom gradients looks for them. In a graph these are the
+model's own variables, and the values of the pass replace what is read. An eager step
+reads new variables with the values of the pass instead.
 """
 
 import contextlib
@@ -24,13 +24,14 @@ from keras_slsam.gradients.interface import Backend
 
 
 class Passes(passes.Passes):
-    """The passes on TensorFlow, in the graph around the step or eagerly."""
+    """The passes on TensorFlow, in the graph of a step or eagerly."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._eager = tf.executing_eagerly()
         if all(on is True for on in self.active) and not self._eager:
-            # Dense, but what depends on no weight, like noise, is not computed twice.
+            # A dense step has one arm, so that noise and other values that depend on no
+            # weight are computed once.
             self.arm_of, self.active = [0] * len(self.arm_of), [tf.constant(True)]
 
     def first(self, weights):
@@ -55,8 +56,8 @@ class Passes(passes.Passes):
             if id(value) in read:
                 raise ValueError(
                     f"The weight {variable.path!r} is read by a `tf.function` that a "
-                    "layer or the loss calls, or in another way that is not Keras': "
-                    "when a step runs eagerly, perturbed values do not get there. "
+                    "layer or the loss calls, or in another way that bypasses Keras. "
+                    "In an eager step, perturbed values do not reach it there. "
                     "Received: run_eagerly=True. Compile the model with "
                     "run_eagerly=False, or call "
                     "`tf.config.run_functions_eagerly(True)` as well."
@@ -113,7 +114,7 @@ class TensorFlowBackend(Backend):
         strategy = tf.distribute.get_strategy()
         replicas = strategy.num_replicas_in_sync
         one_device = isinstance(strategy, tf.distribute.OneDeviceStrategy)
-        # Other strategies assign to their variables in no condition.
+        # Other strategies cannot assign to their variables inside a condition.
         if replicas > 1 or (tf.distribute.has_strategy() and not one_device):
             raise ValueError(
                 "Sharpness-aware steps under a `tf.distribute` strategy are not "
@@ -150,7 +151,7 @@ class TensorFlowBackend(Backend):
         if isinstance(active, bool):
             super().when(active, update)
         else:
-            # Both branches give nothing, whatever `update` returns.
+            # Both branches return nothing, whatever `update` returns.
             tf.cond(active, lambda: [update()] and None, lambda: None)
 
     def apply(self, optimizer, gradients, variables):
@@ -177,15 +178,12 @@ class TensorFlowBackend(Backend):
 
 
 def _record(loss_fn, weights, wanted):
-    """Value and gradients, by a tape that watches the wanted weights only.
+    """Returns `((loss, aux), gradients)`, from a tape that watches wanted weights only.
 
     Args:
         loss_fn: `Loss`.
-        weights: List of `tf.Variable`s that the loss is to read.
+        weights: List of `tf.Variable`s that the loss reads.
         wanted: List of bool.
-
-    Returns:
-        `((loss, aux), gradients)`.
     """
     watched = [w for w, on in zip(weights, wanted) if on]
     found = []
@@ -202,9 +200,9 @@ def _record(loss_fn, weights, wanted):
 
 
 def _sum_duplicates(gradient):
-    """Rows of the same index add up in the place of one, the others become 0.
+    """Sums rows with the same index into one of them, and sets the others to 0.
 
-    Squares of rows, in a norm or in an optimizer's moments, are right only then.
+    Otherwise squares of rows, in a norm or in an optimizer's moments, would be wrong.
     """
     if not isinstance(gradient, tf.IndexedSlices):
         return gradient

@@ -1,26 +1,27 @@
-"""The variables of optimizer and metrics on TensorFlow, made before the first step.
+"""Creates the variables of optimizer and metrics before TensorFlow traces a step.
 
-Keras makes them in it, and TensorFlow traces a function again that has made some.
+Keras creates them in the first step, and TensorFlow traces a function again if it has
+created variables.
 """
 
 import contextvars
 
 import tensorflow as tf
 
-# Whether what is traced now is the trace of `build_first`.
+# Whether `build_first` is tracing now.
 _builds = contextvars.ContextVar("builds", default=False)
 
 
 def only_builds():
-    """Whether this step is taken for the variables that it makes, and not executed."""
+    """Returns whether this step only creates its variables, and is not executed."""
     return _builds.get()
 
 
 def build_first(model, train_function):
-    """A train function that makes variables before it is traced.
+    """Returns a train function that creates variables before it is traced.
 
-    A `tf.function` that makes variables is traced twice. So they are made in a trace of
-    its own, of steps without gradients and updates. See `Backend.build_first`.
+    They are created in a separate trace, of steps without gradients and updates. See
+    `Backend.build_first`.
     """
     fresh = True
 
@@ -40,8 +41,8 @@ def build_first(model, train_function):
             result = train_function(iterator)
         except BaseException:
             if fresh:
-                # After a first trace that failed and made variables, TensorFlow would
-                # execute nothing, without an error.
+                # If a first trace fails after it has created variables, TensorFlow
+                # would then execute nothing, without an error.
                 model.train_function = None
             raise
         fresh = False
@@ -51,7 +52,7 @@ def build_first(model, train_function):
 
 
 def _is_traced(model, iterator):
-    """Whether the train step gets what the iterator over batches gives, in a graph."""
+    """Returns whether the step runs in a graph, on the iterator's own batches."""
     if model.run_eagerly or tf.config.functions_run_eagerly():
         return False
     if not isinstance(iterator, tf.data.Iterator):

@@ -1,11 +1,11 @@
-"""The gradients of all arms on TensorFlow, in one graph that skips inactive arms.
+"""A graph of the loss and the gradients of all arms, which skips inactive arms.
 
-The loss and all its gradients are traced once, to a graph, which `partition` sorts by
-the arms that need its operations. Those that the same arms need are copied into one
-`tf.cond` on "any of these arms is active".
+The loss and all gradients are traced once to a TensorFlow graph. `partition` groups its
+operations by the arms that need them. Each group is copied into one `tf.cond` with the
+predicate "any of these arms is active".
 
-A second run computes again what depends on the weights. What depends on none of them,
-or like noise on the sizes of values only, is that of the first.
+The second pass recomputes values that depend on the weights. It reuses values that
+depend on no weight, or only on the size of tensors, as noise does.
 """
 
 import graphlib
@@ -19,18 +19,18 @@ from keras_slsam.gradients import tensorflow_names as names
 # Types that have no zeros.
 _HANDLES = {tf.resource, tf.string, tf.variant}
 
-# Bytes of a constant that is not worth a copy for each of its readers.
+# A constant of at least this many bytes is not copied for each of its readers.
 _LARGE = 4096
 
 
 class Gradients(program.Program):
-    """A traced function of weights, to be put into the surrounding graph.
+    """A traced function from weights to a value and the gradient of each weight.
 
     Args:
-        traced: The function, without arguments; what it reads was captured.
+        traced: The function, without arguments. It captures what it reads.
         outputs: List of tensors of the function.
-        needs: List of int, the arm that needs each, or `None` for all arms.
-        passes: `Passes`, of a traced step.
+        needs: List, the arm that needs each output, or `None` for all arms.
+        passes: `Passes` of a traced step.
     """
 
     def __init__(self, traced, outputs, needs, passes):
@@ -40,7 +40,7 @@ class Gradients(program.Program):
         definition = traced.graph.as_graph_def()
         self._versions = definition.versions
         self._definitions = {node.name: node for node in definition.node}
-        # A loop's gradient adds inputs to the loop, so the graph is not in order.
+        # The gradient of a loop adds inputs to it, so the operations are not in order.
         reads = {
             op: [*(t.op for t in op.inputs), *op.control_inputs]
             for op in traced.graph.get_operations()
@@ -58,16 +58,13 @@ class Gradients(program.Program):
         super().__init__(nodes, outputs, needs, independent, passes)
 
     def _make_nodes(self, operations, outputs):
-        """The operations as nodes; values are names of tensors.
+        """Returns the operations as nodes, whose values are names of tensors.
 
         Args:
-            operations: List of operations, each after those that it depends on.
-            outputs: Set of the names of tensors that are asked for.
-
-        Returns:
-            List of `partition.Node`s.
+            operations: List of operations in topological order.
+            outputs: Set of the names of the function's output tensors.
         """
-        # What a `tf.cond` runs has no effects, so that order is by data alone.
+        # Work in a `tf.cond` must have no effects, because data flow alone orders it.
         ordered = set()
         for op in reversed(operations):
             if op.op_def.is_stateful or op in ordered:
@@ -83,8 +80,8 @@ class Gradients(program.Program):
                 local=[t.name for t in op.outputs if t.dtype in _HANDLES],
                 free=op.type in names.VIEWS or _are_scalars([*op.inputs, *op.outputs]),
             )
-            # Arithmetic on constants and shapes is copied: XLA must know its results,
-            # and Grappler makes use of them.
+            # Copy arithmetic on constants and shapes: XLA must know its results, and
+            # Grappler optimizes with them.
             node.copied = outputs.isdisjoint(node.makes) and (
                 self._is_small_constant(op)
                 or op.type in names.SHAPES
@@ -102,7 +99,7 @@ class Gradients(program.Program):
 
     def given(self, weights):
         surrounding = tf.compat.v1.get_default_graph()
-        # Keeps alive what it calls, like the bodies of loops.
+        # Keeps called functions alive, such as the bodies of loops.
         self._traced.add_to_graph(surrounding)
         values = {}
         for inner, tensor in zip(
@@ -118,13 +115,14 @@ class Gradients(program.Program):
 
     def place(self, part, values):
         for name in part.inputs:
-            values[name].set_shape(self._tensors[name].shape)  # a condition loses it
+            values[name].set_shape(self._tensors[name].shape)  # lost in a condition
         piece = tf.compat.v1.GraphDef(versions=self._versions)
         present = {node.work for node in part.nodes}
         for op in (node.work for node in part.nodes):
             node = piece.node.add()
             node.CopyFrom(self._definitions[op.name])
-            # Neither colocation nor order with operations that are not here.
+            # Drop colocation with operations that are not in this part, and their
+            # order.
             node.attr.pop(names.COLOCATION, None)
             node.ClearField("input")
             node.input.extend(t.name for t in op.inputs)
@@ -132,7 +130,7 @@ class Gradients(program.Program):
                 f"^{before.name}" for before in op.control_inputs if before in present
             )
         graph = tf.compat.v1.get_default_graph()
-        # Under a name of its own: the importer confuses what begins with one in use.
+        # A separate scope: the importer confuses names that begin with a name in use.
         found = tf.graph_util.import_graph_def(
             piece,
             {name: graph.capture(values[name], "read") for name in part.inputs},
@@ -144,10 +142,11 @@ class Gradients(program.Program):
     def zeros(self, part, work):
         tensors = [self._tensors[name] for name in part.outputs]
         if self._jit_compile and not all(t.shape.is_fully_defined() for t in tensors):
-            # For XLA both branches must have one shape, which it takes from the work;
-            # that is then dead, and removed.
+            # XLA needs the same shapes in both branches. It takes them from the work,
+            # and then removes that as dead code.
             return [tf.zeros_like(value) for value in work()]
-        # An unknown size may be 0: all that reads these zeros is skipped as well.
+        # An unknown size may be 0, because everything that reads these zeros is
+        # skipped.
         shapes = [[n or 0 for n in t.shape] if t.shape.rank else [] for t in tensors]
         return [tf.zeros(shape, t.dtype) for t, shape in zip(tensors, shapes)]
 
@@ -163,15 +162,11 @@ class Gradients(program.Program):
 def _find_weights(traced, variables):
     """Finds what reads the weights in a traced function.
 
-    Args:
-        traced: The function.
-        variables: List of `keras.Variable`, the weights.
-
     Returns:
-        `(reads, shadows)`: a dict from the operations that give a weight's value to
-        its index, and a dict from names of captured variables that are read in other
-        ways, as by a `tf.function` that is called, to the index and the handle of a
-        variable to be read in its place.
+        `(reads, shadows)`: a dict from the operations that read a weight to its index,
+        and a dict from the names of captured variables that are also read in other
+        ways, such as by a called `tf.function`, to the weight's index and the handle of
+        a variable to read instead.
     """
     indices = {id(v.value.handle): i for i, v in enumerate(variables)}
     reads, shadows = {}, {}
@@ -183,7 +178,8 @@ def _find_weights(traced, variables):
         plain = [op for op in readers if op.type == names.READ]
         reads.update(dict.fromkeys(plain, i))
         if len(plain) < len(readers):
-            # Not a `tf.Variable`, of which a `tf.function` may make none later on.
+            # Not a `tf.Variable`, because a `tf.function` must not create one in a
+            # later call.
             with tf.init_scope():
                 shadow = tf.raw_ops.VarHandleOp(
                     dtype=variables[i].dtype,
@@ -195,17 +191,14 @@ def _find_weights(traced, variables):
 
 
 def _find_same(operations, weights):
-    """Finds the operations that give the same at other values of the weights.
+    """Returns the set of operations that do not depend on the weights.
 
-    The size of a tensor is a value of its own: noise depends on that of the tensor that
-    it is added to, and not on the tensor.
+    The size of a tensor is a separate value, because noise depends on the size of the
+    tensor that it is added to, but not on the tensor.
 
     Args:
-        operations: List of operations.
-        weights: The operations that give the weights.
-
-    Returns:
-        Set of operations.
+        operations: List of operations in topological order.
+        weights: The operations that read the weights.
     """
     nodes = []
     for op in operations:
@@ -228,13 +221,13 @@ def _find_same(operations, weights):
 
 
 def _has_state(op):
-    """Whether data may also flow through a state, like that of a variable."""
+    """Returns whether data may also flow through state, such as a variable."""
     handles = any(t.dtype in _HANDLES for t in [*op.inputs, *op.outputs])
     return op.op_def.is_stateful or handles
 
 
 def _is_small_and_pure(op):
-    """Whether an operation gives scalars, or shapes and the like, and nothing else."""
+    """Returns whether an operation is pure, and returns only scalars or int vectors."""
     return not _has_state(op) and all(
         t.shape.rank == 0 or (t.shape.rank == 1 and t.dtype.is_integer)
         for t in op.outputs

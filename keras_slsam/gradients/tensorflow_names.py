@@ -1,24 +1,24 @@
-"""What has no public name on TensorFlow, and the names of its operations.
+"""Private names of TensorFlow, and names of its operations.
 
-`tests/test_private_names.py` fails where one of them moves.
+`tests/test_private_names.py` fails if one of them moves.
 """
 
 import tensorflow as tf
 
-# A variable that lives as long as its handle has this as its shared name.
+# The shared name of a variable that lives as long as its handle.
 from tensorflow.python.eager.context import anonymous_name  # noqa: F401
 
-# What tells which variables are read, by anyone.
+# Records which variables are read, by any code.
 from tensorflow.python.eager.record import VariableWatcher  # noqa: F401
 
 FuncGraph = tf.__internal__.FuncGraph  # of `tf.function`, not of loops and branches
 
-# Operations that read only sizes, and those that do not touch the data.
+# Operations that read only sizes, and operations that do not touch the data.
 SHAPES = {"Rank", "Shape", "ShapeN", "Size"}
 VIEWS = {"ExpandDims", "Identity", "Reshape", "Squeeze"}
 
-# Operations whose results have sizes that follow from those of what they read, and from
-# the integers in it.
+# Operations whose output sizes depend only on the sizes of the inputs, and on integers
+# among them.
 SIZED_BY_SIZES = VIEWS | {
     *("Abs", "AddN", "AddV2", "AvgPool", "BatchMatMulV2", "BiasAdd", "BroadcastTo"),
     *("Cast", "ConcatV2", "Conv2D", "Cos", "DepthwiseConv2dNative", "Einsum", "Elu"),
@@ -33,5 +33,5 @@ SIZED_BY_SIZES = VIEWS | {
 
 CONSTANT, READ, CHECKS = "Const", "ReadVariableOp", {"Assert", "If"}
 
-# Attributes: what an operation stands beside, and what a call only reads.
+# Attributes for colocation, and for the inputs that a call only reads.
 COLOCATION, READ_ONLY = "_class", "_read_only_resource_inputs"

@@ -1,4 +1,4 @@
-"""How layers read and assign variables on TensorFlow while a pass is traced."""
+"""The scope in which layers read and assign variables in a pass on TensorFlow."""
 
 import keras
 import tensorflow as tf
@@ -6,17 +6,17 @@ import tensorflow as tf
 from keras_slsam.gradients import tensorflow_names as names
 
 _ASSIGNED = (
-    "The variable {0!r} is assigned to by a layer that runs in a `tf.function` or a "
-    "loop of its own, so the two passes of a step would not see the same state. Leave "
-    "the `tf.function` out, `fit` compiles the whole step, or take what assigns "
+    "The variable {0!r} is assigned by a layer inside its own `tf.function` or loop, "
+    "so the two passes of a step would not see the same state. Remove the "
+    "`tf.function`, since `fit` compiles the whole step, or move what assigns "
     "(Dropout, BatchNormalization, a seed generator) out of the loop."
 )
 
 
 class Scope(keras.StatelessScope):
-    """A stateless scope that may give `tf.Variable`s as values of weights.
+    """A stateless scope that may return `tf.Variable`s as values of weights.
 
-    The body of a loop or of a branch gets tensors that are read outside of it. A
+    In the body of a loop or branch it returns tensors that are read outside of it. A
     `tf.function` that a layer calls keeps its trace after the step, so it reads the
     variables themselves, and must not assign.
 
@@ -52,10 +52,10 @@ class Scope(keras.StatelessScope):
         super().add_update(update)
 
     def _is_in_function(self):
-        """Whether a `tf.function` is traced that the forward pass calls."""
+        """Returns whether the forward pass is tracing a `tf.function` that it calls."""
         graph = _current_graph()
         while graph is not self._graph:
-            # Bodies of loops and of branches are of classes of their own.
+            # Graphs of loops and branches have other classes.
             if graph is None or type(graph) is names.FuncGraph:
                 return True
             graph = graph.outer_graph
@@ -63,12 +63,12 @@ class Scope(keras.StatelessScope):
 
 
 def check_state(traced, variables):
-    """Refuses a `tf.function`, traced before, that assigns to what both passes read."""
+    """Refuses an already traced `tf.function` that assigns to state of both passes."""
     known = {id(v.value.handle): v for v in variables}
     for inner, outer in zip(traced.graph.inputs, traced.captured_inputs):
         variable = known.get(id(outer))
         for op in inner.consumers() if variable is not None else []:
-            # TensorFlow notes there which variables a call reads only.
+            # This attribute lists the variables that a call only reads.
             noted = names.READ_ONLY in op.node_def.attr
             read = op.get_attr(names.READ_ONLY) if noted else []
             places = [i for i, tensor in enumerate(op.inputs) if tensor is inner]

@@ -1,15 +1,14 @@
-"""Sparse gradients on PyTorch, eager.
+"""Sparse gradients on PyTorch, eager: only the active weights require a gradient.
 
-Only the active weights enter the forward pass as leaves that require a
-gradient. Autograd then neither computes the other weight gradients, nor keeps
-the activations that they would need, nor walks below the lowest active layer.
+Autograd then does not compute the other weight gradients, does not keep activations
+that only they need, and stops at the lowest active layer.
 """
 
 import keras
 import torch
 
-# PyTorch's own `grad` leaves the modes of a thread out of the backward pass, in which
-# what is rematerialised needs them.
+# `torch.autograd.grad` does not apply the thread's modes in the backward pass, where
+# recomputation needs them.
 from torch.autograd.graph import _engine_run_backward
 
 from keras_slsam.gradients import passes
@@ -20,7 +19,7 @@ from keras_slsam.gradients.interface import Backend
 
 
 class Passes(passes.Passes):
-    """The passes on PyTorch, eager: what is active is known."""
+    """The passes on PyTorch, eager, with a known mask."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -40,13 +39,13 @@ class Passes(passes.Passes):
             return self._differentiate(weights)[1]
 
     def _differentiate(self, weights):
-        # An inactive weight is itself the leaf: the same tensor in both passes.
+        # An inactive weight is the leaf itself, so both passes read the same tensor.
         leaves = [
             w.detach().requires_grad_(on) if on or w.requires_grad else w
             for w, on in zip(weights, self._wanted)
         ]
         for leaf, own in zip(leaves, self._own):
-            # Hooks that are called with the gradient.
+            # Hooks of the weight get the gradient of the leaf.
             for hook in (own._backward_hooks or {}).values():
                 if leaf.requires_grad:
                     leaf.register_hook(hook)
@@ -73,18 +72,18 @@ class Passes(passes.Passes):
         found = [None] * (len(wanted) + len(own))
         if loss.requires_grad:
             inputs = *wanted, *(self._own[i] for i in own)
-            # In this thread: what is rematerialised must find the weights given.
+            # Run in this thread, so that recomputation sees the given weights.
             with torch.autograd.set_multithreading_enabled(False):
                 found = _engine_run_backward(
                     (loss,),
                     (torch.ones_like(loss),),
-                    False,  # nor keep the graph,
-                    False,  # nor make one
+                    False,  # keep_graph
+                    False,  # create_graph
                     inputs,
-                    True,  # some may be unused
+                    True,  # allow_unreachable
                     accumulate_grad=False,
                 )
-        # A gradient of the weight itself is one that no leaf gets.
+        # The leaf does not get a gradient that reaches the weight itself.
         for i, gradient in zip(own, found[len(wanted) :]):
             if gradient is not None:
                 raise self._error(torch_modules.READ_APART, i)
@@ -107,17 +106,17 @@ class Passes(passes.Passes):
 
 
 def _devices(model):
-    """The modules whose `get_rng_state` is that of the model's devices."""
+    """Returns the modules with the `get_rng_state` of each of the model's devices."""
     kinds = {variable.value.device.type for variable in model.variables} - {"cpu"}
     return [torch, *map(torch.get_device_module, kinds)]
 
 
 class TorchBackend(Backend):
-    """PyTorch, eager: bools tell what is active."""
+    """PyTorch, eager, with a known mask."""
 
     Passes = Passes
     Scope = torch_prefix.Scope
-    # `torch.compile` would specialise on each mask and compile again for the next.
+    # `torch.compile` would compile again for each new mask.
     can_compile = False
     own_parameters = staticmethod(torch_modules.own_parameters)
 
@@ -136,7 +135,7 @@ class TorchBackend(Backend):
         return torch.no_grad()
 
     def generators(self, model):
-        # Layers without a seed of their own, like Keras' Dropout on PyTorch, draw from
+        # Layers without their own seed, such as Keras' Dropout on PyTorch, draw from
         # the global generators of the devices.
         states = [(m.get_rng_state, m.set_rng_state) for m in _devices(model)]
         return Generators(model, states)

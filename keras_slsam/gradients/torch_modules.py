@@ -1,9 +1,9 @@
-"""Modules of PyTorch that compute with other weights than their own.
+"""Lets PyTorch modules compute with other weights than their own.
 
-A `TorchModuleWrapper` does not read its weights as Keras variables. So a mode of
-PyTorch, which holds in one thread only, gives every function of PyTorch other tensors
-in the place of the modules' own, wherever these were read. The modules themselves stay
-as they are, and other threads see nothing of a step.
+A `TorchModuleWrapper` does not read its weights as Keras variables. So a function mode
+replaces the modules' tensors in the arguments of every PyTorch function. A mode applies
+to one thread only. The modules themselves do not change, and other threads see nothing
+of a step.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 _GET_DATA, _SET_DATA = torch.Tensor.data.__get__, torch.Tensor.data.__set__
 
-# These neither write to a tensor nor give an alias of it. Others get a copy.
+# These neither write to a tensor nor return an alias of it. Others get a copy.
 _READERS = {
     *(getattr(torch.Tensor, name) for name in ("dim", "numel", "size")),
     *(
@@ -43,14 +43,14 @@ _WRITE_NOTHING = ("requires_grad_", "retain_grad_")
 
 
 class _Given(TorchFunctionMode):
-    """Functions of PyTorch that are called in this thread get other tensors.
+    """A mode in which the PyTorch functions that this thread calls get other tensors.
 
     Args:
-        trained: Dict from the ids of parameters to the tensors in their place.
+        trained: Dict from the ids of parameters to the tensors that replace them.
         others: Dict from the ids of other parameters and buffers to themselves. A copy
-            takes their place as soon as a function may write to them.
-        refuse: Function that is called with the id of a trained parameter that a
-            function would write to.
+            replaces them when a function may write to them.
+        refuse: Function that is called with the id of a trained parameter if a function
+            would write to it.
 
     Attributes:
         copies: Dict from ids to copies.
@@ -66,7 +66,7 @@ class _Given(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        # Most functions get none of them, and should cost little.
+        # Most functions get none of these tensors, and should cost little.
         for x in (*args, *kwargs.values()):
             key = id(x)
             if key in self._trained or key in self._others or type(x) in (list, tuple):
@@ -79,15 +79,15 @@ class _Given(TorchFunctionMode):
             self._check(kwargs["out"])
         only_reads = (
             func in _READERS
-            and kwargs.get("max_norm") is None  # by which an embedding is scaled
+            and kwargs.get("max_norm") is None  # scales an embedding in place
             and "out" not in kwargs
         )
         if func == _GET_DATA and id(args[0]) in self._trained:
-            func = torch.Tensor.detach  # the same, but what is written is counted
+            func = torch.Tensor.detach  # the same, but counts writes
         args = [self._give(x, only_reads) for x in args]
         kwargs = {name: self._give(x, only_reads) for name, x in kwargs.items()}
         result = func(*args, **kwargs)
-        # What a function like `add_` gives back may become an attribute.
+        # The result of a function like `add_` may become an attribute.
         return self._own.get(id(result), result)
 
     def _give(self, x, only_reads):
@@ -114,7 +114,7 @@ class _Given(TorchFunctionMode):
 
 
 def _writes(func):
-    """Whether a function writes to its first argument, by its name."""
+    """Returns whether a function writes to its first argument, judging by its name."""
     name = getattr(func, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__")
     return (
@@ -125,21 +125,21 @@ def _writes(func):
 
 
 def own_parameters(model, variables):
-    """Lets modules of PyTorch in a model compute with other weights than their own.
+    """Lets the PyTorch modules in a model compute with other weights than their own.
 
-    What the forward pass does to the modules' buffers and to parameters that are not
-    trained, like the statistics of a BatchNorm or the weights of a momentum encoder,
-    stays after the first pass only. See `Backend.own_parameters`.
+    Changes of buffers and of parameters that are not trained, such as the statistics of
+    a BatchNorm or the weights of a momentum encoder, are kept from the first pass only.
+    See `Backend.own_parameters`.
 
     Raises:
         ValueError: if a parameter belongs to two variables, or a module cannot compute
-            with other weights.
+        with other weights.
     """
     index = {id(variable.value): i for i, variable in enumerate(variables)}
     if len(index) < len(variables):
         raise ValueError(
-            "Two of the model's variables are one parameter of PyTorch, which would be "
-            "updated twice. Wrap each module in one `TorchModuleWrapper` only."
+            "Two of the model's variables are the same PyTorch parameter, which would "
+            "be updated twice. Wrap each module in one `TorchModuleWrapper` only."
         )
     others, wrappers = {}, _wrappers(model)
     for wrapper in wrappers:
@@ -163,7 +163,7 @@ def own_parameters(model, variables):
             with mode:
                 yield
         finally:
-            # Those that the forward pass replaced by others.
+            # Restore the buffers that the forward pass replaced.
             after = _buffers(wrappers)
             changed = [key for key in before if after.get(key) is not before[key]]
             passes.append((mode, [(key, after.get(key)) for key in changed]))
@@ -205,27 +205,24 @@ def _check_can_be_given(wrapper):
             raise ValueError(
                 f"{where} is a `{type(module).__name__}`, whose replicas would not see "
                 "the perturbed weights. Sharpness-aware steps on several devices are "
-                f"not supported yet: wrap the module that is in it, `module.module`."
+                f"not supported yet. Wrap the module inside it, `module.module`."
             )
         if isinstance(module, torch.jit.ScriptModule) and (
             list(module.buffers()) or any(p.requires_grad for p in module.parameters())
         ):
             raise ValueError(
                 f"{where} was compiled by `torch.jit`, which reads its weights where "
-                "they cannot be replaced by perturbed ones. Wrap the module that was "
-                "compiled, or freeze it and take its buffers out (`torch.jit.freeze`)."
+                "they cannot be replaced by perturbed ones. Wrap the original module, "
+                "or freeze it and remove its buffers (`torch.jit.freeze`)."
             )
 
 
 def check_graph(model, loss):
-    """Refuses a reentrant checkpoint, in which the gradients of weights are lost.
+    """Refuses a reentrant checkpoint in a module, which loses gradients of weights.
 
     Args:
         model: `keras.Model`.
         loss: Scalar tensor.
-
-    Raises:
-        ValueError: if a module of the model uses one.
     """
     waiting, seen = [loss.grad_fn] if _wrappers(model) else [], set()
     while waiting:
@@ -236,7 +233,7 @@ def check_graph(model, loss):
         if type(node).__name__ == "CheckpointFunctionBackward":
             raise ValueError(
                 "A module of the model uses `torch.utils.checkpoint.checkpoint` with "
-                "`use_reentrant=True`, whose weights would get no gradient. Pass "
+                "`use_reentrant=True`, so its weights would get no gradient. Pass "
                 "`use_reentrant=False`."
             )
         waiting.extend(parent for parent, _ in node.next_functions)
@@ -244,26 +241,25 @@ def check_graph(model, loss):
 
 WRITTEN = (
     "The forward pass writes to the trainable weight {}. It would write to a perturbed "
-    "weight. Leave that out, or make the weight not trainable: `requires_grad = False` "
-    "before the module is wrapped, or `trainable = False` on the layer."
+    "weight. Remove the write, or freeze the weight: `requires_grad = False` before "
+    "the module is wrapped, or `trainable = False` on the layer."
 )
 READ_APART = (
-    "The loss depends on the trainable weight {} by a way on which it cannot be "
-    "replaced by a perturbed one. That is where its value was kept from before the "
-    "step, or goes to a `torch.autograd.Function` or a transform of `torch.func` as it "
-    "is. Read it in each call, and give a function of your own "
-    "`weight.view_as(weight)`."
+    "The loss depends on the trainable weight {} in a way that does not allow a "
+    "perturbed value: its value was stored before the step, or the weight itself is "
+    "passed to a `torch.autograd.Function` or a transform of `torch.func`. Read the "
+    "weight in each call, and pass `weight.view_as(weight)` to such a function."
 )
 
 
 def error(text, model, variable, weight):
-    """A `ValueError` about `weight`, the own tensor of `variable`.
+    """Returns a `ValueError` about `weight`, the tensor of `variable`.
 
     Args:
         text: `WRITTEN` or `READ_APART`.
         model: `keras.Model`.
         variable: `keras.Variable`.
-        weight: Its tensor.
+        weight: The variable's tensor.
     """
     for wrapper in _wrappers(model):
         for name, parameter in wrapper.module.named_parameters():

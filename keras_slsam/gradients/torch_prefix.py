@@ -1,14 +1,15 @@
-"""What the second pass replays, on PyTorch: the beginning of the first.
+"""Replays the beginning of the first pass in the second pass, on PyTorch.
 
-Both passes run one program from one state. Until a pass reads an active weight, the
-second computes what the first computed. So the calls that ended before are kept, and
-the second pass gives their outputs back, in the order of the calls.
+Both passes run the same program from the same state. Until a pass reads an active
+weight, the second pass computes what the first has computed. So the calls that ended
+before that are recorded, and the second pass returns their outputs in the order of the
+calls.
 
-Only layers and operations of Keras and KerasHub are replayed, and only if no layer,
-function or hook of a user is in them, nor a checkpoint (`keras.RematScope`). Such a
-call depends on its arguments and their masks, on attributes, variables and random
-numbers: it is replayed where these are the same again. Code of users may depend on
-more, like a counter in Python, so it runs in both passes; the layers that it calls are
+Only layers and operations of Keras and KerasHub are replayed, and only if they contain
+no custom layer, function or hook, and no checkpoint (`keras.RematScope`). Such a call
+depends on its arguments and their masks, on attributes, variables and random numbers.
+It is replayed if all of these are the same again. Custom code may depend on more, such
+as a counter in Python, so it runs in both passes. The layers that it calls are
 replayed.
 """
 
@@ -21,7 +22,7 @@ import typing
 import keras
 import torch
 
-# Keras has no public names for the scope that is open, nor for a tensor's mask.
+# Keras has no public names for the current scope and for a tensor's mask.
 from keras.src.backend.common.masking import get_keras_mask
 from keras.src.backend.common.masking import set_keras_mask
 from keras.src.backend.common.stateless_scope import get_stateless_scope
@@ -32,7 +33,7 @@ _CALLED = ("forward", "call")
 
 
 class Scope(keras.StatelessScope):
-    """A scope that lists what is read, until it is an active weight, and assigned.
+    """A scope that records assignments, and reads until an active weight is read.
 
     Attributes:
         reads, writes: Lists of pairs, a variable and its value.
@@ -61,8 +62,8 @@ class Prefix:
 
     Args:
         model: `keras.Model`. Each pass calls it in a `Scope`.
-        generators: List of the modules, like `torch`, whose `get_rng_state` and
-            `set_rng_state` are those of the generators that layers draw from.
+        generators: List of modules, such as `torch`, whose `get_rng_state` and
+            `set_rng_state` belong to the generators that layers draw from.
     """
 
     def __init__(self, model, generators):
@@ -71,12 +72,12 @@ class Prefix:
         self._calls = []
 
     def recorded(self):
-        """Context of the first pass."""
+        """Context of the first pass, which records calls."""
         return self._called_by(self._record)
 
     @contextlib.contextmanager
     def replayed(self):
-        """Context of the second pass, after which nothing is kept."""
+        """Context of the second pass, which replays the calls and then forgets them."""
         self._calls.reverse()
         try:
             with self._called_by(self._replay):
@@ -86,9 +87,9 @@ class Prefix:
 
     @contextlib.contextmanager
     def _called_by(self, handle):
-        """Has operations called by `handle(scope, operation, function, args, kwargs)`.
+        """Routes operations to `handle(scope, operation, function, args, kwargs)`.
 
-        What other threads compute, and a layer in a scope of its own, is no part of the
+        Calls in other threads, and calls in a layer's own scope, are not part of the
         pass.
         """
         thread = threading.get_ident()
@@ -101,10 +102,10 @@ class Prefix:
 
         try:
             for operation, *_ in self._inside.values():
-                # Layers are modules of PyTorch, called by their `forward`.
+                # Layers are PyTorch modules, which call their `forward`.
                 name = "forward" if isinstance(operation, keras.Layer) else "call"
                 function = getattr(operation, name)
-                # Not by `setattr`, by which Keras keeps account of layers.
+                # Not with `setattr`, which Keras overrides to track layers.
                 vars(operation)[name] = functools.partial(through, operation, function)
             yield
         finally:
@@ -132,9 +133,9 @@ class Prefix:
             random_states=self._random_states(),
         )
         is_pure = not losses and _are_same(attributes, self._attributes(operation))
-        # If it read an active weight, that is no constant.
+        # A call that read an active weight is not constant.
         if is_pure and call.is_constant():
-            # In the place of the calls in it, which will not be made.
+            # Replaces the calls inside it, which will not be made.
             self._calls[num_calls:] = [call]
         return outputs
 
@@ -142,7 +143,7 @@ class Prefix:
         call = self._calls[-1] if self._calls else None
         if not (
             call is not None
-            and call.operation is operation  # or else it may call the next one
+            and call.operation is operation  # else it may contain the next call
             and call.is_constant()
             and call.given == self._given(operation, args, kwargs)
             and _are_same(call.attributes, self._attributes(operation))
@@ -155,7 +156,8 @@ class Prefix:
         for variable, leaf in call.writes:
             scope.add_update((variable, leaf.value))
         *_, outputs = _map(lambda leaf: leaf.value, call.results)
-        # Layers take masks off their arguments, and others off what this one gave.
+        # Restore the masks: a layer removes them from its arguments, and later layers
+        # from its outputs.
         leaves = _flatten(call.results)
         for x, leaf in zip(_flatten((args, kwargs, outputs)), leaves):
             if torch.is_tensor(x):
@@ -163,20 +165,20 @@ class Prefix:
         return outputs
 
     def _given(self, operation, args, kwargs):
-        """A snapshot of arguments, random states, and what a call inherits."""
+        """Returns a snapshot of arguments, random states and inherited settings."""
         inherited = [
             (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
             for device in ("cpu", "cuda")
         ]
         if isinstance(operation, keras.Layer):
-            # Like `training`. Keras has no public name for it.
+            # Such as `training`. Keras has no public name for this.
             context = vars(operation._get_call_context())
             names = sorted(context.keys() - {"entry_layer"})
             inherited += [(name, context[name]) for name in names]
         return _map(_Leaf, (args, kwargs, self._random_states(), inherited))
 
     def _attributes(self, operation):
-        """The values of the attributes of an operation, and of those in it."""
+        """Returns the attribute values of an operation and of those inside it."""
         parts = self._inside[id(operation)]
         return [x for p in parts for name, x in vars(p).items() if name not in _CALLED]
 
@@ -185,13 +187,13 @@ class Prefix:
 
 
 class _Call(typing.NamedTuple):
-    """A call: what it depended on, and what it did."""
+    """A recorded call: what it depended on, and what it did."""
 
     operation: keras.Operation
-    given: tuple  # arguments, states of generators, and what it inherits
+    given: tuple  # arguments, random states and inherited settings
     attributes: list
     reads: list
-    results: tuple  # arguments and outputs, after it
+    results: tuple  # arguments and outputs, after the call
     writes: list
     random_states: list
 
@@ -209,7 +211,7 @@ class _Leaf:
         self._versions = _version(value), _version(self.mask)
 
     def is_constant(self):
-        """Whether it has no gradient, and nothing wrote to it since."""
+        """Returns whether it has no gradient, and has not been written to since."""
         now = _version(self.value), _version(self.mask)
         return None not in now and now == self._versions
 
@@ -230,7 +232,7 @@ def _flatten(structure):
 
 
 def _map(function, structure):
-    # Not by `keras.tree`, which keeps what it maps until the garbage is collected.
+    # Not `keras.tree`, which keeps the leaves alive until a garbage collection.
     if type(structure) in (list, tuple):
         return type(structure)([_map(function, part) for part in structure])
     if type(structure) is dict:
@@ -239,7 +241,7 @@ def _map(function, structure):
 
 
 def _version(x):
-    """A number that grows where `x` is written to, `None` if there is none."""
+    """Returns a number that grows when `x` is written to, or `None` if unknown."""
     if type(x) in _CONSTANTS:
         return 0
     if type(x) is not torch.Tensor or x.requires_grad or x.is_inference():
@@ -256,8 +258,9 @@ def _version(x):
 def _have_same_value(one, other):
     if not (torch.is_tensor(one) and torch.is_tensor(other)):
         return type(one) is type(other) and one == other
-    # What is no layer, like a sum in a user's layer, was computed again. To compare is
-    # cheap on a CPU, and would wait for any other device.
+    # An operation outside of a layer, such as a sum in a custom layer, creates a new
+    # tensor in each pass. A comparison is cheap on a CPU, but waits for any other
+    # device.
     return one is other or (
         one.device.type == other.device.type == "cpu"
         and (one.dtype, one.stride()) == (other.dtype, other.stride())
@@ -270,10 +273,11 @@ def _are_same(values, others):
 
 
 def _operations_of_keras(model):
-    """The operations in a model, at any depth, in which no code of a user runs.
+    """Returns the operations in a model, at any depth, in which no custom code runs.
 
     Returns:
-        Dict from the id of each to a list: the operation, and all those in it.
+        Dict from the id of each to a list of the operation and all operations inside
+        it.
     """
     inside = {id(x): _parts(x) for x in _parts(model)}
     of_users = {key for key, (x, *_) in inside.items() if not _is_of_keras(x)}
@@ -285,7 +289,7 @@ def _operations_of_keras(model):
 
 
 def _parts(operation):
-    """List of an operation, and of those in it at any depth."""
+    """Returns a list of an operation and the operations inside it, at any depth."""
     if not isinstance(operation, keras.Layer):
         return [operation]
     # Keras has no public name for the layers in a layer.
@@ -296,14 +300,14 @@ def _parts(operation):
 
 
 def _is_of_keras(operation):
-    """Whether an operation, apart from those in it, is Keras' code only."""
+    """Returns whether an operation's own code, without its parts, is all from Keras."""
     attributes = vars(operation)
     called = [x for x in attributes.values() if callable(x)]
     return (
         all(map(_comes_with_keras, [type(operation), type(operation).call, *called]))
-        # A recomputation must enter as many checkpoints as the call did.
+        # Recomputation must enter as many checkpoints as the call did.
         and getattr(operation, "_remat_mode", None) is None
-        # What these call is no attribute, or no layer.
+        # These call code that is not an attribute, or not a layer.
         and type(operation) not in (keras.layers.TorchModuleWrapper, keras.Function)
         and not attributes.keys() & set(_CALLED)
         and not any(x for name, x in attributes.items() if name.endswith("_hooks"))

@@ -1,6 +1,6 @@
-"""The optimizers: what a user names. Each is a row of a small table.
+"""The public optimizers. Each chooses the active arms and the direction of the ascent.
 
-| optimizer | active arms | the ascent is along |
+| optimizer | active arms | the ascent follows |
 | --- | --- | --- |
 | `SAM` | all | this batch's gradient |
 | `S2SAM` | all | the last step's gradient |

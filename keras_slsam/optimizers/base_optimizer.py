@@ -1,27 +1,24 @@
-"""Which Keras optimizers can be the base optimizer of which methods."""
+"""Checks which Keras optimizers can be the base optimizer of which methods."""
 
 import keras
 
 
 def get_base_optimizer(owner, base_optimizer):
-    """The optimizer that an argument `base_optimizer` stands for.
+    """Returns the optimizer that an argument `base_optimizer` specifies.
 
     Args:
-        owner: String, who asks, for the messages.
-        base_optimizer: What `keras.optimizers.get` takes.
-
-    Returns:
-        `keras.optimizers.Optimizer`.
+        owner: String, the name of the caller, for the messages.
+        base_optimizer: Anything that `keras.optimizers.get` accepts.
 
     Raises:
-        ValueError: if it stands for none, or for one that cannot be used.
+        ValueError: if it specifies no optimizer, or one that cannot be used.
     """
     received = f"Received: base_optimizer={base_optimizer!r}"
     if isinstance(base_optimizer, keras.optimizers.LossScaleOptimizer):
         raise ValueError(
-            f"Argument `base_optimizer` of `{owner}` must not scale the loss: the "
-            "scaling goes around our optimizer. Give it the optimizer that was "
-            f"wrapped. {received}"
+            f"Argument `base_optimizer` of `{owner}` must not scale the loss. Pass the "
+            "optimizer inside it, and put a `LossScaleOptimizer` around the outer "
+            f"optimizer. {received}"
         )
     try:
         optimizer = keras.optimizers.get(base_optimizer)
@@ -32,21 +29,22 @@ def get_base_optimizer(owner, base_optimizer):
     if optimizer.loss_scale_factor:
         raise ValueError(
             f"Argument `base_optimizer` of `{owner}` must not have a "
-            "`loss_scale_factor`: the perturbation needs the true gradients. "
-            f"Received: loss_scale_factor={optimizer.loss_scale_factor!r}"
+            "`loss_scale_factor`, because the perturbation needs unscaled gradients. "
+            f"Received: loss_scale_factor={optimizer.loss_scale_factor!r}. Put a "
+            "`keras.optimizers.LossScaleOptimizer` around the outer optimizer instead."
         )
     return optimizer
 
 
 def _not_an_optimizer(owner, received):
     return ValueError(
-        f"Argument `base_optimizer` of `{owner}` must be what `keras.optimizers.get` "
-        "takes: a Keras optimizer, the name of one, or its config. "
-        f'{received}. For example `keras.optimizers.AdamW(2e-5)` or "adamw".'
+        f"Argument `base_optimizer` of `{owner}` must be accepted by "
+        "`keras.optimizers.get`: a Keras optimizer, the name of one, or its config. "
+        f'{received}. Pass `keras.optimizers.AdamW(2e-5)` or "adamw", for example.'
     )
 
 
-# What Keras' own step calls, and a step with arms switched off does not.
+# Methods that Keras' own step calls, but a step with inactive arms does not.
 _BYPASSED = (
     "apply",
     "apply_gradients",
@@ -60,7 +58,7 @@ _BYPASSED = (
 
 
 def _is_overridden(optimizer, name):
-    """Whether a method is of a class of the user's, or was set on the optimizer."""
+    """Returns whether a custom class, or the instance itself, overrides a method."""
     if name in vars(optimizer):
         return True
     owner = next(c for c in type(optimizer).__mro__ if name in vars(c))
@@ -68,7 +66,7 @@ def _is_overridden(optimizer, name):
 
 
 def check_can_skip_arms(owner, base_optimizer):
-    """Checks that an optimizer can update one variable and leave out another.
+    """Checks that an optimizer can update some variables and skip others.
 
     Raises:
         ValueError: if it cannot.
@@ -77,13 +75,13 @@ def check_can_skip_arms(owner, base_optimizer):
         if _is_overridden(base_optimizer, name):
             raise ValueError(
                 f"Argument `base_optimizer` of `{owner}`, a "
-                f"`{type(base_optimizer).__name__}`, overrides `{name}`, which would "
-                "be lost: its `update_step` is called for each active variable. "
-                "Override `update_step` in its place, or use `SAM`, `S2SAM` or `RST`."
+                f"`{type(base_optimizer).__name__}`, overrides `{name}`, which is not "
+                "called: `update_step` is called for each active variable instead. "
+                "Override `update_step`, or use `SAM`, `S2SAM` or `RST`."
             )
     if type(base_optimizer).update_step is keras.optimizers.Optimizer.update_step:
         raise ValueError(
             f"Argument `base_optimizer` of `{owner}` must update one variable at a "
-            f"time (`update_step`), which `{type(base_optimizer).__name__}` does not: "
-            "it cannot leave out the inactive ones. Use another optimizer, or `SAM`."
+            f"time (`update_step`). `{type(base_optimizer).__name__}` does not, so it "
+            "cannot skip the inactive variables. Use another optimizer, or `SAM`."
         )

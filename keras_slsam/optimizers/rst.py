@@ -1,4 +1,4 @@
-"""RST: SAM on randomly chosen steps."""
+"""RST: SAM in randomly chosen steps."""
 
 import keras
 from keras import ops
@@ -12,20 +12,21 @@ from keras_slsam.optimizers.sharpness_aware import SharpnessAware
 
 @keras.saving.register_keras_serializable("keras_slsam")
 class RST(SharpnessAware):
-    """Randomized sharpness-aware training: SAM on a share of the steps.
+    """Randomized sharpness-aware training: SAM in a share of the steps.
 
-    Each step is a SAM step with probability `probability` and a plain step of the
-    base optimizer otherwise. A baseline for `SLSAM`.
+    Each step is a SAM step with probability `probability`, and otherwise a plain step
+    of the base optimizer. Use it as a baseline for `SLSAM`.
 
     The model needs the matching train step: `keras_slsam.sharpness_aware(model)`.
 
     Args:
-        base_optimizer: What `keras.optimizers.get` takes, see `keras_slsam.SAM`.
+        base_optimizer: Anything that `keras.optimizers.get` accepts, see
+            `keras_slsam.SAM`.
         rho: Float >= 0, the radius of the perturbation.
         probability: Float in [0, 1], the probability of a SAM step.
         adaptive: bool, whether the perturbation is scaled by the weights (ASAM).
-        seed: int, or `None` for a fresh one. The same seed chooses the same steps
-            on every backend.
+        seed: int, or `None` for a fresh seed. The same seed chooses the same steps on
+            every backend.
         name: String, the optimizer's name.
 
     Raises:
@@ -73,7 +74,7 @@ class RST(SharpnessAware):
     def probability(self):
         """The probability of a SAM step, a scalar `keras.Variable`.
 
-        It may be set between two steps, like the learning rate.
+        You can set it between two steps, like the learning rate.
         """
         return self._probability
 

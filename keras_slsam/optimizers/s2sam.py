@@ -1,4 +1,4 @@
-"""S2-SAM: SAM in a single step."""
+"""S2-SAM: SAM with a single pass per step."""
 
 import keras
 
@@ -10,15 +10,16 @@ from keras_slsam.optimizers.sharpness_aware import SharpnessAware
 class S2SAM(SharpnessAware):
     """Single-step SAM: as cheap as the base optimizer alone.
 
-    Perturbs the weights along the gradient that the step before applied, so that
-    one forward and one backward pass are enough. The first step is not perturbed.
-    The loss and the metrics reported are those at the perturbed weights, the only
-    ones that a step sees. Keeps one more tensor per weight, the last gradient.
+    Perturbs the weights along the gradient that the previous step applied, so one
+    forward and one backward pass are enough. The first step is not perturbed. The
+    reported loss and metrics are computed at the perturbed weights, because the step
+    evaluates no others. Keeps one more tensor per weight, the last gradient.
 
     The model needs the matching train step: `keras_slsam.sharpness_aware(model)`.
 
     Args:
-        base_optimizer: What `keras.optimizers.get` takes, see `keras_slsam.SAM`.
+        base_optimizer: Anything that `keras.optimizers.get` accepts, see
+            `keras_slsam.SAM`.
         rho: Float >= 0, the radius of the perturbation.
         adaptive: bool, whether the perturbation is scaled by the weights (ASAM).
         name: String, the optimizer's name.

@@ -1,4 +1,4 @@
-"""SAM: sharpness-aware minimization, the dense baseline."""
+"""SAM: sharpness-aware minimization with all arms, the dense baseline."""
 
 import keras
 
@@ -10,19 +10,19 @@ from keras_slsam.optimizers.sharpness_aware import SharpnessAware
 class SAM(SharpnessAware):
     """Sharpness-aware minimization around any Keras optimizer.
 
-    Perturbs the weights uphill by `rho` along the gradient, takes the gradient
-    there, and gives it to `base_optimizer` at the original weights. A step costs
-    two forward and two backward passes; `S2SAM` and `SLSAM` cost less.
+    Perturbs the weights uphill by `rho` along the gradient, computes the gradient
+    there, and passes it to `base_optimizer`, which applies it to the original weights.
+    A step costs two forward and two backward passes. `S2SAM` and `SLSAM` cost less.
 
     The model needs the matching train step: `keras_slsam.sharpness_aware(model)`.
 
     Args:
-        base_optimizer: What `keras.optimizers.get` takes: the optimizer that makes
-            the step. Learning rate, schedule, weight decay, clipping, EMA and
-            gradient accumulation are its arguments.
+        base_optimizer: Anything that `keras.optimizers.get` accepts: the optimizer that
+            applies the gradient. Set learning rate, schedule, weight decay, clipping,
+            EMA and gradient accumulation as its arguments.
         rho: Float >= 0, the radius of the perturbation.
-        adaptive: bool, whether the perturbation is scaled by the weights (ASAM,
-            arXiv 2102.11600). Its `rho` is about ten times larger.
+        adaptive: bool, whether the perturbation is scaled by the weights (ASAM, arXiv
+            2102.11600). ASAM needs a `rho` about ten times larger.
         name: String, the optimizer's name.
         ascent_fraction: Float in (0, 1], the share of a batch's rows, the first ones,
             from which the first pass computes the perturbation. Below 1 loss, metrics

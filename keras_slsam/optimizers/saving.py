@@ -1,4 +1,4 @@
-"""The state of an optimizer as one list, with what it is the state of."""
+"""Saves the state of an optimizer as one list, with a layout to check it by."""
 
 import json
 import warnings
@@ -8,17 +8,17 @@ import numpy as np
 from keras import ops
 
 _WAY_OUT = (
-    "Make the optimizer as it was when its state was saved. To begin with a fresh one, "
-    "leave the state out, with `model.load_weights(path, skip_mismatch=True)`, and "
-    "compile with a new optimizer."
+    "Create the optimizer with the arguments of the saved one. To start with a fresh "
+    "state, load only the weights with `model.load_weights(path, skip_mismatch=True)`, "
+    "and compile with a new optimizer."
 )
 
 
 class Stateful(keras.optimizers.Optimizer):
-    """A mixin: state is saved whole, may come before `build`, and is checked.
+    """A mixin: state is saved as a whole, can be loaded before `build`, and is checked.
 
-    All of `variables` is saved, with a layout. An optimizer takes over state that was
-    saved with the same layout only.
+    All of `variables` is saved, with a layout. An optimizer only accepts state that was
+    saved with the same layout.
     """
 
     def __init__(self, *args, **kwargs):
@@ -26,14 +26,14 @@ class Stateful(keras.optimizers.Optimizer):
         self._restored = None  # what was loaded before `build`, and its layout
 
     def _layout(self):
-        """Dict of what saved state must have in common with this optimizer.
+        """Returns a dict of what saved state and this optimizer must have in common.
 
-        An entry is `None` where it is not known before `build`.
+        An entry is `None` if it is not known before `build`.
         """
         raise NotImplementedError
 
     def set_weights(self, weights):
-        """Sets all state. Before `build` it is kept for `build`.
+        """Sets all state. Before `build`, the state is kept until then.
 
         Args:
             weights: List of arrays, one for each of `variables`.
@@ -44,7 +44,7 @@ class Stateful(keras.optimizers.Optimizer):
         self._restore(weights)
 
     def save_own_variables(self, store):
-        """Writes all state to `store`, and what it is the state of."""
+        """Writes all state and its layout to `store`."""
         if self.built:
             values, layout = self.variables, self._layout()
         elif self._restored is not None:
@@ -56,11 +56,11 @@ class Stateful(keras.optimizers.Optimizer):
         store["layout"] = np.frombuffer(json.dumps(layout).encode(), "uint8")
 
     def load_own_variables(self, store):
-        """Sets all state from `store`. Before `build` it is kept for `build`.
+        """Sets all state from `store`. Before `build`, the state is kept until then.
 
         Raises:
-            ValueError: if it does not fit, or is that of another method, sampler or
-                base optimizer, or of other arms.
+            ValueError: if it does not fit, or if it belongs to another method, sampler
+            or base optimizer, or to other arms.
         """
         keys = set(store.keys())
         if "layout" in keys:
@@ -78,8 +78,9 @@ class Stateful(keras.optimizers.Optimizer):
                 f"Received: {len(keys)} values. {_WAY_OUT}"
             )
         else:
-            # There is none, or that of a Keras optimizer before ours has begun, as
-            # where training goes on from a file of weights. Keras warns with the same.
+            # The store is empty, or a Keras optimizer wrote it and this one is not
+            # built yet, as when training continues from a file of weights. Keras gives
+            # the same warning.
             warnings.warn(
                 f"Skipping variable loading for optimizer {self.name!r}, because it "
                 f"has {len(self.variables)} variables whereas the saved optimizer has "
@@ -94,7 +95,7 @@ class Stateful(keras.optimizers.Optimizer):
         try:
             self._restore(*self._restored)
         except ValueError:
-            self.built = False  # another step is refused as well
+            self.built = False  # so the next step is refused too
             raise
         self._restored = None
 
@@ -111,7 +112,7 @@ class Stateful(keras.optimizers.Optimizer):
         ]
         if unlike or len(values) != len(variables):
             raise ValueError(
-                f"The state of `{type(self).__name__}` is {len(variables)} values, "
+                f"The state of `{type(self).__name__}` is {len(variables)} values "
                 "with the shapes of `optimizer.variables`. "
                 f"Received: {'; '.join([f'{len(values)} values', *unlike])}. {_WAY_OUT}"
             )
@@ -119,11 +120,12 @@ class Stateful(keras.optimizers.Optimizer):
             variable.assign(value)
 
     def _check_layout(self, saved, own):
-        """Refuses state that was saved by an optimizer unlike this one.
+        """Refuses state that was saved by a different optimizer.
 
         Args:
-            saved: What `_layout` returned there, or `None` where it is not known.
-            own: What it returns here.
+            saved: What `_layout` returned when the state was saved, or `None` if
+                unknown.
+            own: What it returns now.
         """
         unlike = [
             f"{key}={saved.get(key)!r}, not {value!r}"

@@ -1,4 +1,4 @@
-"""Numbers that may be set between two steps, like the learning rate."""
+"""Settings that can change between two steps, like the learning rate."""
 
 import math
 import numbers
@@ -8,16 +8,7 @@ from keras import ops
 
 
 def add(optimizer, name, value):
-    """Makes the variable of a setting.
-
-    Args:
-        optimizer: `keras.optimizers.Optimizer`, which holds it.
-        name: String.
-        value: Float.
-
-    Returns:
-        Scalar `keras.Variable`.
-    """
+    """Adds the scalar `keras.Variable` of a setting to an optimizer."""
     dtype = "float64" if keras.config.floatx() == "float64" else "float32"
     variable = optimizer.add_variable((), dtype=dtype, name=name)
     variable.assign(value)
@@ -25,15 +16,15 @@ def add(optimizer, name, value):
 
 
 def as_float(variable):
-    """The value of a scalar variable, in few digits: 0.05, not 0.0500000007."""
+    """Returns the value of a scalar variable in few digits: 0.05, not 0.0500000007."""
     return float(str(ops.convert_to_numpy(variable)[()]))
 
 
 def checked_rho(owner, rho):
-    """`rho` as a float, if it is one that is allowed.
+    """Returns `rho` as a float, and checks that it is finite and >= 0.
 
     Args:
-        owner: String, who asks, for the message.
+        owner: String, the name of the caller, for the message.
         rho: Number, or a scalar tensor or variable.
 
     Raises:
@@ -49,7 +40,7 @@ def checked_rho(owner, rho):
 
 
 def checked_probability(probability):
-    """`probability` as a float, if it is one that is allowed.
+    """Returns `probability` as a float, and checks that it is in [0, 1].
 
     Args:
         probability: Number, or a scalar tensor or variable.
@@ -83,7 +74,7 @@ def checked_fraction(owner, fraction):
 
 
 def _as_number(value):
-    """The float that a number or a scalar tensor stands for, else `None`."""
+    """Returns the float value of a number or a scalar tensor, else `None`."""
     if isinstance(value, keras.Variable) or ops.is_tensor(value):
         value = ops.convert_to_numpy(value)
         value = value.item() if value.ndim == 0 else None

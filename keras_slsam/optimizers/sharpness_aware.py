@@ -1,4 +1,4 @@
-"""The base of all our optimizers: a wrapper around a Keras optimizer."""
+"""The base class of the optimizers: wraps a Keras optimizer, and holds the state."""
 
 import copy
 import numbers
@@ -18,7 +18,7 @@ from keras_slsam.optimizers.saving import Stateful
 from keras_slsam.optimizers.wrapper import Wrapper
 from keras_slsam.selection import Selection
 
-# What an optimizer is made with, and keeps.
+# Attributes that cannot be replaced.
 _FIXED = {
     *("active_fraction", "adaptive", "ascent_fraction", "base_optimizer", "sampler"),
     *("seed", "single_step"),
@@ -28,36 +28,34 @@ _FIXED = {
 class SharpnessAware(Stateful, Wrapper):
     """Base class of `SAM`, `S2SAM`, `SLSAM` and `RST`.
 
-    Wraps `base_optimizer`, which makes the update, and holds the rest of what a step
-    needs: which arms are active, and what the ascent is along. The step itself is
-    `keras_slsam.step`. It needs the model, which Keras does not hand to an optimizer,
+    Wraps `base_optimizer`, which applies the update, and holds what else a step needs:
+    which arms are active, and which direction the ascent follows. The step itself is
+    `keras_slsam.step`. It needs the model, which Keras does not pass to an optimizer,
     so the model needs the matching train step.
 
-    Learning rate, schedule, `iterations`, clipping, weight decay, EMA and
-    constraints are the base optimizer's. With arms switched off, clipping by a
-    global norm is over the active variables, schedules and EMA follow the global
-    steps, and moments, step counts and weight decay a variable's own updates.
+    Learning rate, schedule, `iterations`, clipping, weight decay, EMA and constraints
+    belong to the base optimizer. If arms are inactive, clipping by a global norm is
+    over the active variables. Schedules and EMA follow the global steps. Moments, step
+    counts and weight decay follow a variable's own updates.
+
+    Args:
+        base_optimizer: Anything that `keras.optimizers.get` accepts.
+        rho: Float >= 0, the radius of the perturbation.
+        adaptive: bool, whether the perturbation is scaled by the weights (ASAM).
+        sampler: `keras_slsam.samplers.Sampler`, draws the active arms.
+        arms: `"variable"`, `"layer"`, `"block"`, or a function from a variable to a
+            hashable key.
+        single_step: bool, whether the ascent follows the gradient of the last step, so
+            that one pass is enough.
+        name: String, the optimizer's name.
 
     Attributes:
         ascends: bool, whether `rho` was set to more than 0. A step that was compiled
             then has both passes, without a condition.
 
-    Args:
-        base_optimizer: What `keras.optimizers.get` takes.
-        rho: Float >= 0, the radius of the perturbation.
-        adaptive: bool, whether the perturbation is scaled by the weights (ASAM).
-        sampler: `keras_slsam.samplers.Sampler`, draws the active arms.
-        arms: `"variable"`, `"layer"`, `"block"`, or a function from a variable to
-            a hashable key.
-        single_step: bool, whether the ascent is along the gradient of the last
-            step, so that one pass is enough.
-        ascent_fraction: Float in (0, 1], the share of a batch's rows that the ascent's
-            gradient is computed from.
-        name: String, the optimizer's name.
-
     Raises:
-        ValueError: if an argument is out of its range, or the base optimizer
-            cannot be used.
+        ValueError: if an argument is out of its range, or the base optimizer cannot be
+        used.
     """
 
     def __init__(
@@ -90,8 +88,8 @@ class SharpnessAware(Stateful, Wrapper):
         if isinstance(base_optimizer, SharpnessAware):
             raise ValueError(
                 f"Argument `base_optimizer` of `{owner}` is a `keras_slsam` optimizer "
-                "already; perturbations do not nest. Give it a Keras optimizer, like "
-                '`keras.optimizers.AdamW(2e-5)` or "adamw". '
+                "already, and perturbations do not nest. Pass a Keras optimizer, such "
+                'as `keras.optimizers.AdamW(2e-5)` or "adamw". '
                 f"Received: base_optimizer={base_optimizer!r}"
             )
         base_optimizer = get_base_optimizer(owner, base_optimizer)
@@ -113,25 +111,26 @@ class SharpnessAware(Stateful, Wrapper):
         if name in _FIXED and name in vars(self):
             owner = type(self).__name__
             raise ValueError(
-                f"`{name}` of `{owner}` cannot be replaced: arms, state and compiled "
-                f"steps are made with it. Received: {name}={value!r}. Make a new "
-                f"`{owner}`, and call `model.compile` with it."
+                f"`{name}` of `{owner}` cannot be replaced, because arms, state and "
+                f"compiled steps depend on it. Received: {name}={value!r}. Create a "
+                f"new `{owner}`, and call `model.compile` with it."
             )
         super().__setattr__(name, value)
 
     def build(self, variables):
-        """Makes the state: the sampler's, the base optimizer's and ours.
+        """Creates the state of the sampler, the base optimizer and this optimizer.
 
-        State that was loaded before is put into it.
+        If state was loaded before, it is set.
 
         Args:
-            variables: List of `keras.Variable`s, the model's trainable ones. Without
-                any, as Keras' reader of `.h5` files has them, nothing is built yet.
+            variables: List of `keras.Variable`s, the model's trainable ones. With an
+                empty list, which Keras passes when it reads an `.h5` file, nothing is
+                built.
 
         Raises:
-            ValueError: if `base_optimizer` or the sampler belongs to others already,
-                if `arms` returns something unhashable, or if loaded state does not
-                fit.
+            ValueError: if `base_optimizer` or the sampler is in use already, if `arms`
+            returns an unhashable key, if a weight is trained in float8, or if loaded
+            state does not fit.
         """
         if self.built or not variables:
             return
@@ -139,38 +138,38 @@ class SharpnessAware(Stateful, Wrapper):
         if self.base_optimizer.built:
             raise ValueError(
                 f"Argument `base_optimizer` of `{owner}` has been built for other "
-                f"variables already. Received: {self.base_optimizer.name!r}. Make a "
+                f"variables already. Received: {self.base_optimizer.name!r}. Create a "
                 "new one for each model and each `compile`."
             )
         if any(getattr(v, "overwrite_with_gradient", False) for v in variables):
             raise ValueError(
-                f"`{owner}` does not support float8 training: its scales are not "
-                "weights that can be perturbed. Use another dtype policy."
+                f"`{owner}` does not support float8 training, because its scales are "
+                "not weights that can be perturbed. Use another dtype policy."
             )
         if getattr(self.sampler, "_in_use", False):
             raise ValueError(
                 f"Argument `sampler` of `{owner}` belongs to another optimizer. "
-                f"Received: {self.sampler!r}. Make a new one for each optimizer."
+                f"Received: {self.sampler!r}. Create a new one for each optimizer."
             )
         low = self.sampler.min_probability
         if not isinstance(low, numbers.Real) or not 0 <= low <= 1:
             raise ValueError(
                 f"`min_probability` of the sampler of `{owner}` must be a number in "
-                f"[0, 1], 0 if it is not known. Received: {low!r} of {self.sampler!r}"
+                f"[0, 1], 0 if it is unknown. Received: {low!r} from {self.sampler!r}"
             )
-        # First what may be refused: a failed call leaves everything as it was.
+        # All checks come first, so that a refused call changes nothing.
         arms = grouping.group(variables, self._grouping)
         num_arms = max(arms) + 1
         if num_arms == 1 and not self._all_active:
             warnings.warn(
-                f"`{owner}` found a single arm, which is active in every step: nothing "
-                f"is saved. Received: arms={self._grouping!r}.",
+                f"`{owner}` found a single arm, which is active in every step, so no "
+                f"work is saved. Received: arms={self._grouping!r}.",
                 stacklevel=2,
             )
         if self._restored is not None:
             self._check_layout(self._restored[1], {**self._layout(), "arms": arms})
-        # Not Keras' `build`, which would make the base optimizer's averages and sums
-        # of gradients a second time.
+        # Keras' `build` would create the base optimizer's averages and sums of
+        # gradients a second time.
         self._trainable_variables.extend(variables)
         self.built = True
         self.base_optimizer.build(variables)
@@ -194,9 +193,9 @@ class SharpnessAware(Stateful, Wrapper):
             remember=self.single_step,
             owner=self,
         )
-        # The sampler's state is saved with the optimizer's. Keras has no public name
-        # for that, and a `LossScaleOptimizer` around this one switches the tracking of
-        # attributes off.
+        # Save the sampler's state with the optimizer's. Keras has no public name for
+        # this, and a `LossScaleOptimizer` around this optimizer turns off the tracking
+        # of attributes.
         for variable in self.sampler.variables:
             self._track_variable(variable)
         self._take_over_restored()
@@ -225,17 +224,17 @@ class SharpnessAware(Stateful, Wrapper):
 
     @property
     def gradient_norms(self):
-        """Float tensor of shape `(num_arms,)`, norms of the last step's arms.
+        """Float tensor of shape `(num_arms,)`, the gradient norms of the last step.
 
-        They are those of the first pass's gradients, 0 where inactive. A step that is
-        left out leaves them as they were.
+        They are the norms of the first pass, 0 where inactive. A skipped step does not
+        change them.
         """
         self._check_built()
         return ops.copy(self._selection.norms)
 
     @property
     def probabilities(self):
-        """Tensor of shape `(num_arms,)` for the next draw, or `None`."""
+        """Tensor of shape `(num_arms,)`, probabilities in the next draw, or `None`."""
         probabilities = self.sampler.probabilities
         return None if probabilities is None else ops.copy(probabilities)
 
@@ -243,9 +242,9 @@ class SharpnessAware(Stateful, Wrapper):
     def rho(self):
         """The radius of the perturbation, a scalar `keras.Variable`.
 
-        It may be set between two steps, like the learning rate. With 0 a step is the
-        base optimizer's, and has no second pass. Where 0 is set during a `fit` that
-        began with more, the second pass is still computed, at the weights themselves.
+        You can set it between two steps, like the learning rate. With 0, a step is a
+        step of the base optimizer, without a second pass. If you set 0 during a `fit`
+        that started with more, the second pass still runs, at the unperturbed weights.
         """
         return self._rho
 
@@ -257,12 +256,12 @@ class SharpnessAware(Stateful, Wrapper):
 
     @property
     def skipped_steps(self):
-        """The number of steps left out since their gradients were not finite.
+        """The number of steps that were skipped because a gradient was not finite.
 
-        Such a step leaves weights, moments, `iterations` and the sampler as they
-        were. In a window of accumulated gradients it is the micro-batch that is left
-        out, and the window waits for another. Norms are summed in float32, so a norm
-        above 1.8e19 counts as not finite.
+        A skipped step does not change weights, moments, `iterations` or the sampler. In
+        a window of accumulated gradients, only the micro-batch is skipped, and the
+        window waits for another one. Norms are summed in float32, so a norm above
+        1.8e19 counts as not finite.
         """
         self._check_built()
         return self._base_step.skipped_steps
@@ -270,19 +269,19 @@ class SharpnessAware(Stateful, Wrapper):
     def _check_built(self):
         if not self.built:
             raise ValueError(
-                f"`{type(self).__name__}` has no arms before it knows the model's "
-                "weights. Train a step, or call "
+                f"`{type(self).__name__}` has no arms before it is built for the "
+                "model's weights. Take a step, or call "
                 "`optimizer.build(model.trainable_variables)`."
             )
 
     def _check_variables(self, variables):
-        """Checks that the optimizer was built for just these variables.
+        """Checks that the optimizer was built for exactly these variables.
 
         Args:
             variables: List of `keras.Variable`s, the model's trainable ones.
 
         Raises:
-            ValueError: if they are others.
+            ValueError: if it was built for others.
         """
         built_for = self._trainable_variables
         if [id(v) for v in variables] != [id(v) for v in built_for]:
@@ -294,40 +293,41 @@ class SharpnessAware(Stateful, Wrapper):
             )
 
     def _direction(self, arms):
-        """Along what the ascent is, where that is known before the first pass.
+        """Returns the direction of the ascent, if it is known before the first pass.
 
         Args:
             arms: `ActiveArms`.
 
         Returns:
-            `None` for the gradient of this batch, which takes a pass of its own. Else a
+            `None` for the gradient of this batch, which needs its own pass. Else a
             tuple of a list of tensors, one per variable, and a float scalar, the
-            squared norm of those of the active arms.
+            squared norm over the active arms.
         """
         return self._base_step.applied(arms) if self.single_step else None
 
     def _draw_ascent(self):
-        """Whether this step has an ascent: a bool or a scalar boolean tensor."""
+        """Returns whether this step has an ascent, a bool or scalar boolean tensor."""
         if self.ascends:
-            # No condition, which would cost time: where `rho` was loaded as 0 since,
-            # the second pass is at w and gives the same gradients.
+            # A condition would cost time. If `rho` has since been loaded as 0, the
+            # second pass runs at w, and gives the same gradients.
             return True
         (perturbed,) = backend.concrete(ops.reshape(backend.read(self._rho) > 0, (1,)))
         return perturbed
 
     def apply(self, grads, trainable_variables=None):
-        """Refuses: gradients alone do not make a sharpness-aware step.
+        """Raises an error: gradients alone do not make a sharpness-aware step.
 
         Raises:
-            ValueError: always. Keras calls this on a model without our train step.
+            ValueError: always. Keras calls this on a model without the matching train
+            step.
         """
         name = type(self).__name__
         raise ValueError(
-            f"`{name}` needs its own train step: it evaluates the model at perturbed "
-            "weights, which an optimizer cannot do with gradients alone. Add it with "
+            f"`{name}` needs its own train step, because it evaluates the model at "
+            "perturbed weights. Add the step with "
             "`model = keras_slsam.sharpness_aware(model)` before `model.compile`, or "
-            "derive the model's class from `keras_slsam.SAMTrainStep`. In a training "
-            "loop of your own, call `keras_slsam.step(model, optimizer, data)`."
+            "derive the model's class from `keras_slsam.SAMTrainStep`. In a custom "
+            "training loop, call `keras_slsam.step(model, optimizer, data)`."
         )
 
     def get_config(self):
@@ -341,7 +341,7 @@ class SharpnessAware(Stateful, Wrapper):
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        """Makes an optimizer from the dict that `get_config` returned."""
+        """Creates an optimizer from the dict that `get_config` returned."""
         config = copy.deepcopy(config)  # Keras changes it
         for argument in ("base_optimizer", "sampler", "arms"):
             if isinstance(config.get(argument), dict):
@@ -352,8 +352,8 @@ class SharpnessAware(Stateful, Wrapper):
 
     @classmethod
     def _deserialize(cls, argument, config, custom_objects):
-        # On PyTorch Keras' optimizers have classes of their own, which other backends
-        # cannot use: `keras.optimizers` finds them by their names.
+        # On PyTorch, Keras' optimizers have their own classes, which other backends
+        # cannot load. `keras.optimizers.deserialize` finds optimizers by name.
         deserialize = (
             keras.optimizers.deserialize
             if argument == "base_optimizer"
@@ -361,9 +361,9 @@ class SharpnessAware(Stateful, Wrapper):
         )
         try:
             return deserialize(config, custom_objects=custom_objects)
-        except TypeError as error:  # of which Keras would hide the message
+        except TypeError as error:  # Keras would hide its message
             raise ValueError(
                 f"Argument `{argument}` of `{cls.__name__}` was saved by name and "
-                f"cannot be found. {error}. Or name it when you load: `custom_objects="
+                f"cannot be found. {error}. Or pass it when you load: `custom_objects="
                 "{name: object}`."
             ) from error

@@ -1,4 +1,4 @@
-"""SL-SAM: SAM on a sparse, drawn set of layers."""
+"""SL-SAM: SAM on the layers that are drawn in each step."""
 
 from collections.abc import Callable
 from collections.abc import Hashable
@@ -18,42 +18,43 @@ _SAMPLERS = {
 
 @keras.saving.register_keras_serializable("keras_slsam")
 class SLSAM(SharpnessAware):
-    """Sparse-layer SAM: SAM in which only some arms take part in a step.
+    """Sparse-layer SAM: SAM on only some arms in each step.
 
-    An *arm* is a variable, a layer or a block. Each step draws the active arms,
-    computes their gradients only, perturbs them only, and updates them only: an
-    inactive variable keeps its value, its moments and its step count, and gets no
-    weight decay. The gradients of the inactive arms are not computed. The sampler
-    learns from the gradient norms which arms to draw more often.
+    An *arm* is a variable, a layer or a block. Each step draws the active arms, and
+    computes gradients for, perturbs and updates only these. The gradients of inactive
+    arms are not computed. An inactive variable keeps its value, moments and step count,
+    and gets no weight decay. The sampler learns from the gradient norms which arms to
+    draw more often.
 
-    With `single_step=True` (SL-SAM with S2-SAM) one forward and one backward pass
-    are enough: an active variable is perturbed along the gradient that was last
-    applied to it, normalised over the active variables that have one, and a
-    variable that is active for the first time is not perturbed; the sampler is
-    fed with the norms of the gradients of this one pass. That the two methods
-    combine is the papers', this rule is ours.
+    With `single_step=True` (SL-SAM with S2-SAM), one forward and one backward pass are
+    enough. An active variable is perturbed along the gradient that was last applied to
+    it, normalised over the active variables that have one. A variable that is active
+    for the first time is not perturbed. The sampler learns from the gradient norms of
+    this one pass. The papers say that the two methods combine. This rule for combining
+    them is specific to this package.
 
-    As only a share of the variables moves in a step, the learning rate should be
-    higher than the base optimizer's own.
+    Only a share of the variables changes in a step, so the learning rate should be
+    higher than for the base optimizer alone.
 
     The model needs the matching train step: `keras_slsam.sharpness_aware(model)`.
 
     Args:
-        base_optimizer: What `keras.optimizers.get` takes, see `keras_slsam.SAM`.
+        base_optimizer: Anything that `keras.optimizers.get` accepts, see
+            `keras_slsam.SAM`.
         rho: Float >= 0, the radius of the perturbation.
-        active_fraction: Float in (0, 1], the expected share of active arms. 0.2
-            unless given; not with a `Sampler` object, which brings its own.
-        sampler: `"bandit"` (the paper's), `"proportional"`, `"uniform"`, `"all"`,
-            or a `keras_slsam.samplers.Sampler`.
-        arms: What is switched on or off together: `"variable"` (the authors'
-            code), `"layer"` (the variables of one Keras layer), `"block"` (those
-            of a top-level layer of the model, like a transformer block), or a
-            function from a `keras.Variable` to a hashable key. A function is saved by
-            its name: see `keras.saving.register_keras_serializable`.
+        active_fraction: Float in (0, 1], the expected share of active arms, by default
+            0.2. Not allowed with a `Sampler` object, which has its own.
+        sampler: `"bandit"` (the paper's), `"proportional"`, `"uniform"`, `"all"`, or a
+            `keras_slsam.samplers.Sampler`.
+        arms: How variables are grouped into arms: `"variable"` (as in the authors'
+            code), `"layer"` (the variables of one Keras layer), `"block"` (the
+            variables of a top-level layer of the model, such as a transformer block),
+            or a function from a `keras.Variable` to a hashable key. A function is saved
+            by its name, see `keras.saving.register_keras_serializable`.
         single_step: bool, whether to combine with S2-SAM.
         adaptive: bool, whether the perturbation is scaled by the weights (ASAM).
-        seed: int, or `None` for a fresh one. The same seed draws the same arms on
-            every backend. Not with a `Sampler` object, which brings its own.
+        seed: int, or `None` for a fresh seed. The same seed draws the same arms on
+            every backend. Not allowed with a `Sampler` object, which has its own.
         name: String, the optimizer's name.
         ascent_fraction: Float in (0, 1], the share of a batch's rows, the first ones,
             from which the first pass computes the perturbation. Below 1 loss, metrics
@@ -129,9 +130,9 @@ def _get_sampler(sampler, active_fraction, seed):
         for argument, value in given.items():
             if value is not None:
                 raise ValueError(
-                    f"Argument `{argument}` of `SLSAM` goes to the sampler that "
-                    "`SLSAM` makes; a `Sampler` object brings its own. "
-                    f"Received: {argument}={value!r}, sampler={sampler!r}. Give "
+                    f"Argument `{argument}` of `SLSAM` is not allowed with a "
+                    "`Sampler` object, which has its own. "
+                    f"Received: {argument}={value!r}, sampler={sampler!r}. Pass "
                     f"`{argument}` to the sampler."
                 )
         return sampler
@@ -142,7 +143,7 @@ def _get_sampler(sampler, active_fraction, seed):
         )
     fraction = 0.2 if active_fraction is None else active_fraction
     if sampler == "all":
-        # The dense limit: its arguments are checked like the others'.
+        # `All` takes no arguments, but they are checked as for the others.
         samplers.Uniform(fraction, seed)
         return samplers.All()
     return _SAMPLERS[sampler](fraction, seed=seed)

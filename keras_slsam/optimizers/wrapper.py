@@ -1,13 +1,13 @@
-"""A Keras optimizer around another, whose attributes are those of the other."""
+"""Wraps a Keras optimizer, and forwards attributes to it."""
 
 import keras
 
-# Attributes of the base optimizer on which the variables that it makes depend.
+# Attributes that determine which variables the base optimizer creates.
 _MAKE_STATE = {"gradient_accumulation_steps", "use_ema"}
 
 
 class _OfBase:
-    """An attribute of a Keras optimizer that is the base optimizer's."""
+    """An attribute that is forwarded to the base optimizer."""
 
     def __set_name__(self, owner, name):
         self._name = name
@@ -18,7 +18,8 @@ class _OfBase:
         return getattr(optimizer.base_optimizer, self._name)
 
     def __set__(self, optimizer, value):
-        # Keras' constructor sets its own defaults, before there is a base optimizer.
+        # Ignore the defaults that Keras' constructor sets, before `base_optimizer`
+        # exists.
         if "base_optimizer" not in vars(optimizer):
             return
         if (
@@ -28,9 +29,9 @@ class _OfBase:
         ):
             raise ValueError(
                 f"`{self._name}` of `{type(optimizer).__name__}` cannot be changed "
-                "any more: the optimizer has made its state with it. "
-                f"Received: {self._name}={value!r}. Give it to a new base optimizer, "
-                "and call `model.compile` with it."
+                "after the optimizer was built, because its state depends on it. "
+                f"Received: {self._name}={value!r}. Pass it to a new base optimizer, "
+                "and call `model.compile` with a new optimizer."
             )
         setattr(optimizer.base_optimizer, self._name, value)
 
@@ -38,15 +39,15 @@ class _OfBase:
 class Wrapper(keras.optimizers.Optimizer):
     """Base class of optimizers that leave the update to `base_optimizer`.
 
-    What Keras' trainers, callbacks and savers read from an optimizer, or set on it, is
-    the base optimizer's.
+    Attributes that Keras' trainers, callbacks and savers read or set on an optimizer
+    are forwarded to the base optimizer.
 
     Args:
         base_optimizer: `keras.optimizers.Optimizer`.
         name: String, the optimizer's name.
     """
 
-    # `optimizers` is that of a `MultiOptimizer`; the others have none.
+    # Only a `MultiOptimizer` has `optimizers`.
     clipnorm = _OfBase()
     clipvalue = _OfBase()
     ema_momentum = _OfBase()
@@ -64,18 +65,18 @@ class Wrapper(keras.optimizers.Optimizer):
     _model_variables_moving_average = _OfBase()
 
     def __init__(self, base_optimizer, name):
-        # The learning rate that counts is the base optimizer's.
+        # Not used: the learning rate is the base optimizer's.
         super().__init__(learning_rate=0.0, name=name)
         self.base_optimizer = base_optimizer
 
     @property
     def variables(self):
-        """List of all state: that of this optimizer, and the base optimizer's."""
+        """List of all variables, of this optimizer and of the base optimizer."""
         return self._variables + self.base_optimizer.variables
 
     def __dir__(self):
-        # Keras' savers look here for what has state of its own to save. The base
-        # optimizer's is among `variables`.
+        # Keras' savers look here for objects whose state they save. The base
+        # optimizer's state is already in `variables`.
         hidden = {"base_optimizer", "optimizers"}
         return [name for name in super().__dir__() if name not in hidden]
 
@@ -89,7 +90,7 @@ class Wrapper(keras.optimizers.Optimizer):
         if factor is not None:
             raise ValueError(
                 f"Attribute `loss_scale_factor` of `{type(self).__name__}` must be "
-                "None: the perturbation needs the true gradients. "
+                "None, because the perturbation needs unscaled gradients. "
                 f"Received: loss_scale_factor={factor!r}. Put a "
                 "`keras.optimizers.LossScaleOptimizer` around the optimizer."
             )
@@ -99,5 +100,5 @@ class Wrapper(keras.optimizers.Optimizer):
         self.base_optimizer.exclude_from_weight_decay(var_list, var_names)
 
     def finalize_variable_values(self, var_list):
-        """Sets the final weights, like the base optimizer's moving average."""
+        """Sets the final weights, such as the base optimizer's moving average."""
         self.base_optimizer.finalize_variable_values(var_list)

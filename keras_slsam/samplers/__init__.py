@@ -1,9 +1,8 @@
-"""Samplers: which arms take part in a step.
+"""Samplers: the rules for drawing the active arms of a step.
 
-An *arm* is a group of variables that is switched on or off together. A sampler
-draws the mask of a step's active arms, and learns from the gradient norms that
-the step found. The budget is `active_fraction`: the expected share of active
-arms.
+An *arm* is a group of variables that is active or inactive as a whole. A sampler draws
+the mask of a step, and learns from the gradient norms of its first pass. The budget is
+`active_fraction`, the expected share of active arms.
 """
 
 from keras_slsam.samplers.all import All

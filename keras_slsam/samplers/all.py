@@ -1,4 +1,4 @@
-"""All arms are active: dense SAM."""
+"""The sampler of dense SAM, which activates all arms."""
 
 import keras
 from keras import ops
@@ -8,7 +8,7 @@ from keras_slsam.samplers.sampler import Sampler
 
 @keras.saving.register_keras_serializable("keras_slsam")
 class All(Sampler):
-    """Every arm is active in every step: dense SAM.
+    """Activates every arm in every step: dense SAM.
 
     Example:
 

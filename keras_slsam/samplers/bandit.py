@@ -1,4 +1,4 @@
-"""The bandit of the paper."""
+"""The multi-armed bandit of the SL-SAM paper."""
 
 import keras
 from keras import ops
@@ -17,18 +17,17 @@ class Bandit(Independent):
         l_i = max_{j in A} (n_j / p_j)^2 - (n_i / p_i)^2
         p_i <- p_i * exp(-learning_rate * l_i / p_i)            for i in A
 
-    and p is projected back to `sum(p) = active_fraction * num_arms`, `p <= 1`.
-    The fixed point is p proportional to n. How fast it gets there depends on the
-    scale of the loss, and an arm's probability can fall so low that the arm is
-    not drawn again, also with an `active_fraction` of 1: `Proportional` has neither
-    trait.
+    Then p is projected back to `sum(p) = active_fraction * num_arms`, `p <= 1`. At the
+    fixed point, p is proportional to n. How fast p gets there depends on the scale of
+    the loss. An arm's probability can fall so low that the arm is not drawn again, even
+    with an `active_fraction` of 1. `Proportional` has neither property.
 
     Args:
         active_fraction: Float in (0, 1], the expected share of active arms.
         learning_rate: Float > 0, the bandit's own step size (alpha).
-        min_probability: Float in [1e-8, active_fraction], the least probability of
-            an arm.
-        seed: int, or `None` for a fresh one.
+        min_probability: Float in [1e-8, active_fraction], the least probability of an
+            arm.
+        seed: int, or `None` for a fresh seed.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -73,12 +72,12 @@ class Bandit(Independent):
     def update(self, active, norms):
         p = ops.convert_to_tensor(self.probabilities)
         norms, active = projection.finite(norms, active, p.dtype)
-        # Norms relative to the largest: squares of n / p itself would overflow.
+        # Norms relative to the largest, because squares of n / p itself would overflow.
         scale = ops.max(norms)
         ratio = projection.relative(norms) / p
         best = ops.max(ratio)
         gap = (best - ratio) * (best + ratio) / p
-        # The best arm's loss is 0 also where the scale's square overflows.
+        # The best arm's loss is 0, even if the square of the scale overflows.
         exponent = ops.where(gap > 0, self.learning_rate * gap * scale * scale, 0.0)
         weights = ops.where(active, p * ops.exp(-exponent), p)
         budget = self.active_fraction * self._num_arms

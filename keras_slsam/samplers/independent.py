@@ -1,4 +1,4 @@
-"""Arms that are drawn independently, with or without learning."""
+"""The base class of samplers that draw each arm independently."""
 
 import numbers
 
@@ -10,7 +10,7 @@ from keras_slsam.samplers.sampler import Sampler
 
 
 class Independent(Sampler):
-    """Arms drawn independently, each with its own probability, never all off."""
+    """Draws each arm independently with its own probability, but at least one arm."""
 
     def __init__(self, active_fraction: float, seed: int | None = None) -> None:
         name = type(self).__name__
@@ -42,12 +42,12 @@ class Independent(Sampler):
         )
 
     def draw(self):
-        # Exact and without a loop: draw the first active arm j from
-        # P(first = j) = p_j * prod_{i<j} (1 - p_i), given that there is one;
-        # the arms before it are off, those after it independent.
+        # Exact, without a loop. Draw the first active arm j, given that there is one,
+        # from P(first = j) = p_j * prod_{i<j} (1 - p_i). Arms before j are inactive,
+        # arms after j are independent.
         p = ops.convert_to_tensor(self.probabilities)
         unit = ops.cast(threefry.draw(self._seed_state, self._num_arms + 1), p.dtype)
-        # P(an arm up to j is active), by logarithms since 1 - 1e-8 is 1 in float32.
+        # P(an arm up to j is active), by logarithms because 1 - 1e-8 is 1 in float32.
         reached = -ops.expm1(ops.cumsum(ops.log1p(-p)))
         first = ops.sum(ops.cast(reached < unit[self._num_arms] * reached[-1], "int32"))
         index = ops.arange(self._num_arms, dtype="int32")

@@ -1,4 +1,4 @@
-"""Probabilities that follow the gradient norms at once."""
+"""A sampler with probabilities proportional to the gradient norms."""
 
 import keras
 from keras import ops
@@ -12,25 +12,24 @@ from keras_slsam.samplers.independent import check_number
 class Proportional(Independent):
     """Probabilities proportional to the arms' mean gradient norms.
 
-    Goes straight to the bandit's fixed point: free of the scale of the loss, and
-    every arm stays in the draw. With m_i the running mean of arm i's norms over
-    the steps in which it was active, and q the projection of m on
-    `sum(q) = active_fraction * num_arms`, `q <= 1`:
+    This sampler goes directly to the bandit's fixed point. It does not depend on the
+    scale of the loss, and every arm continues to be drawn. Let m_i be the running mean
+    of arm i's norms over the steps in which it was active, and q the projection of m
+    onto `sum(q) = active_fraction * num_arms`, `q <= 1`:
 
         p = min_probability + (1 - min_probability / active_fraction) * q
 
-    so p keeps the budget (unless fewer than `active_fraction * num_arms` arms have
-    norms worth mentioning). Arms not seen yet count with the largest mean, and p
-    stays uniform until half of the arms have been seen. This sampler is ours, not
-    of the SL-SAM paper.
+    So p keeps the budget, unless fewer than `active_fraction * num_arms` arms have
+    norms that are not negligible. An arm that has not been active yet counts with the
+    largest mean, and p stays uniform until half of the arms have been active. This
+    sampler is specific to this package. It is not from the SL-SAM paper.
 
     Args:
         active_fraction: Float in (0, 1], the expected share of active arms.
-        momentum: Float in [0, 1). The newest norm weighs at least
-            `1 - momentum` in the mean; the first norms of an arm weigh equally.
-        min_probability: Float in (0, active_fraction], the least probability of
-            an arm.
-        seed: int, or `None` for a fresh one.
+        momentum: Float in [0, 1). In the mean, the newest norm has a weight of at least
+            `1 - momentum`, and the first norms of an arm have equal weights.
+        min_probability: Float in (0, active_fraction], the least probability of an arm.
+        seed: int, or `None` for a fresh seed.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -62,8 +61,8 @@ class Proportional(Independent):
         if not 0 < min_probability <= active_fraction:
             raise ValueError(
                 "Argument `min_probability` of `Proportional` must be in "
-                "(0, active_fraction]: all arms together would exceed the budget "
-                f"otherwise. Received: min_probability={min_probability!r}, "
+                "(0, active_fraction], because all arms together must not exceed the "
+                f"budget. Received: min_probability={min_probability!r}, "
                 f"active_fraction={active_fraction!r}. Pass "
                 "`samplers.Proportional(active_fraction, min_probability=...)` with "
                 "a smaller value."
@@ -93,7 +92,7 @@ class Proportional(Independent):
         self._counts.assign(counts)
         self._means.assign(means)
         seen = counts > 0
-        # Relative means: the projection then never sees a huge or a tiny sum.
+        # Relative means, so that the projection never sees a huge or a tiny sum.
         known = ops.logical_and(seen, ops.max(means) > 0)
         relative = ops.where(known, projection.relative(means), 1.0)
         q = projection.project(relative, self.active_fraction * self._num_arms)

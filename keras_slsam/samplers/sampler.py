@@ -1,15 +1,15 @@
-"""The base class of samplers, which is what a sampler of your own derives from."""
+"""The base class of all samplers, including custom ones."""
 
 import keras
 
 
 class Sampler:
-    """Draws the arms that are active in a step. Base class of all samplers.
+    """Base class of samplers, which draw the active arms of a step.
 
-    A subclass makes all its `keras.Variable`s in `build`, as attributes, and
-    overrides `draw`, and `update` and `get_config` where it needs to. It runs
-    inside the compiled step, so it speaks `keras.ops` and changes state by
-    `variable.assign` only.
+    A subclass creates all of its `keras.Variable`s in `build`, as attributes. It
+    overrides `draw`, and if needed `update` and `get_config`. It runs inside the
+    compiled step, so it must use `keras.ops`, and change state with `variable.assign`
+    only.
 
     Example:
 
@@ -36,12 +36,12 @@ class Sampler:
     #: Probability of each arm in the next draw, shape `(num_arms,)`, or `None`.
     probabilities = None
 
-    #: The least probability of an arm, where arms are drawn independently, else 0. A
-    #: compiled step has no conditions for work that is left out in hardly any step.
+    #: Lower bound of each arm's probability if arms are drawn independently, else 0.
+    #: With a higher bound, a compiled step has fewer conditions.
     min_probability: float = 0.0
 
     def build(self, num_arms: int) -> None:
-        """Makes the sampler's variables.
+        """Creates the sampler's variables.
 
         Args:
             num_arms: int, the number of arms.
@@ -58,7 +58,7 @@ class Sampler:
         )
 
     def update(self, active, norms):
-        """Learns from a step. By default nothing.
+        """Learns from a step. Does nothing by default.
 
         Args:
             active: Boolean tensor of shape `(num_arms,)`, the step's mask.
@@ -68,10 +68,10 @@ class Sampler:
 
     @property
     def variables(self) -> list[keras.Variable]:
-        """List of the sampler's variables, in the order they were made.
+        """List of the sampler's variables, in order of creation.
 
-        Those of `keras.random.SeedGenerator`s and of other samplers, and those in
-        lists and dicts, are among them.
+        It includes the variables of `keras.random.SeedGenerator`s and of other
+        samplers, and variables in lists and dicts.
         """
         found: dict[int, keras.Variable] = {}
         for attribute in keras.tree.flatten(list(vars(self).values())):
@@ -89,5 +89,5 @@ class Sampler:
 
     @classmethod
     def from_config(cls, config):
-        """Makes a sampler from the dict that `get_config` returned."""
+        """Creates a sampler from the dict that `get_config` returned."""
         return cls(**config)

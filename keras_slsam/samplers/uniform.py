@@ -1,4 +1,4 @@
-"""Every arm is equally likely: what a sampler that learns is compared with."""
+"""A sampler that gives every arm the same probability."""
 
 import keras
 
@@ -7,13 +7,13 @@ from keras_slsam.samplers.independent import Independent
 
 @keras.saving.register_keras_serializable("keras_slsam")
 class Uniform(Independent):
-    """Every arm with the same probability in every step.
+    """Draws every arm with the same probability in every step.
 
-    Shows what a sampler that learns adds.
+    Use it as a baseline for samplers that learn.
 
     Args:
         active_fraction: Float in (0, 1], the probability of each arm.
-        seed: int, or `None` for a fresh one.
+        seed: int, or `None` for a fresh seed.
 
     Example:
 
