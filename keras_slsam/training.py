@@ -77,7 +77,7 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
         is_first, is_last = base_step.window()
         with atomic.Staged() as drawn:
             arms = selection.draw(is_first)
-            ascends = optimizer._draw_ascent()
+            ascends, rho = optimizer._draw_ascent()
         direction = optimizer._direction(arms)
         weights = [backend.read(v) for v in variables]  # w
 
@@ -99,7 +99,6 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
 
         def perturb(directions, squared_norm):
             """Returns the weights `w + e`."""
-            rho = backend.read(optimizer.rho)
             return perturbation.perturb(
                 weights, directions, squared_norm, arms, rho, optimizer.adaptive
             )

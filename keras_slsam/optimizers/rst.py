@@ -56,7 +56,6 @@ class RST(SharpnessAware):
         seed: int | None = None,
         name: str = "rst",
     ) -> None:
-        probability = settings.checked_probability(probability)
         first_seed = threefry.make_seed(seed, "RST")
         super().__init__(
             base_optimizer,
@@ -65,7 +64,9 @@ class RST(SharpnessAware):
             sampler=samplers.All(),
             name=name,
         )
-        self._probability = settings.add(self, "probability", probability)
+        self._probability = settings.Setting(
+            self, "probability", probability, _check_probability
+        )
         self.seed = None if seed is None else int(seed)
         self._seed_state = self.add_variable((2,), dtype="int32", name="seed_state")
         self._seed_state.assign([first_seed, 0])
@@ -76,20 +77,35 @@ class RST(SharpnessAware):
 
         You can set it between two steps, like the learning rate.
         """
-        return self._probability
+        return self._probability.variable
 
     @probability.setter
     def probability(self, probability):
-        self._probability.assign(settings.checked_probability(probability))
+        self._probability.set(probability)
 
     def _draw_ascent(self):
+        ascends, rho = super()._draw_ascent()
+        self._probability.follow(self._iterations)
         (unit,) = ops.unstack(threefry.draw(self._seed_state, 1))
-        perturbed = unit < backend.read(self._probability)
-        return ops.logical_and(perturbed, backend.read(self._rho) > 0)
+        (drawn,) = backend.concrete(
+            ops.reshape(unit < backend.read(self.probability), (1,))
+        )
+        return backend.both(ascends, drawn), rho
 
     def get_config(self):
         return {
             **super().get_config(),
-            "probability": settings.as_float(self._probability),
+            "probability": self._probability.get_config(),
             "seed": self.seed,
         }
+
+
+def _check_probability(probability):
+    return settings.check_number(
+        "RST",
+        "probability",
+        probability,
+        "the share of SAM steps",
+        lambda number: 0 <= number <= 1,
+        "a number in [0, 1]",
+    )

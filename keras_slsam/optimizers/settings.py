@@ -1,74 +1,82 @@
 """Settings that can change between two steps, like the learning rate."""
 
-import math
 import numbers
 
 import keras
 from keras import ops
 
 
-def add(optimizer, name, value):
-    """Adds the scalar `keras.Variable` of a setting to an optimizer."""
-    dtype = "float64" if keras.config.floatx() == "float64" else "float32"
-    variable = optimizer.add_variable((), dtype=dtype, name=name)
-    variable.assign(value)
-    return variable
-
-
-def as_float(variable):
-    """Returns the value of a scalar variable in few digits: 0.05, not 0.0500000007."""
-    return float(str(ops.convert_to_numpy(variable)[()]))
-
-
-def checked_rho(owner, rho):
-    """Returns `rho` as a float, and checks that it is finite and >= 0.
+class Setting:
+    """A number that can change between steps.
 
     Args:
-        owner: String, the name of the caller, for the message.
-        rho: Number, or a scalar tensor or variable.
+        optimizer: `keras.optimizers.Optimizer`, which holds the variable.
+        name: String.
+        value: Number, or a function from the number of the step to a scalar tensor,
+            like a `keras.optimizers.schedules.LearningRateSchedule`.
+        check: Function from a number to a float, which raises a `ValueError` if the
+            number is not allowed.
 
-    Raises:
-        ValueError: if it is not.
+    Attributes:
+        variable: Scalar `keras.Variable`, the present value.
+        schedule: The function, or `None`.
     """
-    number = _as_number(rho)
-    if number is None or not (number >= 0 and math.isfinite(number)):
-        raise ValueError(
-            f"Argument `rho` of `{owner}` is the radius of the perturbation and "
-            f"must be a finite number >= 0. Received: rho={rho!r}"
-        )
-    return number
+
+    def __init__(self, optimizer, name, value, check):
+        self._name, self._check = name, check
+        self.schedule = value if callable(value) else None
+        dtype = "float64" if keras.config.floatx() == "float64" else "float32"
+        self.variable = optimizer.add_variable((), dtype=dtype, name=name)
+        self.variable.assign(check(self.schedule(0) if self.schedule else value))
+
+    def set(self, value):
+        """Sets the value for the next steps.
+
+        Args:
+            value: Number, or a scalar tensor or variable.
+
+        Raises:
+            ValueError: if the value is not allowed, or follows a schedule.
+        """
+        if self.schedule:
+            raise ValueError(
+                f"`{self._name}` follows a schedule, so it cannot be set. "
+                f"Received: {self._name}={value!r}. To set it in a callback, pass a "
+                "number to the optimizer."
+            )
+        self.variable.assign(self._check(value))
+
+    def follow(self, step):
+        """Sets the value of the schedule at a step, if there is a schedule."""
+        if self.schedule:
+            self.variable.assign(ops.cast(self.schedule(step), self.variable.dtype))
+
+    def get_config(self):
+        """Returns a float with few digits (0.05, not 0.0500000007), or a dict."""
+        if self.schedule:
+            return keras.saving.serialize_keras_object(self.schedule)
+        return float(str(ops.convert_to_numpy(self.variable)[()]))
 
 
-def checked_probability(probability):
-    """Returns `probability` as a float, and checks that it is in [0, 1].
+def check_number(owner, name, value, meaning, is_allowed, allowed):
+    """Returns a number as a float.
 
     Args:
-        probability: Number, or a scalar tensor or variable.
+        owner: String, the class that has the argument.
+        name: String, the argument.
+        value: Number, or a scalar tensor or variable.
+        meaning: String, what the argument is.
+        is_allowed: Function from a float to a bool.
+        allowed: String, the numbers that are allowed.
 
     Raises:
-        ValueError: if it is not.
+        ValueError: if it is not a number that is allowed.
     """
-    number = _as_number(probability)
-    if number is None or not 0 <= number <= 1:
+    number = _as_number(value)
+    if number is None or not is_allowed(number):
         raise ValueError(
-            "Argument `probability` of `RST` is the share of SAM steps and must "
-            f"be a number in [0, 1]. Received: probability={probability!r}"
-        )
-    return number
-
-
-def checked_fraction(owner, fraction):
-    """`ascent_fraction` as a float, if it is one that is allowed.
-
-    Raises:
-        ValueError: if it is not.
-    """
-    number = _as_number(fraction)
-    if number is None or not 0 < number <= 1:
-        raise ValueError(
-            f"Argument `ascent_fraction` of `{owner}` is the share of a batch's rows "
-            "that the first pass sees and must be a number in (0, 1]. "
-            f"Received: ascent_fraction={fraction!r}"
+            f"Argument `{name}` of `{owner}` is {meaning} and must be {allowed}. "
+            f"Received: {name}={value!r}"
         )
     return number
 

@@ -40,7 +40,7 @@ class SharpnessAware(Stateful, Wrapper):
 
     Args:
         base_optimizer: Anything that `keras.optimizers.get` accepts.
-        rho: Float >= 0, the radius of the perturbation.
+        rho: Float >= 0, or a schedule, the radius of the perturbation.
         adaptive: bool, whether the perturbation is scaled by the weights (ASAM).
         sampler: `keras_slsam.samplers.Sampler`, draws the active arms.
         arms: `"variable"`, `"layer"`, `"block"`, or a function from a variable to a
@@ -48,10 +48,6 @@ class SharpnessAware(Stateful, Wrapper):
         single_step: bool, whether the ascent follows the gradient of the last step, so
             that one pass is enough.
         name: String, the optimizer's name.
-
-    Attributes:
-        ascends: bool, whether `rho` was set to more than 0. A step that was compiled
-            then has both passes, without a condition.
 
     Raises:
         ValueError: if an argument is out of its range, or the base optimizer cannot be
@@ -70,8 +66,14 @@ class SharpnessAware(Stateful, Wrapper):
         name=None,
     ):
         owner = type(self).__name__
-        rho = settings.checked_rho(owner, rho)
-        ascent_fraction = settings.checked_fraction(owner, ascent_fraction)
+        ascent_fraction = settings.check_number(
+            owner,
+            "ascent_fraction",
+            ascent_fraction,
+            "the share of a batch's rows that the first pass sees",
+            lambda number: 0 < number <= 1,
+            "a number in (0, 1]",
+        )
         if single_step and ascent_fraction < 1:
             raise ValueError(
                 f"Argument `ascent_fraction` of `{owner}` must be 1 with "
@@ -95,8 +97,7 @@ class SharpnessAware(Stateful, Wrapper):
         base_optimizer = get_base_optimizer(owner, base_optimizer)
         grouping.validate(arms)
         super().__init__(base_optimizer, name)
-        self._rho = settings.add(self, "rho", rho)
-        self.ascends = rho > 0
+        self._rho = settings.Setting(self, "rho", rho, self._check_rho)
         self.adaptive = adaptive
         self.sampler = sampler
         self.single_step = single_step
@@ -242,17 +243,24 @@ class SharpnessAware(Stateful, Wrapper):
     def rho(self):
         """The radius of the perturbation, a scalar `keras.Variable`.
 
-        You can set it between two steps, like the learning rate. With 0, a step is a
-        step of the base optimizer, without a second pass. If you set 0 during a `fit`
-        that started with more, the second pass still runs, at the unperturbed weights.
+        It can be set between two steps, like the learning rate, unless it follows a
+        schedule. With 0 a step is a step of the base optimizer, without a second pass.
         """
-        return self._rho
+        return self._rho.variable
 
     @rho.setter
     def rho(self, rho):
-        rho = settings.checked_rho(type(self).__name__, rho)
-        self._rho.assign(rho)
-        self.ascends = rho > 0
+        self._rho.set(rho)
+
+    def _check_rho(self, rho):
+        return settings.check_number(
+            type(self).__name__,
+            "rho",
+            rho,
+            "the radius of the perturbation",
+            lambda number: 0 <= number < float("inf"),
+            "a finite number >= 0",
+        )
 
     @property
     def skipped_steps(self):
@@ -306,13 +314,15 @@ class SharpnessAware(Stateful, Wrapper):
         return self._base_step.applied(arms) if self.single_step else None
 
     def _draw_ascent(self):
-        """Returns whether this step has an ascent, a bool or scalar boolean tensor."""
-        if self.ascends:
-            # A condition would cost time. If `rho` has since been loaded as 0, the
-            # second pass runs at w, and gives the same gradients.
-            return True
-        (perturbed,) = backend.concrete(ops.reshape(backend.read(self._rho) > 0, (1,)))
-        return perturbed
+        """Whether this step has an ascent, and its radius.
+
+        Returns:
+            Tuple of a bool, or scalar boolean tensor, and a scalar tensor.
+        """
+        self._rho.follow(self._iterations)
+        rho = backend.read(self.rho)
+        (ascends,) = backend.concrete(ops.reshape(rho > 0, (1,)))
+        return ascends, rho
 
     def apply(self, grads, trainable_variables=None):
         """Raises an error: gradients alone do not make a sharpness-aware step.
@@ -335,7 +345,7 @@ class SharpnessAware(Stateful, Wrapper):
         return {
             "name": self.name,
             "base_optimizer": keras.saving.serialize_keras_object(self.base_optimizer),
-            "rho": settings.as_float(self._rho),
+            "rho": self._rho.get_config(),
             "adaptive": self.adaptive,
         }
 
@@ -343,7 +353,7 @@ class SharpnessAware(Stateful, Wrapper):
     def from_config(cls, config, custom_objects=None):
         """Creates an optimizer from the dict that `get_config` returned."""
         config = copy.deepcopy(config)  # Keras changes it
-        for argument in ("base_optimizer", "sampler", "arms"):
+        for argument in ("base_optimizer", "sampler", "arms", "rho", "probability"):
             if isinstance(config.get(argument), dict):
                 config[argument] = cls._deserialize(
                     argument, config[argument], custom_objects

@@ -1,0 +1,137 @@
+"""`rho` and `probability` as state: set between steps, or given as a schedule."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+from keras import ops
+from test_work import counter
+from test_work import dense_chain
+
+import keras_slsam
+
+RATE, STEPS = 0.1, 6
+RADII = [0.0, 0.3, 0.0, 0.5, 0.1, 0.0]
+BATCHES = np.random.default_rng(0).normal(size=(STEPS, 8, 4)).astype("float32")
+TARGETS = np.random.default_rng(1).normal(size=(STEPS, 8, 1)).astype("float32")
+START = np.linspace(-1, 1, 4).reshape(4, 1)
+
+
+@keras.saving.register_keras_serializable("tests")
+class Table(keras.optimizers.schedules.LearningRateSchedule):
+    """Gives the values of a list."""
+
+    def __init__(self, values):
+        super().__init__()
+        self.values = values
+
+    def __call__(self, step):
+        return ops.take(ops.convert_to_tensor(self.values), ops.cast(step, "int32"))
+
+    def get_config(self):
+        return {"values": self.values}
+
+
+def compiled(rho, **kwargs):
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(1, use_bias=False)])
+    model.set_weights([START])
+    model = keras_slsam.sharpness_aware(model)
+    optimizer = keras_slsam.SAM(keras.optimizers.SGD(RATE), rho=rho)
+    model.compile(optimizer=optimizer, loss="mse", **kwargs)
+    return model
+
+
+def gradient(w, x, y):
+    return 2 * x.T @ (x @ w - y) / len(x)
+
+
+def by_hand(radii):
+    w = START
+    for rho, x, y in zip(radii, BATCHES, TARGETS):
+        g = gradient(w, x, y)
+        w = w - RATE * gradient(w + rho * g / np.linalg.norm(g), x, y)
+    return w
+
+
+def fit(model, callbacks=()):
+    x, y = BATCHES.reshape(-1, 4), TARGETS.reshape(-1, 1)
+    model.fit(x, y, batch_size=8, shuffle=False, verbose=0, callbacks=list(callbacks))
+    return model.get_weights()[0]
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_rho_follows_a_schedule(eager):
+    model = compiled(Table(RADII), run_eagerly=eager)
+    np.testing.assert_allclose(fit(model), by_hand(RADII), rtol=1e-5)
+    assert float(model.optimizer.rho) == RADII[-1]
+
+
+def test_rho_follows_a_function_of_the_step():
+    model = compiled(lambda step: 0.1 * ops.cast(step, "float32"))
+    expected = by_hand([0.1 * step for step in range(STEPS)])
+    np.testing.assert_allclose(fit(model), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("start", [0.0, 0.2])
+def test_a_rho_that_a_callback_sets_acts_on_the_next_step(start):
+    model = compiled(start)
+
+    def change(batch, logs):
+        if batch + 1 < STEPS:
+            model.optimizer.rho = RADII[batch + 1]
+
+    callback = keras.callbacks.LambdaCallback(on_train_batch_end=change)
+    expected = by_hand([start, *RADII[1:]])
+    np.testing.assert_allclose(fit(model, [callback]), expected, rtol=1e-5)
+
+
+def test_a_step_without_a_radius_executes_one_pass():
+    model, products, x = dense_chain()
+    everything = products.flops({v.path for v in model.trainable_variables})
+    optimizer = keras_slsam.SAM("sgd", rho=Table(RADII))
+    count = counter(model, optimizer, x)
+    for step, rho in enumerate(RADII):
+        optimizer.iterations.assign(step)
+        assert count() == everything * (2 if rho else 1)
+
+
+def test_a_radius_that_is_set_to_0_leaves_out_the_second_pass():
+    model, products, x = dense_chain()
+    everything = products.flops({v.path for v in model.trainable_variables})
+    optimizer = keras_slsam.SAM("sgd", rho=0.1)
+    count = counter(model, optimizer, x)
+    for rho in (0.1, 0.0, 0.2):
+        optimizer.rho = rho
+        assert count() == everything * (2 if rho else 1)
+
+
+def test_a_probability_follows_a_schedule():
+    model, products, x = dense_chain()
+    everything = products.flops({v.path for v in model.trainable_variables})
+    optimizer = keras_slsam.RST("sgd", probability=Table([0.0, 1.0]), seed=0)
+    count = counter(model, optimizer, x)
+    for step in (0, 1):
+        optimizer.iterations.assign(step)
+        assert count() == everything * (1 + step)
+
+
+def test_a_schedule_is_saved_with_the_model(tmp_path):
+    model = compiled(Table(RADII))
+    fit(model)
+    model.save(tmp_path / "model.keras")
+    restored = keras.saving.load_model(tmp_path / "model.keras").optimizer
+    assert restored.get_config()["rho"]["config"] == {"values": RADII}
+    assert float(restored.rho) == RADII[-1]
+
+
+def test_a_schedule_cannot_be_set():
+    optimizer = keras_slsam.RST("sgd", rho=Table(RADII), probability=Table([0.5]))
+    with pytest.raises(ValueError, match="`rho` follows a schedule.*0.2"):
+        optimizer.rho = 0.2
+    with pytest.raises(ValueError, match="`probability` follows a schedule.*0.2"):
+        optimizer.probability = 0.2
+
+
+def test_a_schedule_that_starts_below_0_is_refused():
+    with pytest.raises(ValueError, match="`rho`.*>= 0.*Received"):
+        keras_slsam.SAM("sgd", rho=lambda step: -0.1)
