@@ -161,9 +161,7 @@ def _make(model, keras_make, force):
     elif optimizer.built:
         optimizer._check_variables(model.trainable_variables)
     before = model.train_function
-    made_for, ascends = getattr(before, "made_for", (optimizer, False))
-    # A function that was compiled with `rho` > 0 always runs both passes.
-    force = force or made_for is not optimizer or (ascends and not optimizer.ascends)
+    force = force or getattr(before, "made_for", optimizer) is not optimizer
     own = vars(model).get("train_step")
     # Each train function needs a new object, because `jax.jit` caches traces by it.
     model.train_step = functools.partial(model.train_step)
@@ -178,4 +176,4 @@ def _make(model, keras_make, force):
         return
     if optimizer is not None:
         model.train_function = backend.build_first(model, model.train_function)
-    model.train_function.made_for = optimizer, getattr(optimizer, "ascends", False)
+    model.train_function.made_for = optimizer

@@ -38,32 +38,35 @@ class Selection:
         self.active = owner.add_variable(shape, dtype="bool", name="active")
         self.norms = owner.add_variable(shape, dtype=dtype, name="norms")
 
-    def draw(self, first):
+    def draw(self, first, ascends):
         """Draws the active arms.
 
         Args:
             first: bool or scalar boolean tensor, whether this is the first step of a
-                window of accumulated gradients. The arms are drawn once per window.
+                window of accumulated gradients. In the others the arms stay.
+            ascends: Scalar boolean tensor, whether this step has an ascent. It comes
+                back with the arms, so that PyTorch synchronises once for both.
 
         Returns:
-            `ActiveArms`, with scalar boolean tensors inside a traced step, unless all
-            arms are always active.
+            Tuple of `ActiveArms` and `ascends`, which hold scalar boolean tensors
+            inside a traced step, and otherwise bools. If all arms are always active,
+            the arms hold bools.
 
         Raises:
-            ValueError: if the sampler's mask has the wrong shape, or is known to have
-            no active arm.
+            ValueError: if the sampler's mask has another shape, or if it is known that
+                no arm is active.
         """
         atomic.assign_if(first, self._draw)
+        flags = [backend.read(self.active), ops.reshape(ascends, (1,))]
+        *active, ascends = backend.concrete(ops.concatenate(flags))
         if self._all_active:
             active = [True] * len(self.members)
-        else:
-            active = backend.concrete(backend.read(self.active))
         if not any(on is not False for on in active):
             raise ValueError(
                 "`draw()` of a sampler must return at least one active arm. "
                 f"Received: none from {self._sampler!r}"
             )
-        return ActiveArms(self.members, active, self.norms.dtype)
+        return ActiveArms(self.members, active, self.norms.dtype), ascends
 
     def _draw(self):
         mask = self._sampler.draw()

@@ -76,8 +76,8 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
         selection, base_step = optimizer._selection, optimizer._base_step
         is_first, is_last = base_step.window()
         with atomic.Staged() as drawn:
-            arms = selection.draw(is_first)
             ascends, rho = optimizer._draw_ascent()
+            arms, ascends = selection.draw(is_first, ascends)
         direction = optimizer._direction(arms)
         weights = [backend.read(v) for v in variables]  # w
 

@@ -22,8 +22,9 @@ class RST(SharpnessAware):
     Args:
         base_optimizer: Anything that `keras.optimizers.get` accepts, see
             `keras_slsam.SAM`.
-        rho: Float >= 0, the radius of the perturbation.
-        probability: Float in [0, 1], the probability of a SAM step.
+        rho: Float >= 0, or a schedule, the radius of the perturbation, see
+            `keras_slsam.SAM`.
+        probability: Float in [0, 1], the probability of a SAM step, or a schedule.
         adaptive: bool, whether the perturbation is scaled by the weights (ASAM).
         seed: int, or `None` for a fresh seed. The same seed chooses the same steps on
             every backend.
@@ -50,8 +51,8 @@ class RST(SharpnessAware):
     def __init__(
         self,
         base_optimizer: keras.optimizers.Optimizer | str | dict | None = None,
-        rho: float = 0.05,
-        probability: float = 0.5,
+        rho: settings.Number = 0.05,
+        probability: settings.Number = 0.5,
         adaptive: bool = False,
         seed: int | None = None,
         name: str = "rst",
@@ -87,10 +88,7 @@ class RST(SharpnessAware):
         ascends, rho = super()._draw_ascent()
         self._probability.follow(self._iterations)
         (unit,) = ops.unstack(threefry.draw(self._seed_state, 1))
-        (drawn,) = backend.concrete(
-            ops.reshape(unit < backend.read(self.probability), (1,))
-        )
-        return backend.both(ascends, drawn), rho
+        return ops.logical_and(ascends, unit < backend.read(self.probability)), rho
 
     def get_config(self):
         return {

@@ -3,6 +3,7 @@
 import keras
 
 from keras_slsam import samplers
+from keras_slsam.optimizers import settings
 from keras_slsam.optimizers.sharpness_aware import SharpnessAware
 
 
@@ -20,7 +21,8 @@ class S2SAM(SharpnessAware):
     Args:
         base_optimizer: Anything that `keras.optimizers.get` accepts, see
             `keras_slsam.SAM`.
-        rho: Float >= 0, the radius of the perturbation.
+        rho: Float >= 0, or a schedule, the radius of the perturbation, see
+            `keras_slsam.SAM`.
         adaptive: bool, whether the perturbation is scaled by the weights (ASAM).
         name: String, the optimizer's name.
 
@@ -44,7 +46,7 @@ class S2SAM(SharpnessAware):
     def __init__(
         self,
         base_optimizer: keras.optimizers.Optimizer | str | dict | None = None,
-        rho: float = 0.05,
+        rho: settings.Number = 0.05,
         adaptive: bool = False,
         name: str = "s2sam",
     ) -> None:

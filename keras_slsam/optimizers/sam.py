@@ -3,6 +3,7 @@
 import keras
 
 from keras_slsam import samplers
+from keras_slsam.optimizers import settings
 from keras_slsam.optimizers.sharpness_aware import SharpnessAware
 
 
@@ -20,7 +21,11 @@ class SAM(SharpnessAware):
         base_optimizer: Anything that `keras.optimizers.get` accepts: the optimizer that
             applies the gradient. Set learning rate, schedule, weight decay, clipping,
             EMA and gradient accumulation as its arguments.
-        rho: Float >= 0, the radius of the perturbation.
+        rho: Float >= 0, the radius of the perturbation, or a schedule: a
+            `keras.optimizers.schedules.LearningRateSchedule`, or a function from the
+            number of the step to a scalar tensor. You can set `optimizer.rho` between
+            two steps unless it follows a schedule. In a step where it is 0 only one
+            pass is executed.
         adaptive: bool, whether the perturbation is scaled by the weights (ASAM, arXiv
             2102.11600). ASAM needs a `rho` about ten times larger.
         name: String, the optimizer's name.
@@ -51,7 +56,7 @@ class SAM(SharpnessAware):
     def __init__(
         self,
         base_optimizer: keras.optimizers.Optimizer | str | dict | None = None,
-        rho: float = 0.05,
+        rho: settings.Number = 0.05,
         adaptive: bool = False,
         name: str = "sam",
         *,

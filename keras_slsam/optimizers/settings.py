@@ -1,9 +1,13 @@
 """Settings that can change between two steps, like the learning rate."""
 
 import numbers
+from collections.abc import Callable
 
 import keras
 from keras import ops
+
+# A number, or a function from the number of the step, like a `LearningRateSchedule`.
+Number = float | Callable
 
 
 class Setting:

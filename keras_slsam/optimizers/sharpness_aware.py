@@ -317,12 +317,11 @@ class SharpnessAware(Stateful, Wrapper):
         """Whether this step has an ascent, and its radius.
 
         Returns:
-            Tuple of a bool, or scalar boolean tensor, and a scalar tensor.
+            Tuple of a scalar boolean tensor and a scalar tensor.
         """
         self._rho.follow(self._iterations)
         rho = backend.read(self.rho)
-        (ascends,) = backend.concrete(ops.reshape(rho > 0, (1,)))
-        return ascends, rho
+        return rho > 0, rho
 
     def apply(self, grads, trainable_variables=None):
         """Raises an error: gradients alone do not make a sharpness-aware step.

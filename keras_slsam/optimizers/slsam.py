@@ -6,6 +6,7 @@ from collections.abc import Hashable
 import keras
 
 from keras_slsam import samplers
+from keras_slsam.optimizers import settings
 from keras_slsam.optimizers.sharpness_aware import SharpnessAware
 
 _SAMPLERS = {
@@ -41,7 +42,8 @@ class SLSAM(SharpnessAware):
     Args:
         base_optimizer: Anything that `keras.optimizers.get` accepts, see
             `keras_slsam.SAM`.
-        rho: Float >= 0, the radius of the perturbation.
+        rho: Float >= 0, or a schedule, the radius of the perturbation, see
+            `keras_slsam.SAM`.
         active_fraction: Float in (0, 1], the expected share of active arms, by default
             0.2. Not allowed with a `Sampler` object, which has its own.
         sampler: `"bandit"` (the paper's), `"proportional"`, `"uniform"`, `"all"`, or a
@@ -84,7 +86,7 @@ class SLSAM(SharpnessAware):
     def __init__(
         self,
         base_optimizer: keras.optimizers.Optimizer | str | dict | None = None,
-        rho: float = 0.01,
+        rho: settings.Number = 0.01,
         active_fraction: float | None = None,
         sampler: str | samplers.Sampler = "bandit",
         arms: str | Callable[[keras.Variable], Hashable] = "variable",
