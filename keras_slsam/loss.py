@@ -56,6 +56,8 @@ class Loss:
         # On PyTorch, Keras multiplies sample weights by masks in place.
         sample_weight = keras.tree.map_structure(_copy, sample_weight)
         mapping = list(zip(self.variables, weights)) + self._state
+        # Generators of Python, NumPy and PyTorch are no variables, which a scope could
+        # give their old values.
         if self._generators is None:
             self._generators = backend.generators(model)
         else:

@@ -184,7 +184,8 @@ def _prepare(model, optimizer, x):
             "Received: jit_compile=True. Call `model.compile(..., jit_compile=False)`, "
             "or set `model.jit_compile = False` on a loaded model."
         )
-    backend.check_devices()
+    if model.trainable_variables:
+        backend.check_devices()
     for layer in model._flatten_layers():
         # Keras has no public name for the layers at any depth.
         if isinstance(layer, keras.layers.TFSMLayer) and layer.trainable_variables:

@@ -156,6 +156,17 @@ def test_embedding_gradients_stay_sparse():
     np.testing.assert_allclose(float(squared), (dense**2).sum(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_squares_are_summed_in_float32_or_better(dtype, float64, monkeypatch):
+    monkeypatch.undo()  # Keras' table as it is; on JAX x64 stays switched on
+    value, count = (1e25, 4) if dtype == "float64" else (256.0, 3)
+    gradient = ops.convert_to_tensor(np.full(count, value), dtype=dtype)
+    found = backend.squared_sum(gradient)
+    expected = "float64" if dtype == "float64" else "float32"
+    assert keras.backend.standardize_dtype(found.dtype) == expected
+    assert float(found) == pytest.approx(count * value**2)
+
+
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's own random numbers")
 def test_stateful_operations_run_once(compile_step):
     import tensorflow as tf

@@ -29,7 +29,7 @@ class Backend:
     can_compile = True
 
     def check_devices(self):
-        """Raises a `ValueError` if several devices or processes are not supported."""
+        """Raises a `ValueError` if the process is one of several, or has replicas."""
 
     def no_grad(self):
         """Context in which nothing is recorded for differentiation."""
@@ -40,7 +40,7 @@ class Backend:
         return contextlib.nullcontext()
 
     def generators(self, model):
-        """Returns the `Generators` of a model's layers, outside of Keras variables."""
+        """Returns the `Generators` of a model's layers."""
         return Generators(model)
 
     def own_parameters(self, model, variables):
@@ -48,7 +48,7 @@ class Backend:
 
         Args:
             model: `keras.Model`.
-            variables: List of the model's `keras.Variable`s that `weights` replace.
+            variables: List of the model's trainable `keras.Variable`s.
 
         Returns:
             Tuple of two functions. The first takes a list of tensors like the values of
@@ -76,7 +76,8 @@ class Backend:
     def after(self, *structures):
         """Context whose operations run after those that compute the given tensors.
 
-        They also run after all earlier checks, which return no tensors.
+        They also run after earlier checks, like `tf.debugging.assert_equal`. Only a
+        graph of TensorFlow needs it.
         """
         return contextlib.nullcontext()
 
@@ -118,6 +119,8 @@ class Backend:
     def when(self, active, update):
         """Runs `update()`, which assigns to Keras variables, if `active`.
 
+        A backend that traces overrides it: the default is for a known `active`.
+
         Args:
             active: bool or scalar boolean tensor.
             update: Function without arguments. Its result is ignored.
@@ -145,7 +148,9 @@ class Backend:
 
     def squared_sum(self, gradient):
         """Computes the sum of the squares of a gradient, at least in float32."""
-        dtype = keras.backend.result_type(gradient.dtype, "float32")
+        dtype = keras.backend.standardize_dtype(gradient.dtype)
+        # Not Keras' `result_type`, which turns float64 into float32 on JAX.
+        dtype = "float64" if dtype == "float64" else "float32"
         return ops.sum(ops.square(ops.cast(gradient, dtype)))
 
     def multiply(self, gradient, factor):

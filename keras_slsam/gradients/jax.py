@@ -32,12 +32,15 @@ class Passes(passes.Passes):
             return self._of_known(weights)
         function = jax.value_and_grad(self.loss_fn, has_aux=True)
         self._gradients = jax_graph.Gradients(function, weights, self)
-        return self._gradients.first(weights)
+        return self._unflatten(self._gradients.first(weights))
 
     def second(self, weights):
         if self._known:
             return self._of_known(weights)[1]
-        return self._gradients.second(weights)[1]
+        return self._unflatten(self._gradients.second(weights))[1]
+
+    def _unflatten(self, outputs):
+        return jax.tree.unflatten(self._gradients.structure, outputs)
 
     def _of_known(self, weights):
         """Differentiates with respect to the active weights only."""

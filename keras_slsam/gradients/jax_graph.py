@@ -34,12 +34,16 @@ class Gradients(program.Program):
             gradient per weight.
         weights: List of arrays to trace it with.
         passes: `Passes` of a traced step.
+
+    Attributes:
+        structure: That of what `function` returns, of which `first` and `second` return
+            the leaves.
     """
 
     def __init__(self, function, weights, passes):
         closed, shapes = jax.make_jaxpr(function, return_shape=True)(weights)
         self._jaxpr = closed.jaxpr
-        self._structure = jax.tree.structure(shapes)
+        self.structure = jax.tree.structure(shapes)
         equations, outputs, self._constants = inline(closed, closed.jaxpr.invars)
         for i, v in enumerate(outputs):
             if isinstance(v, core.Literal):
@@ -58,9 +62,6 @@ class Gradients(program.Program):
 
     def given(self, weights):
         return {**self._constants, **dict(zip(self._jaxpr.invars, weights))}
-
-    def _results(self, values):
-        return jax.tree.unflatten(self._structure, super()._results(values))
 
     def place(self, part, values):
         jaxpr = self._jaxpr.replace(

@@ -1,10 +1,14 @@
 """The two passes of a step: one loss and its gradients, at two sets of weights."""
 
+import dataclasses
+import typing
 
+
+@dataclasses.dataclass(eq=False)
 class Passes:
     """The passes of a step. Each backend has a subclass.
 
-    Args:
+    Attributes:
         loss_fn: `Loss`, a pure function from a list of weights to `(loss, aux)`, with a
             scalar `loss` and any structure `aux`. See `Loss.__call__`.
         arm_of: List of int, the arm of each weight.
@@ -16,21 +20,12 @@ class Passes:
             in a traced step, 0 if unknown.
     """
 
-    def __init__(
-        self,
-        loss_fn,
-        arm_of,
-        active,
-        twice=True,
-        jit_compile=False,
-        min_probability=0.0,
-    ):
-        self.loss_fn = loss_fn
-        self.arm_of = arm_of
-        self.active = active
-        self.twice = twice
-        self.jit_compile = jit_compile
-        self.min_probability = min_probability
+    loss_fn: typing.Any
+    arm_of: list
+    active: list
+    twice: bool = True
+    jit_compile: bool = False
+    min_probability: float = 0.0
 
     def first(self, weights):
         """Computes the loss and the gradients of the active weights.

@@ -26,8 +26,7 @@ from keras_slsam.gradients.interface import Backend
 class Passes(passes.Passes):
     """The passes on TensorFlow, in the graph of a step or eagerly."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __post_init__(self):
         self._eager = tf.executing_eagerly()
         if all(on is True for on in self.active) and not self._eager:
             # A dense step has one arm, so that noise and other values that depend on no
@@ -38,12 +37,12 @@ class Passes(passes.Passes):
         if self._eager:
             return self._run(weights)
         self._trace()
-        return self._results(self._gradients.first(weights), weights)
+        return self._unflatten(self._gradients.first(weights), weights)
 
     def second(self, weights):
         if self._eager:
             return self._run(weights)[1]
-        return self._results(self._gradients.second(weights), weights)[1]
+        return self._unflatten(self._gradients.second(weights), weights)[1]
 
     def _run(self, weights):
         own = [v.value for v in self.loss_fn.variables]
@@ -86,7 +85,7 @@ class Passes(passes.Passes):
             needs += [arm] * len(parts)
         self._gradients = tensorflow_graph.Gradients(traced, outputs, needs, self)
 
-    def _results(self, tensors, weights):
+    def _unflatten(self, tensors, weights):
         results = iter(tensors)
         value, gradients = self._outputs
         value = tf.nest.map_structure(

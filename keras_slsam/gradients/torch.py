@@ -21,8 +21,7 @@ from keras_slsam.gradients.interface import Backend
 class Passes(passes.Passes):
     """The passes on PyTorch, eager, with a known mask."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __post_init__(self):
         self._wanted = [self.active[arm] for arm in self.arm_of]
         self._own = [variable.value for variable in self.loss_fn.variables]
 
@@ -30,7 +29,7 @@ class Passes(passes.Passes):
         if not self.twice:
             return self._differentiate(weights)
         model = self.loss_fn.model
-        self._prefix = torch_prefix.Prefix(model, _devices(model))
+        self._prefix = torch_prefix.Prefix(model, _device_modules(model))
         with self._prefix.recorded():
             return self._differentiate(weights)
 
@@ -105,7 +104,7 @@ class Passes(passes.Passes):
         )
 
 
-def _devices(model):
+def _device_modules(model):
     """Returns the modules with the `get_rng_state` of each of the model's devices."""
     kinds = {variable.value.device.type for variable in model.variables} - {"cpu"}
     return [torch, *map(torch.get_device_module, kinds)]
@@ -137,7 +136,7 @@ class TorchBackend(Backend):
     def generators(self, model):
         # Layers without their own seed, such as Keras' Dropout on PyTorch, draw from
         # the global generators of the devices.
-        states = [(m.get_rng_state, m.set_rng_state) for m in _devices(model)]
+        states = [(m.get_rng_state, m.set_rng_state) for m in _device_modules(model)]
         return Generators(model, states)
 
     def concrete(self, mask):

@@ -16,29 +16,18 @@ from torch.overrides import TorchFunctionMode
 _GET_DATA, _SET_DATA = torch.Tensor.data.__get__, torch.Tensor.data.__set__
 
 # These neither write to a tensor nor return an alias of it. Others get a copy.
-_READERS = {
-    *(getattr(torch.Tensor, name) for name in ("dim", "numel", "size")),
-    *(
-        getattr(torch, name)
-        for name in (
-            *("addmm", "bmm", "conv1d", "conv2d", "conv3d", "conv_transpose1d"),
-            *("conv_transpose2d", "conv_transpose3d", "gru", "lstm", "matmul", "mm"),
-        )
-    ),
-    *(
-        getattr(functional, name)
-        for name in (
-            *("embedding", "group_norm", "layer_norm", "linear", "rms_norm"),
-            "multi_head_attention_forward",
-        )
-    ),
-    *(
-        getattr(torch.Tensor, name).__get__
-        for name in (
-            *("device", "dtype", "is_leaf", "layout", "ndim", "requires_grad", "shape"),
-        )
-    ),
+_NAMES_OF_READERS = {
+    torch: "addmm bmm conv1d conv2d conv3d conv_transpose1d conv_transpose2d "
+    "conv_transpose3d gru lstm matmul mm",
+    functional: "embedding group_norm layer_norm linear multi_head_attention_forward "
+    "rms_norm",
+    torch.Tensor: "dim numel size",
 }
+_PROPERTIES = "device dtype is_leaf layout ndim requires_grad shape"
+_READERS = {
+    getattr(x, n) for x, names in _NAMES_OF_READERS.items() for n in names.split()
+}
+_READERS |= {getattr(torch.Tensor, name).__get__ for name in _PROPERTIES.split()}
 _WRITE_NOTHING = ("requires_grad_", "retain_grad_")
 
 

@@ -66,9 +66,9 @@ class Prefix:
             `set_rng_state` belong to the generators that layers draw from.
     """
 
-    def __init__(self, model, generators):
+    def __init__(self, model, device_modules):
         self._inside = _operations_of_keras(model)
-        self._generators = generators
+        self._device_modules = device_modules
         self._calls = []
 
     def recorded(self):
@@ -151,8 +151,8 @@ class Prefix:
         ):
             return function(*args, **kwargs)
         self._calls.pop()
-        for generator, state in zip(self._generators, call.random_states):
-            generator.set_rng_state(state)
+        for module, state in zip(self._device_modules, call.random_states):
+            module.set_rng_state(state)
         for variable, leaf in call.writes:
             scope.add_update((variable, leaf.value))
         *_, outputs = _map(lambda leaf: leaf.value, call.results)
@@ -183,7 +183,7 @@ class Prefix:
         return [x for p in parts for name, x in vars(p).items() if name not in _CALLED]
 
     def _random_states(self):
-        return [generator.get_rng_state() for generator in self._generators]
+        return [module.get_rng_state() for module in self._device_modules]
 
 
 class _Call(typing.NamedTuple):

@@ -5,8 +5,8 @@ the mask of a step, and learns from the gradient norms of its first pass. The bu
 `active_fraction`, the expected share of active arms.
 """
 
-from keras_slsam.samplers.all import All
 from keras_slsam.samplers.bandit import Bandit
+from keras_slsam.samplers.dense import All
 from keras_slsam.samplers.proportional import Proportional
 from keras_slsam.samplers.sampler import Sampler
 from keras_slsam.samplers.uniform import Uniform

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_slsam.samplers import projection
+from keras_slsam.samplers import numerics
 from keras_slsam.samplers.independent import Independent
 from keras_slsam.samplers.independent import check_number
 
@@ -71,17 +71,17 @@ class Bandit(Independent):
 
     def update(self, active, norms):
         p = ops.convert_to_tensor(self.probabilities)
-        norms, active = projection.finite(norms, active, p.dtype)
+        norms, active = numerics.finite(norms, active, p.dtype)
         # Norms relative to the largest, because squares of n / p itself would overflow.
         scale = ops.max(norms)
-        ratio = projection.relative(norms) / p
+        ratio = numerics.relative(norms) / p
         best = ops.max(ratio)
         gap = (best - ratio) * (best + ratio) / p
         # The best arm's loss is 0, even if the square of the scale overflows.
         exponent = ops.where(gap > 0, self.learning_rate * gap * scale * scale, 0.0)
         weights = ops.where(active, p * ops.exp(-exponent), p)
         budget = self.active_fraction * self._num_arms
-        p = ops.clip(projection.project(weights, budget), self.min_probability, 1.0)
+        p = ops.clip(numerics.project(weights, budget), self.min_probability, 1.0)
         self.probabilities.assign(p)
 
     def get_config(self):

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_slsam.samplers import projection
+from keras_slsam.samplers import numerics
 from keras_slsam.samplers.independent import Independent
 from keras_slsam.samplers.independent import check_number
 
@@ -84,7 +84,7 @@ class Proportional(Independent):
         )
 
     def update(self, active, norms):
-        norms, active = projection.finite(norms, active, self.probabilities.dtype)
+        norms, active = numerics.finite(norms, active, self.probabilities.dtype)
         counts = self._counts + ops.cast(active, norms.dtype)
         newest = ops.maximum(1.0 / ops.maximum(counts, 1.0), 1.0 - self.momentum)
         means = ops.convert_to_tensor(self._means)
@@ -94,8 +94,8 @@ class Proportional(Independent):
         seen = counts > 0
         # Relative means, so that the projection never sees a huge or a tiny sum.
         known = ops.logical_and(seen, ops.max(means) > 0)
-        relative = ops.where(known, projection.relative(means), 1.0)
-        q = projection.project(relative, self.active_fraction * self._num_arms)
+        relative = ops.where(known, numerics.relative(means), 1.0)
+        q = numerics.project(relative, self.active_fraction * self._num_arms)
         low, share = self.min_probability, self.active_fraction
         enough = 2 * ops.sum(ops.cast(seen, "int32")) >= self._num_arms
         p = ops.where(enough, low + (1 - low / share) * q, share)
