@@ -1,5 +1,6 @@
 """Saves the state of an optimizer as one list, with a layout to check it by."""
 
+import copy
 import json
 import warnings
 
@@ -15,7 +16,7 @@ _WAY_OUT = (
 
 
 class Stateful(keras.optimizers.Optimizer):
-    """A mixin: state is saved as a whole, can be loaded before `build`, and is checked.
+    """A mixin: saves the arguments, and all state with a layout to check it by.
 
     All of `variables` is saved, with a layout. An optimizer only accepts state that was
     saved with the same layout.
@@ -137,3 +138,32 @@ class Stateful(keras.optimizers.Optimizer):
                 f"The state given to `{type(self).__name__}` was saved by an optimizer "
                 f"with other arguments. Received: {'; '.join(unlike)}. {_WAY_OUT}"
             )
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        """Creates an optimizer from the dict that `get_config` returned."""
+        config = copy.deepcopy(config)  # Keras changes it
+        for argument in ("base_optimizer", "sampler", "arms", "rho", "probability"):
+            if isinstance(config.get(argument), dict):
+                config[argument] = cls._deserialize(
+                    argument, config[argument], custom_objects
+                )
+        return cls(**config)
+
+    @classmethod
+    def _deserialize(cls, argument, config, custom_objects):
+        # On PyTorch, Keras' optimizers have their own classes, which other backends
+        # cannot load. `keras.optimizers.deserialize` finds optimizers by name.
+        deserialize = (
+            keras.optimizers.deserialize
+            if argument == "base_optimizer"
+            else keras.saving.deserialize_keras_object
+        )
+        try:
+            return deserialize(config, custom_objects=custom_objects)
+        except TypeError as error:  # Keras would hide its message
+            raise ValueError(
+                f"Argument `{argument}` of `{cls.__name__}` was saved by name and "
+                f"cannot be found. {error}. Or pass it when you load: `custom_objects="
+                "{name: object}`."
+            ) from error

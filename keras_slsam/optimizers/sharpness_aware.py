@@ -1,6 +1,5 @@
 """The base class of the optimizers: wraps a Keras optimizer, and holds the state."""
 
-import copy
 import numbers
 import warnings
 
@@ -347,32 +346,3 @@ class SharpnessAware(Stateful, Wrapper):
             "rho": self._rho.get_config(),
             "adaptive": self.adaptive,
         }
-
-    @classmethod
-    def from_config(cls, config, custom_objects=None):
-        """Creates an optimizer from the dict that `get_config` returned."""
-        config = copy.deepcopy(config)  # Keras changes it
-        for argument in ("base_optimizer", "sampler", "arms", "rho", "probability"):
-            if isinstance(config.get(argument), dict):
-                config[argument] = cls._deserialize(
-                    argument, config[argument], custom_objects
-                )
-        return cls(**config)
-
-    @classmethod
-    def _deserialize(cls, argument, config, custom_objects):
-        # On PyTorch, Keras' optimizers have their own classes, which other backends
-        # cannot load. `keras.optimizers.deserialize` finds optimizers by name.
-        deserialize = (
-            keras.optimizers.deserialize
-            if argument == "base_optimizer"
-            else keras.saving.deserialize_keras_object
-        )
-        try:
-            return deserialize(config, custom_objects=custom_objects)
-        except TypeError as error:  # Keras would hide its message
-            raise ValueError(
-                f"Argument `{argument}` of `{cls.__name__}` was saved by name and "
-                f"cannot be found. {error}. Or pass it when you load: `custom_objects="
-                "{name: object}`."
-            ) from error
