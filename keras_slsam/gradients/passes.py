@@ -27,6 +27,9 @@ class Passes:
     jit_compile: bool = False
     min_probability: float = 0.0
 
+    def __post_init__(self):
+        """Prepares the passes."""
+
     def first(self, weights):
         """Computes the loss and the gradients of the active weights.
 
