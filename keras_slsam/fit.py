@@ -3,6 +3,7 @@
 import functools
 import types
 import warnings
+import weakref
 
 import keras
 
@@ -176,4 +177,5 @@ def _make(model, keras_make, force):
         return
     if optimizer is not None:
         model.train_function = backend.build_first(model, model.train_function)
+        optimizer._trained_model = weakref.ref(model)
     model.train_function.made_for = optimizer

@@ -3,7 +3,6 @@
 import keras
 import numpy as np
 import pytest
-import zoo  # noqa: F401
 from keras import layers
 from replay import Replay
 from test_work import BATCH
@@ -47,6 +46,7 @@ def expected(batches, rows_of_ascent):
     return w, sum(losses) / sum(len(x) for x, _, _ in batches)
 
 
+@pytest.mark.filterwarnings("ignore:`SLSAM` found a single arm")
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("method", ["sam", "slsam"])
 def test_the_first_pass_sees_the_first_rows(method, weighted):

@@ -73,6 +73,12 @@ class Backend:
         """Returns whether this step only creates its variables, and is not executed."""
         return False
 
+    def collect_state(self, model):
+        """Brings the variables up to date during `fit`, where Keras keeps them apart.
+
+        Until the next step, assignments to them then count.
+        """
+
     def after(self, *structures):
         """Context whose operations run after those that compute the given tensors.
 

@@ -69,6 +69,9 @@ class JaxBackend(Backend):
                 f"yet. Received: {jax.process_count()} processes. Train in one process."
             )
 
+    def collect_state(self, model):
+        model.jax_state_sync()
+
     def concrete(self, mask):
         if isinstance(mask, jax.core.Tracer):
             return list(jnp.unstack(mask))

@@ -82,6 +82,7 @@ class RST(SharpnessAware):
 
     @probability.setter
     def probability(self, probability):
+        self._collect_state()
         self._probability.set(probability)
 
     def _draw_ascent(self):

@@ -85,6 +85,18 @@ def check_number(owner, name, value, meaning, is_allowed, allowed):
     return number
 
 
+def check_rho(owner, rho):
+    """Returns `rho` of the class `owner` as a float, or raises a `ValueError`."""
+    return check_number(
+        owner,
+        "rho",
+        rho,
+        "the radius of the perturbation",
+        lambda number: 0 <= number < float("inf"),
+        "a finite number >= 0",
+    )
+
+
 def _as_number(value):
     """Returns the float value of a number or a scalar tensor, else `None`."""
     if isinstance(value, keras.Variable) or ops.is_tensor(value):

@@ -1,5 +1,6 @@
 """The base class of the optimizers: wraps a Keras optimizer, and holds the state."""
 
+import functools
 import numbers
 import warnings
 
@@ -96,7 +97,9 @@ class SharpnessAware(Stateful, Wrapper):
         base_optimizer = get_base_optimizer(owner, base_optimizer)
         grouping.validate(arms)
         super().__init__(base_optimizer, name)
-        self._rho = settings.Setting(self, "rho", rho, self._check_rho)
+        check = functools.partial(settings.check_rho, owner)
+        self._rho = settings.Setting(self, "rho", rho, check)
+        self._trained_model = None  # a weak reference, once there is one
         self.adaptive = adaptive
         self.sampler = sampler
         self.single_step = single_step
@@ -249,17 +252,13 @@ class SharpnessAware(Stateful, Wrapper):
 
     @rho.setter
     def rho(self, rho):
+        self._collect_state()
         self._rho.set(rho)
 
-    def _check_rho(self, rho):
-        return settings.check_number(
-            type(self).__name__,
-            "rho",
-            rho,
-            "the radius of the perturbation",
-            lambda number: 0 <= number < float("inf"),
-            "a finite number >= 0",
-        )
+    def _collect_state(self):
+        model = self._trained_model and self._trained_model()
+        if model is not None:
+            backend.collect_state(model)
 
     @property
     def skipped_steps(self):
