@@ -19,6 +19,13 @@ KINDS = {
     "proportional": {"sampler": "proportional"},
     "bandit, single step": {"sampler": "bandit", "single_step": True},
     "proportional, single step": {"sampler": "proportional", "single_step": True},
+    "part of the batch, scheduled radius": {
+        "sampler": "proportional",
+        "ascent_fraction": 0.25,
+        "rho": keras.optimizers.schedules.PiecewiseConstantDecay(
+            [5, 9], [0.0, 0.1, 0.05]
+        ),
+    },
 }
 # Together these two kinds have all state that must be saved and restored.
 CHECKPOINTS = {"proportional": "model.keras", "bandit, single step": "model.weights.h5"}
@@ -43,9 +50,8 @@ def make_model():
 def start(kind):
     model = keras_slsam.sharpness_aware(make_model())
     base = keras.optimizers.AdamW(3e-3)
-    optimizer = keras_slsam.SLSAM(
-        base, rho=0.05, active_fraction=0.3, seed=7, **KINDS[kind]
-    )
+    kwargs = {"rho": 0.05, **KINDS[kind]}
+    optimizer = keras_slsam.SLSAM(base, active_fraction=0.3, seed=7, **kwargs)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer=optimizer, loss=loss)
     return model
