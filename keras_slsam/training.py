@@ -8,7 +8,7 @@ from keras import ops
 from keras_slsam import atomic
 from keras_slsam import batch
 from keras_slsam import loss_scale
-from keras_slsam import perturbation
+from keras_slsam.ascent import Ascent
 from keras_slsam.gradients import backend
 from keras_slsam.loss import Loss
 from keras_slsam.loss import call
@@ -79,63 +79,17 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
             ascends, rho = optimizer._draw_ascent()
             arms, ascends = selection.draw(is_first, ascends)
         direction = optimizer._direction(arms)
-        weights = [backend.read(v) for v in variables]  # w
-
-        def passes_of(loss, twice=False):
-            return backend.Passes(
-                loss,
-                selection.arm_of,
-                arms.active,
-                twice,
-                model.jit_compile,
-                optimizer.sampler.min_probability,
-            )
-
-        def differentiate(one_pass, weights):
-            """What a pass gives: outputs, gradients, and their arms' squared norms."""
-            (_, outputs), gradients = one_pass(weights)
-            gradients = loss_scale.unscale(gradients, arms, scale)
-            return outputs, gradients, arms.squared_norms(gradients)
-
-        def perturb(directions, squared_norm):
-            """Returns the weights `w + e`."""
-            return perturbation.perturb(
-                weights, directions, squared_norm, arms, rho, optimizer.adaptive
-            )
-
+        ascent = Ascent(model, optimizer, arms, rho, scale)
         if direction is not None:
-            # One pass, h = grad(w + e): the ascent is along what is known.
-            outputs, gradients, squares = differentiate(
-                passes_of(loss).first, perturb(*direction)
-            )
-            norms = squares
+            found = ascent.along(direction, loss)
         elif optimizer.ascent_fraction < 1:
-            # First pass on part of the batch, second pass on the whole.
-            part = batch.first_rows((x, y, sample_weight), optimizer.ascent_fraction)
-
-            def ascend():
-                part_loss = Loss(model, variables, *part, scale)
-                _, first, squares = differentiate(passes_of(part_loss).first, weights)
-                return perturb(first, sum(squares))
-
-            perturbed = backend.cond(ascends, ascend, lambda: weights)
-            outputs, gradients, squares = differentiate(
-                passes_of(loss).first, perturbed
+            rows = batch.first_rows((x, y, sample_weight), optimizer.ascent_fraction)
+            found = ascent.along_part(
+                Loss(model, variables, *rows, scale), loss, ascends
             )
-            norms = squares
         else:
-            # First pass, g = grad(w); second pass, h = grad(w + e).
-            passes = passes_of(loss, twice=True)
-            outputs, first, squares = differentiate(passes.first, weights)
-
-            def second():
-                found = passes.second(perturb(first, sum(squares)))
-                found = loss_scale.unscale(found, arms, scale)
-                return found, squares + arms.squared_norms(found)
-
-            gradients, norms = backend.cond(
-                ascends, second, lambda: (first, squares + squares)
-            )
+            found = ascent.along_batch(loss, ascends)
+        outputs, gradients, squares, norms = found
         # The square root keeps XLA from repeating the sum over the arms at each use.
         finite = ops.isfinite(ops.sqrt(sum(norms)))
         (finite,) = backend.concrete(ops.reshape(finite, (1,)))
