@@ -19,12 +19,13 @@ class ActiveArms:
     Attributes:
         members: As given.
         active: As given.
+        dtype: As given.
     """
 
     def __init__(self, members, active, dtype):
         self.members = members
         self.active = active
-        self._dtype = dtype
+        self.dtype = dtype
 
     @property
     def mask(self):
@@ -38,7 +39,7 @@ class ActiveArms:
             condition: bool or scalar boolean tensor.
         """
         active = [backend.both(on, condition) for on in self.active]
-        return ActiveArms(self.members, active, self._dtype)
+        return ActiveArms(self.members, active, self.dtype)
 
     def map(self, function, values):
         """Applies a function to the values of the active arms.
@@ -74,19 +75,19 @@ class ActiveArms:
         """
 
         def of_arm(indices):
-            total = ops.zeros((), self._dtype)
+            total = ops.zeros((), self.dtype)
             for i in indices:
                 scaled = directions[i]
                 if weights is not None:
                     scaled = ops.multiply(weights[i], scaled)
-                total = total + ops.cast(backend.squared_sum(scaled), self._dtype)
+                total = total + ops.cast(backend.squared_sum(scaled), self.dtype)
             return total
 
         return [
             backend.cond(
                 on,
                 lambda i=indices: of_arm(i),
-                lambda: ops.zeros((), self._dtype),
+                lambda: ops.zeros((), self.dtype),
             )
             for on, indices in zip(self.active, self.members)
         ]

@@ -4,6 +4,8 @@ The direction of the ascent is known before the first pass, or it is the gradien
 batch, or of part of it, which takes a pass.
 """
 
+from keras import ops
+
 from keras_slsam import loss_scale
 from keras_slsam import perturbation
 from keras_slsam.gradients import backend
@@ -54,12 +56,13 @@ class Ascent:
         def ascend():
             passes = self._passes(part, twice=False)
             _, g, squares = self._differentiate(passes, self._weights)
-            return self._perturb(g, sum(squares))
+            return self._perturb(g, sum(squares)), sum(squares)
 
-        perturbed = backend.cond(ascends, ascend, lambda: self._weights)
+        zero = ops.zeros((), self._arms.dtype)
+        perturbed, first = backend.cond(ascends, ascend, lambda: (self._weights, zero))
         passes = self._passes(loss, twice=False)
         outputs, h, squares = self._differentiate(passes, perturbed)
-        return outputs, h, squares, squares
+        return outputs, h, squares, [*squares, first]
 
     def along_batch(self, loss, ascends):
         """A first pass, g = grad(w), and a second pass, h = grad(w + e).

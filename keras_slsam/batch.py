@@ -15,12 +15,36 @@ def first_rows(data, fraction):
 
     Returns:
         Structure like `data`.
+
+    Raises:
+        ValueError: if the tensors do not have the same number of rows, or cannot be
+        sliced.
     """
+    tensors = [t for t in keras.tree.flatten(data) if t is not None]
+    shapes = [tuple(getattr(t, "shape", ())) for t in tensors]
+    rows = {shape[0] for shape in shapes if shape} - {None}
+    if len(rows) > 1 or () in shapes:
+        raise ValueError(_RULE.format(fraction, f"tensors of shapes {shapes}"))
+    for tensor in tensors:
+        if not hasattr(tensor, "__getitem__"):
+            raise ValueError(_RULE.format(fraction, type(tensor).__name__))
     # In integers: 0.1 * 30 is more than 3 in floating point.
-    share = fractions.Fraction(fraction).limit_denominator(1000)
+    share = fractions.Fraction(fraction).limit_denominator(10**6)
 
     def of_tensor(tensor):
+        if tensor is None:
+            return None
         rows = ops.shape(tensor)[0]
-        return tensor[: -(-rows * share.numerator // share.denominator)]
+        if not isinstance(rows, int):
+            rows = ops.cast(rows, "int64")
+        count = -(-rows * share.numerator // share.denominator)
+        return tensor[: max(count, 1) if isinstance(count, int) else count]
 
-    return keras.tree.map_structure(lambda t: t if t is None else of_tensor(t), data)
+    return keras.tree.map_structure(of_tensor, data)
+
+
+_RULE = (
+    "With `ascent_fraction` below 1 all inputs, targets and sample weights must have "
+    "one row per sample, and be tensors that can be sliced. Received: "
+    "ascent_fraction={}, and {}. Use `ascent_fraction=1`."
+)

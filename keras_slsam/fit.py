@@ -176,6 +176,22 @@ def _make(model, keras_make, force):
     if model.train_function is before:
         return
     if optimizer is not None:
-        model.train_function = backend.build_first(model, model.train_function)
-        optimizer._trained_model = weakref.ref(model)
+        model.train_function = _follow(
+            model, optimizer, backend.build_first(model, model.train_function)
+        )
     model.train_function.made_for = optimizer
+
+
+def _follow(model, optimizer, train_function):
+    """Returns a train function that notices if `rho` was set to 0."""
+    always_ascends = optimizer.always_ascends
+
+    def call(*args):
+        if always_ascends and not optimizer.always_ascends:
+            # The function that was compiled has the second pass without a condition.
+            model.make_train_function(force=True)
+            return model.train_function(*args)
+        optimizer._trained_model = weakref.ref(model)
+        return train_function(*args)
+
+    return call

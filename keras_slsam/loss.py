@@ -8,6 +8,7 @@ from keras import ops
 from keras.src.backend.common.masking import get_keras_mask
 from keras.src.backend.common.masking import set_keras_mask
 
+from keras_slsam import batch
 from keras_slsam.gradients import backend
 
 
@@ -37,8 +38,15 @@ class Loss:
         self._given, self._record_own = backend.own_parameters(model, variables)
         self.state = model.non_trainable_variables + model.metrics_variables
         self._state = [(v, backend.read(v)) for v in self.state]
-        self._generators = None
+        self._generators = []  # once they are read, of all losses of this step
         self._assigned = None
+
+    def part(self, fraction):
+        """Returns the loss of the first rows, with the same random numbers."""
+        rows = batch.first_rows(self._data, fraction)
+        part = Loss(self.model, self.variables, *rows, self._scale)
+        part._generators = self._generators
+        return part
 
     def __call__(self, weights, differentiate=None):
         """Computes the loss at `weights`.
@@ -58,10 +66,10 @@ class Loss:
         mapping = list(zip(self.variables, weights)) + self._state
         # Generators of Python, NumPy and PyTorch are no variables, which a scope could
         # give their old values.
-        if self._generators is None:
-            self._generators = backend.generators(model)
+        if self._generators:
+            self._generators[0].rewind()
         else:
-            self._generators.rewind()
+            self._generators.append(backend.generators(model))
         with self._given(weights), _Scope(mapping) as scope:
             y_pred = call(model, x)
             # Calls a `compute_loss` of any signature. Keras has no public name for it.

@@ -20,6 +20,13 @@ def split(optimizer):
         Tuple of the `LossScaleOptimizer` or `None`, and the optimizer inside.
     """
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        for name in ("rho", "probability"):
+            if name in vars(optimizer):
+                raise ValueError(
+                    f"`{name}` was set on a `LossScaleOptimizer`, which does not pass "
+                    f"it on. Received: {name}={vars(optimizer)[name]!r}. Set "
+                    f"`optimizer.inner_optimizer.{name}`."
+                )
         return optimizer, optimizer.inner_optimizer
     return None, optimizer
 

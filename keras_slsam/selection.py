@@ -44,8 +44,8 @@ class Selection:
         Args:
             first: bool or scalar boolean tensor, whether this is the first step of a
                 window of accumulated gradients. In the others the arms stay.
-            ascends: Scalar boolean tensor, whether this step has an ascent. It comes
-                back with the arms, so that PyTorch synchronises once for both.
+            ascends: True or scalar boolean tensor, whether this step has an ascent. It
+                is returned with the arms, so that PyTorch synchronises once for both.
 
         Returns:
             Tuple of `ActiveArms` and `ascends`, which hold scalar boolean tensors
@@ -57,10 +57,13 @@ class Selection:
                 no arm is active.
         """
         atomic.assign_if(first, self._draw)
-        flags = [backend.read(self.active), ops.reshape(ascends, (1,))]
-        *active, ascends = backend.concrete(ops.concatenate(flags))
-        if self._all_active:
-            active = [True] * len(self.members)
+        flags = [] if self._all_active else [backend.read(self.active)]
+        if ascends is not True:
+            flags.append(ops.reshape(ascends, (1,)))
+        found = backend.concrete(ops.concatenate(flags)) if flags else []
+        if ascends is not True:
+            ascends = found.pop()
+        active = [True] * len(self.members) if self._all_active else found
         if not any(on is not False for on in active):
             raise ValueError(
                 "`draw()` of a sampler must return at least one active arm. "

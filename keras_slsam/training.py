@@ -6,7 +6,6 @@ import keras
 from keras import ops
 
 from keras_slsam import atomic
-from keras_slsam import batch
 from keras_slsam import loss_scale
 from keras_slsam.ascent import Ascent
 from keras_slsam.gradients import backend
@@ -83,10 +82,8 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
         if direction is not None:
             found = ascent.along(direction, loss)
         elif optimizer.ascent_fraction < 1:
-            rows = batch.first_rows((x, y, sample_weight), optimizer.ascent_fraction)
-            found = ascent.along_part(
-                Loss(model, variables, *rows, scale), loss, ascends
-            )
+            part = loss.part(optimizer.ascent_fraction)
+            found = ascent.along_part(part, loss, ascends)
         else:
             found = ascent.along_batch(loss, ascends)
         outputs, gradients, squares, norms = found

@@ -80,6 +80,61 @@ def test_a_tenth_of_thirty_rows_is_three():
     np.testing.assert_allclose(found, w, rtol=1e-5)
 
 
+def test_at_least_one_row_is_seen():
+    x, y = regression(8)
+    optimizer = keras_slsam.SAM(
+        keras.optimizers.SGD(RATE), rho=RHO, ascent_fraction=1e-4
+    )
+    w, _ = expected([(x, y, np.ones(8))], [1])
+    found, _ = linear(optimizer, x, y, batch_size=8)
+    np.testing.assert_allclose(found, w, rtol=1e-5)
+
+
+class Draws(layers.Layer):
+    """Draws from NumPy when it is called, and records the number."""
+
+    def __init__(self):
+        super().__init__()
+        self.rng, self.drawn = np.random.default_rng(0), []
+
+    def call(self, x):
+        self.drawn.append(self.rng.random())
+        return x * self.drawn[-1]
+
+
+def test_both_passes_draw_the_same_numbers():
+    draws = Draws()
+    model = keras.Sequential([keras.Input((4,)), draws, layers.Dense(1)])
+    model = keras_slsam.sharpness_aware(model)
+    optimizer = keras_slsam.SAM("sgd", ascent_fraction=0.5)
+    model.compile(optimizer=optimizer, loss="mse", run_eagerly=True)
+    model.train_on_batch(*regression(8))
+    draws.drawn.clear()
+    model.train_on_batch(*regression(8))
+    model.train_on_batch(*regression(8))
+    first, again, second, again_too = draws.drawn
+    assert first == again != second == again_too
+
+
+def test_a_first_pass_that_is_not_finite_is_skipped():
+    x, y = regression(8)
+    x[0] = np.inf
+    optimizer = keras_slsam.SAM("sgd", ascent_fraction=0.25)
+    found, _ = linear(optimizer, x, y, batch_size=8)
+    np.testing.assert_allclose(found, np.linspace(-1, 1, 4).reshape(4, 1), rtol=1e-6)
+    assert int(optimizer.skipped_steps) == 1
+
+
+def test_inputs_without_a_common_number_of_rows_are_refused():
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(1)])
+    model.compile(loss="mse")
+    optimizer = keras_slsam.SAM("sgd", ascent_fraction=0.5)
+    x, y = (keras.ops.convert_to_tensor(a, dtype="float32") for a in regression(8))
+    for data in ((x, y[:6]), (x, y, keras.ops.ones(()))):
+        with pytest.raises(ValueError, match="ascent_fraction=0.5.*shapes"):
+            keras_slsam.step(model, optimizer, data)
+
+
 def test_nested_inputs_and_targets():
     x, y = regression(8)
     inputs = {"a": keras.Input((2,), name="a"), "b": keras.Input((2,), name="b")}

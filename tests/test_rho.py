@@ -10,6 +10,7 @@ from test_work import dense_chain
 
 import keras_slsam
 
+BACKEND = keras.config.backend()
 RATE, STEPS = 0.1, 6
 RADII = [0.0, 0.3, 0.0, 0.5, 0.1, 0.0]
 BATCHES = np.random.default_rng(0).normal(size=(STEPS, 8, 4)).astype("float32")
@@ -98,9 +99,9 @@ def test_a_step_without_a_radius_executes_one_pass():
 def test_a_radius_that_is_set_to_0_leaves_out_the_second_pass():
     model, products, x = dense_chain()
     everything = products.flops({v.path for v in model.trainable_variables})
-    optimizer = keras_slsam.SAM("sgd", rho=0.1)
+    optimizer = keras_slsam.SAM("sgd", rho=0.0)
     count = counter(model, optimizer, x)
-    for rho in (0.1, 0.0, 0.2):
+    for rho in (0.0, 0.2, 0.0):
         optimizer.rho = rho
         assert count() == everything * (2 if rho else 1)
 
@@ -135,3 +136,90 @@ def test_a_schedule_cannot_be_set():
 def test_a_schedule_that_starts_below_0_is_refused():
     with pytest.raises(ValueError, match="`rho`.*>= 0.*Received"):
         keras_slsam.SAM("sgd", rho=lambda step: -0.1)
+
+
+@pytest.mark.parametrize("value", [-0.5, float("nan")])
+@pytest.mark.parametrize("method", ["SAM", "S2SAM"])
+def test_a_schedule_below_0_counts_as_0(method, value):
+    results = []
+    for rho in (Table([0.2, value, value]), Table([0.2, 0.0, 0.0])):
+        model = keras.Sequential([keras.Input((4,)), layers.Dense(1, use_bias=False)])
+        model.set_weights([START])
+        model = keras_slsam.sharpness_aware(model)
+        base = keras.optimizers.SGD(RATE)
+        model.compile(optimizer=getattr(keras_slsam, method)(base, rho=rho), loss="mse")
+        for x, y in zip(BATCHES[:3], TARGETS):
+            model.train_on_batch(x, y)
+        results.append(model.get_weights()[0])
+    np.testing.assert_array_equal(*results)
+
+
+def test_a_function_gets_a_tensor():
+    kinds = []
+
+    def rho(step):
+        kinds.append(ops.is_tensor(step))
+        return 0.1
+
+    fit(compiled(rho))
+    assert all(kinds) and len(kinds) > 1
+
+
+class Radius:
+    def at(self, step):
+        return 0.1
+
+
+@pytest.mark.parametrize("rho", [Table, Radius().at, lambda: 0.1, lambda step: None])
+def test_functions_that_cannot_be_schedules_are_refused(rho):
+    with pytest.raises(ValueError, match="`rho` of `SAM`.*Received"):
+        keras_slsam.SAM("sgd", rho=rho)
+
+
+def test_a_radius_set_on_a_loss_scaler_is_refused():
+    scaler = keras.optimizers.LossScaleOptimizer(keras_slsam.SAM("sgd"))
+    model = keras_slsam.sharpness_aware(
+        keras.Sequential([keras.Input((4,)), layers.Dense(1)])
+    )
+    model.compile(optimizer=scaler, loss="mse")
+    scaler.rho = 0.0
+    with pytest.raises(ValueError, match="`rho` was set on.*inner_optimizer.rho"):
+        model.fit(BATCHES[0], TARGETS[0], verbose=0)
+
+
+def test_a_train_function_without_a_condition_is_made_again_for_a_radius_of_0():
+    model = compiled(0.1)
+    x, y = BATCHES[0], TARGETS[0]
+    model.train_on_batch(x, y)
+    before = model.train_function
+    model.optimizer.rho = 0.0
+    model.train_on_batch(x, y)
+    with_a_condition = model.train_function
+    assert with_a_condition is not before
+    model.optimizer.rho = 0.2
+    model.train_on_batch(x, y)
+    assert model.train_function is with_a_condition
+
+
+class Overrides(keras.Model):
+    """Takes the step in a `train_step` of its own."""
+
+    def train_step(self, *args):
+        if BACKEND == "jax":
+            return keras_slsam.stateless_step(self, self.optimizer, *args)
+        return keras_slsam.step(self, self.optimizer, *args)
+
+
+def test_a_callback_sets_rho_of_a_model_with_its_own_train_step():
+    inputs = keras.Input((4,))
+    model = Overrides(inputs, layers.Dense(1, use_bias=False)(inputs))
+    model.set_weights([START])
+    optimizer = keras_slsam.SAM(keras.optimizers.SGD(RATE), rho=RADII[1])
+    model.compile(optimizer=optimizer, loss="mse", jit_compile=False)
+
+    def change(batch, logs):
+        optimizer.rho = [0.3, 0.2, 0.5, 0.1, 0.4, 0.4][batch]
+
+    callback = keras.callbacks.LambdaCallback(on_train_batch_end=change)
+    expected = by_hand([RADII[1], 0.3, 0.2, 0.5, 0.1, 0.4])
+    np.testing.assert_allclose(fit(model, [callback]), expected, rtol=1e-5)

@@ -89,7 +89,8 @@ class RST(SharpnessAware):
         ascends, rho = super()._draw_ascent()
         self._probability.follow(self._iterations)
         (unit,) = ops.unstack(threefry.draw(self._seed_state, 1))
-        return ops.logical_and(ascends, unit < backend.read(self.probability)), rho
+        drawn = unit < backend.read(self.probability)
+        return backend.both(ascends, drawn), rho
 
     def get_config(self):
         return {

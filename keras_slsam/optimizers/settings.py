@@ -1,9 +1,11 @@
 """Settings that can change between two steps, like the learning rate."""
 
+import inspect
 import numbers
 from collections.abc import Callable
 
 import keras
+import numpy as np
 from keras import ops
 
 # A number, or a function from the number of the step, like a `LearningRateSchedule`.
@@ -23,15 +25,40 @@ class Setting:
 
     Attributes:
         variable: Scalar `keras.Variable`, the present value.
+        number: Float, the number that was set last, or `None` with a schedule.
         schedule: The function, or `None`.
     """
 
     def __init__(self, optimizer, name, value, check):
         self._name, self._check = name, check
-        self.schedule = value if callable(value) else None
+        self.schedule, self.number = None, None
+        if callable(value) and not isinstance(value, keras.Variable):
+            self.schedule = value
+            value = self._first(type(optimizer).__name__)
+        number = check(value)
         dtype = "float64" if keras.config.floatx() == "float64" else "float32"
         self.variable = optimizer.add_variable((), dtype=dtype, name=name)
-        self.variable.assign(check(self.schedule(0) if self.schedule else value))
+        self.variable.assign(number)
+        if self.schedule is None:
+            self.number = number
+
+    def _first(self, owner):
+        """Returns the schedule's value at step 0, and checks that it can be called."""
+        schedule = self.schedule
+        received = f"Received: {self._name}={schedule!r}"
+        if isinstance(schedule, type) or inspect.ismethod(schedule):
+            raise ValueError(
+                f"Argument `{self._name}` of `{owner}` must be a number, a schedule or "
+                f"a function, but a class or a method cannot be saved. {received}"
+            )
+        try:
+            return schedule(ops.convert_to_tensor(0))
+        except Exception as error:
+            raise ValueError(
+                f"Argument `{self._name}` of `{owner}` must be a number, or a function "
+                "from the number of the step, an int tensor, to a scalar tensor. "
+                f"{received}, which raises {type(error).__name__}: {error}"
+            ) from error
 
     def set(self, value):
         """Sets the value for the next steps.
@@ -48,12 +75,18 @@ class Setting:
                 f"Received: {self._name}={value!r}. To set it in a callback, pass a "
                 "number to the optimizer."
             )
-        self.variable.assign(self._check(value))
+        self.number = self._check(value)
+        self.variable.assign(self.number)
 
     def follow(self, step):
-        """Sets the value of the schedule at a step, if there is a schedule."""
+        """Sets the value of the schedule at a step, if there is a schedule.
+
+        What is not above 0 counts as 0.
+        """
         if self.schedule:
-            self.variable.assign(ops.cast(self.schedule(step), self.variable.dtype))
+            value = self.schedule(ops.convert_to_tensor(step))
+            value = ops.cast(value, self.variable.dtype)
+            self.variable.assign(ops.where(value > 0, value, 0.0))
 
     def get_config(self):
         """Returns a float with few digits (0.05, not 0.0500000007), or a dict."""
@@ -92,8 +125,21 @@ def check_rho(owner, rho):
         "rho",
         rho,
         "the radius of the perturbation",
-        lambda number: 0 <= number < float("inf"),
+        # As float32, which the variable is.
+        lambda number: 0 <= number < 3.4e38,
         "a finite number >= 0",
+    )
+
+
+def check_fraction(owner, fraction):
+    """Returns `ascent_fraction` of `owner` as a float, or raises a `ValueError`."""
+    return check_number(
+        owner,
+        "ascent_fraction",
+        fraction,
+        "the share of a batch's rows that the first pass sees",
+        lambda number: 1e-6 <= number <= 1,
+        "a number in [1e-6, 1]",
     )
 
 
@@ -101,6 +147,7 @@ def _as_number(value):
     """Returns the float value of a number or a scalar tensor, else `None`."""
     if isinstance(value, keras.Variable) or ops.is_tensor(value):
         value = ops.convert_to_numpy(value)
+    if isinstance(value, np.ndarray):
         value = value.item() if value.ndim == 0 else None
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
