@@ -10,7 +10,12 @@ default on the lexicon in the `vaderSentiment` package. `--model efficientnet`
 fine-tunes a pretrained EfficientNet-lite0, and `--model cnn` trains a small network.
 Both take an `.npz` file with `x_train`, `y_train`, `x_test` and `y_test`, whose images
 have the shape (n, height, width, channels) and are uint8. The default is scikit-learn's
-digits. To sweep, give several learning rates or active fractions.
+digits. To sweep, give several learning rates, radii or active fractions.
+
+With `--label-noise 0.4`, a tenth of the training data is held out for validation, and
+four in ten labels of both parts are replaced by wrong ones. The test data keep their
+labels. `--robust` also measures each trained model under noise on its weights, with
+weights of 8 and 4 bits, and on disturbed images.
 
 A folder holds one experiment: runs with the same model, data and sizes. Each run writes
 a separate file, `--parts` times per epoch. If a run is killed, give the command again:
@@ -22,44 +27,59 @@ interpolated between the evaluations before and after.
 """
 
 import argparse
-import csv
 import itertools
 import json
 import pathlib
 import time
 
 import choose_backend  # noqa: F401, before Keras
+import comparison
 import data
 import keras
 import numpy as np
+import robustness
 
 import keras_slsam
 
 
-def sparse(sampler, single_step=False):
-    return lambda base, fraction, seed: keras_slsam.SLSAM(
-        base,
-        active_fraction=fraction,
-        sampler=sampler,
-        single_step=single_step,
-        seed=seed,
-    )
+def dense(method, **kwargs):
+    return lambda base, rho, fraction, seed: method(base, **rho, **kwargs)
 
 
-# Functions from a base optimizer, an active fraction and a seed to an optimizer.
+def sparse(sampler, **kwargs):
+    def make(base, rho, fraction, seed):
+        given = {**rho, **kwargs}
+        return keras_slsam.SLSAM(
+            base, active_fraction=fraction, sampler=sampler, seed=seed, **given
+        )
+
+    return make
+
+
+# Controls: AdamW, and what else is said to help. They have no radius.
+CONTROLS = {
+    "adamw": lambda base, *_: base,
+    "adamw-smoothing": lambda base, *_: base,
+    "adamw-ema": lambda base, *_: base,
+}
+# Functions from a base optimizer, arguments with the radius, an active fraction and a
+# seed to an optimizer.
 DENSE = {
-    "adamw": lambda base, fraction, seed: base,
-    "sam": lambda base, fraction, seed: keras_slsam.SAM(base),
-    "s2sam": lambda base, fraction, seed: keras_slsam.S2SAM(base),
-    "rst": lambda base, fraction, seed: keras_slsam.RST(base, seed=seed),
+    "sam": dense(keras_slsam.SAM),
+    "sam-quarter": dense(keras_slsam.SAM, ascent_fraction=0.25),
+    "s2sam": dense(keras_slsam.S2SAM),
+    "rst": lambda base, rho, _, seed: keras_slsam.RST(base, seed=seed, **rho),
 }
 SPARSE = {
+    "sparse-adamw": sparse("proportional", single_step=True, rho=0.0),
     "slsam-bandit": sparse("bandit"),
     "slsam-proportional": sparse("proportional"),
+    "slsam-quarter": sparse("proportional", ascent_fraction=0.25),
     "slsam-uniform": sparse("uniform"),
     "sl+s2": sparse("proportional", single_step=True),
 }
-METHODS = {**DENSE, **SPARSE}
+METHODS = {**CONTROLS, **DENSE, **SPARSE}
+WITHOUT_RADIUS = {*CONTROLS, "sparse-adamw"}
 
 
 def load_texts(args):
@@ -112,6 +132,20 @@ MODELS = {
 }
 
 
+class SmoothedCrossentropy(keras.losses.Loss):
+    """Crossentropy of logits and integer labels, of which a share is spread."""
+
+    def __init__(self, classes, smoothing):
+        super().__init__()
+        self.classes, self.smoothing = classes, smoothing
+
+    def call(self, y, logits):
+        y = keras.ops.one_hot(keras.ops.reshape(y, (-1,)), self.classes)
+        return keras.losses.categorical_crossentropy(
+            y, logits, from_logits=True, label_smoothing=self.smoothing
+        )
+
+
 class Seeds(keras.callbacks.Callback):
     """Seeds the random numbers of each call of `fit`, such as those of Dropout.
 
@@ -159,23 +193,56 @@ def experiment(args):
         "image_size": args.image_size,
         "limit": args.limit,
         "parts": args.parts,
+        "label_noise": args.label_noise,
     }
 
 
-def read(file, args):
-    record = json.loads(file.read_text())
-    if record["experiment"] != experiment(args):
-        raise SystemExit(
-            f"{args.folder} holds another experiment: {record['experiment']}. The "
-            f"flags ask for {experiment(args)}. Give another --folder."
-        )
-    return record
+def with_wrong_labels(y, share, rng):
+    """Returns labels of which a share is replaced by wrong ones, and which they are."""
+    wrong = rng.random(len(y)) < share
+    classes = int(y.max()) + 1
+    other = (y + rng.integers(1, classes, len(y))) % classes
+    return np.where(wrong, other, y), wrong
 
 
-def run(method, rate, fraction, seed, train, test, args):
+def split(train, args, seed):
+    """Returns the data of a run: to train on, to validate on, and what is wrong."""
+    rng = np.random.default_rng([seed, 1])
+    x, y = train
+    if not args.label_noise:
+        return (x, y), None, None
+    order = rng.permutation(len(x))
+    held_out, kept = np.split(order, [len(x) // 10])
+    labels, wrong = with_wrong_labels(y[kept], args.label_noise, rng)
+    validation = x[held_out], with_wrong_labels(y[held_out], args.label_noise, rng)[0]
+    return (x[kept], labels), validation, wrong
+
+
+def scores_of(model, data, test, validation, wrong):
+    """Evaluates a model, with the moving average of its weights if there is one."""
+    before = None
+    if model.optimizer.use_ema:
+        before = [
+            keras.ops.convert_to_numpy(v).copy() for v in model.trainable_variables
+        ]
+        model.optimizer.finalize_variable_values(model.trainable_variables)
+    scores = model.evaluate(*test, batch_size=128, verbose=0, return_dict=True)
+    found = {"accuracy": scores["accuracy"], "loss": scores["loss"]}
+    if validation is not None:
+        x, y = data
+        found["validation"] = robustness.accuracy(model, *validation)
+        found["memorised"] = robustness.accuracy(model, x[wrong], y[wrong])
+    if before is not None:
+        for variable, value in zip(model.trainable_variables, before):
+            variable.assign(value)
+    return found
+
+
+def run(method, rate, rho, fraction, seed, train, test, args):
     """Trains the parts of a run that are not in the folder yet."""
     backend = keras.config.backend()
-    name = f"{method}-{rate:g}-{fraction or 'all'}-{seed}-{backend}"
+    radius = "" if rho is None else f"-rho{rho:g}"
+    name = f"{method}-{rate:g}{radius}-{fraction or 'all'}-{seed}-{backend}"
     file = args.folder / f"{name}.json"
 
     def checkpoint(part):
@@ -184,6 +251,7 @@ def run(method, rate, fraction, seed, train, test, args):
     record = {
         "method": method,
         "learning_rate": rate,
+        "rho": rho,
         "active_fraction": fraction,
         "seed": seed,
         "backend": backend,
@@ -191,7 +259,7 @@ def run(method, rate, fraction, seed, train, test, args):
         "experiment": experiment(args),
     }
     if file.exists():
-        record = read(file, args)
+        record = comparison.read(file, experiment(args))
     points, parts = record["points"], round(args.epochs * args.parts)
     if len(points) >= parts:
         return
@@ -201,13 +269,19 @@ def run(method, rate, fraction, seed, train, test, args):
     print(f"{name}: part {len(points) + 1} of {parts}", flush=True)
 
     keras.utils.set_random_seed(seed)
+    train, validation, wrong = split(train, args, seed)
     x, y = train
     classes = int(max(y.max(), test[1].max())) + 1
     model = MODELS[args.model][1](args, classes, x.shape[1:])
     model = keras_slsam.sharpness_aware(model)
+    ema = {"use_ema": True, "ema_momentum": 0.99} if method == "adamw-ema" else {}
+    base = keras.optimizers.AdamW(rate, **ema)
+    smoothing = 0.1 if method == "adamw-smoothing" else 0.0
     model.compile(
-        optimizer=METHODS[method](keras.optimizers.AdamW(rate), fraction, seed),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        optimizer=METHODS[method](
+            base, {} if rho is None else {"rho": rho}, fraction, seed
+        ),
+        loss=SmoothedCrossentropy(classes, smoothing),
         metrics=["accuracy"],
     )
     if points:
@@ -220,25 +294,31 @@ def run(method, rate, fraction, seed, train, test, args):
         first, last = (steps * (place + k) // args.parts for k in (0, 1))
         rows = order[first * args.batch_size : last * args.batch_size]
         times = StepTimes()
-        model.fit(
+        history = model.fit(
             x[rows],
             y[rows],
             batch_size=args.batch_size,
             shuffle=False,
             verbose=0,
             callbacks=[Seeds(1000 * seed + part), times],
-        )
-        scores = model.evaluate(*test, batch_size=128, verbose=0, return_dict=True)
+        ).history
         before = points[-1] if points else {"step": 0, "seconds": 0.0}
         points.append(
             {
                 "step": before["step"] + last - first,
                 "seconds": before["seconds"] + times.total(),
-                "accuracy": scores["accuracy"],
-                "loss": scores["loss"],
+                "training_loss": history["loss"][0],
+                **scores_of(model, train, test, validation, wrong),
             }
         )
         record["complete"] = len(points) == parts
+        if record["complete"] and args.robust:
+            record["robustness"] = {
+                **robustness.under_weight_noise(model, *test),
+                **robustness.after_rounding(model, *test),
+            }
+            if x.ndim == 4:
+                record["robustness"].update(robustness.on_shifted_images(model, *test))
         if not record["complete"]:
             model.save_weights(checkpoint(len(points)))
         partial = file.with_suffix(".partial")  # a kill must not leave half a file
@@ -247,100 +327,6 @@ def run(method, rate, fraction, seed, train, test, args):
         for old in args.folder.glob(f"{name}-*.weights.h5"):
             if record["complete"] or old != checkpoint(len(points)):
                 old.unlink()
-
-
-def read_all(args):
-    """Returns the complete runs: a dict from settings to lists of records.
-
-    Runs with the same settings are cut to the length of the shortest one.
-    """
-    groups = {}
-    for file in sorted(args.folder.glob("*.json")):
-        record = read(file, args)
-        if not record["complete"]:
-            print(f"{file.stem} is not complete, so it is left out")
-            continue
-        key = tuple(
-            record[k] for k in ("backend", "method", "learning_rate", "active_fraction")
-        )
-        groups.setdefault(key, []).append(record)
-    for records in groups.values():
-        count = min(len(record["points"]) for record in records)
-        for record in records:
-            record["points"] = record["points"][:count]
-    return groups
-
-
-def write_csv(groups, file):
-    settings = ("method", "learning_rate", "active_fraction", "seed", "backend")
-    with open(file, "w", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow([*settings, "step", "seconds", "accuracy", "loss"])
-        for record in itertools.chain.from_iterable(groups.values()):
-            for point in record["points"]:
-                writer.writerow([*(record[k] for k in settings), *point.values()])
-
-
-def spread(values):
-    """The mean, and the standard deviation over the seeds."""
-    deviation = f"± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.4f} {deviation}"
-
-
-def print_table(groups):
-    shortest = {}
-    for (backend, *_), records in groups.items():
-        seconds = [record["points"][-1]["seconds"] for record in records]
-        shortest[backend] = min(seconds + [shortest.get(backend, np.inf)])
-
-    print(
-        f"\n{'backend':<11} {'method':<19} {'rate':<8} {'fraction':<9} {'seeds':<6} "
-        f"{'accuracy':<16} {'at equal time':<16} {'steps':<6} s/step"
-    )
-    for (backend, method, rate, fraction), records in groups.items():
-        accuracy, at_equal_time, seconds = [], [], []
-        for record in records:
-            times, scores = (
-                [point[k] for point in record["points"]]
-                for k in ("seconds", "accuracy")
-            )
-            accuracy.append(scores[-1])
-            at_equal_time.append(np.interp(shortest[backend], times, scores))
-            steps = record["points"][-1]["step"]
-            seconds.append(times[-1] / steps)
-        print(
-            f"{backend:<11} {method:<19} {rate:<8g} {fraction or '-':<9} "
-            f"{len(records):<6} {spread(accuracy):<16} {spread(at_equal_time):<16} "
-            f"{steps:<6} {np.mean(seconds):.3f}"
-        )
-
-
-def draw(groups, file):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(
-        1, 2, figsize=(12, 5), sharey=True, layout="constrained"
-    )
-    for panel, axis in zip(panels, ("seconds", "step")):
-        for (backend, method, rate, fraction), records in groups.items():
-            x, y = (
-                np.array([[point[k] for point in r["points"]] for r in records])
-                for k in (axis, "accuracy")
-            )
-            label = f"{method}, {rate:g}" + (f", {fraction}" if fraction else "")
-            label += f", {backend}" if len({key[0] for key in groups}) > 1 else ""
-            (line,) = panel.plot(x.mean(0), y.mean(0), marker="o", label=label)
-            deviation = y.std(0, ddof=1) if len(y) > 1 else 0 * y[0]
-            low, high = y.mean(0) - deviation, y.mean(0) + deviation
-            panel.fill_between(x.mean(0), low, high, color=line.get_color(), alpha=0.15)
-        panel.set(xlabel={"seconds": "seconds of training", "step": "steps"}[axis])
-        panel.grid(alpha=0.3)
-    panels[0].set(ylabel="test accuracy, mean and spread over seeds")
-    panels[1].legend(fontsize="small")
-    figure.savefig(file, dpi=120)
 
 
 def main():
@@ -357,7 +343,10 @@ def main():
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     add("--seeds", nargs="+", type=int, default=[0])
     add("--learning-rate", nargs="+", type=float, default=[1e-4])
+    add("--rho", nargs="+", type=float, help="radii; default: each method's own")
     add("--active-fraction", nargs="+", type=float, default=[0.2])
+    add("--label-noise", type=float, default=0.0, help="share of wrong labels")
+    add("--robust", action="store_true", help="disturb the trained models")
     add("--epochs", type=float, default=1)
     add("--parts", type=int, default=4, help="evaluations per epoch")
     add("--batch-size", type=int, default=32)
@@ -381,12 +370,14 @@ def main():
     for seed, method, rate in itertools.product(
         args.seeds, args.methods, args.learning_rate
     ):
-        for fraction in args.active_fraction if method in SPARSE else [None]:
-            run(method, rate, fraction, seed, train, test, args)
-    groups = read_all(args)
-    write_csv(groups, args.folder / "results.csv")
-    print_table(groups)
-    draw(groups, args.folder / "results.png")
+        radii = [None] if method in WITHOUT_RADIUS else args.rho or [None]
+        fractions = args.active_fraction if method in SPARSE else [None]
+        for rho, fraction in itertools.product(radii, fractions):
+            run(method, rate, rho, fraction, seed, train, test, args)
+    groups = comparison.read_all(args.folder, experiment(args))
+    comparison.write_csv(groups, args.folder / "results.csv")
+    comparison.print_table(groups)
+    comparison.draw(groups, args.folder / "results.png")
 
 
 if __name__ == "__main__":

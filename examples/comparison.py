@@ -1,0 +1,141 @@
+"""Reads the runs of `compare_methods.py`, and makes the table and the picture."""
+
+import csv
+import itertools
+import json
+
+import numpy as np
+
+SETTINGS = ("backend", "method", "learning_rate", "rho", "active_fraction")
+
+
+def read(file, experiment):
+    """Returns the record of a run, which must belong to the experiment."""
+    record = json.loads(file.read_text())
+    if record["experiment"] != experiment:
+        raise SystemExit(
+            f"{file.parent} holds another experiment: {record['experiment']}. The "
+            f"flags ask for {experiment}. Give another --folder."
+        )
+    return record
+
+
+def read_all(folder, experiment):
+    """Returns the complete runs: a dict from settings to lists of records.
+
+    Runs with the same settings are cut to the length of the shortest one.
+
+    Args:
+        folder: Path.
+        experiment: Dict, the settings that all runs in the folder must share.
+    """
+    groups = {}
+    for file in sorted(folder.glob("*.json")):
+        record = read(file, experiment)
+        if not record["complete"]:
+            print(f"{file.stem} is not complete, so it is left out")
+            continue
+        key = tuple(record[name] for name in SETTINGS)
+        groups.setdefault(key, []).append(record)
+    for records in groups.values():
+        count = min(len(record["points"]) for record in records)
+        for record in records:
+            record["points"] = record["points"][:count]
+    return groups
+
+
+def write_csv(groups, file):
+    """Writes a row per evaluation; the last one of a run has what was measured then."""
+    rows = []
+    for record in itertools.chain.from_iterable(groups.values()):
+        run = {name: record[name] for name in (*SETTINGS, "seed")}
+        rows += [{**run, **point} for point in record["points"]]
+        rows[-1].update(record.get("robustness", {}))
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with open(file, "w", newline="") as stream:
+        writer = csv.DictWriter(stream, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def spread(values):
+    """Returns the mean, and the standard error over the seeds."""
+    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
+    return f"{np.mean(values):.3f}" + (f" ± {error:.3f}" if error is not None else "")
+
+
+def results(record, seconds):
+    """Returns what the table says of a run: a dict of numbers.
+
+    Args:
+        record: The run.
+        seconds: Float, the time of the shortest run.
+    """
+    points = record["points"]
+    times, scores = ([point[k] for point in points] for k in ("seconds", "accuracy"))
+    found = {
+        "at the end": scores[-1],
+        "at equal time": np.interp(seconds, times, scores),
+    }
+    if "validation" in points[0]:
+        best = max(points, key=lambda point: point["validation"])
+        found["best by validation"] = best["accuracy"]
+        found["memorised"] = points[-1]["memorised"]
+    found["training loss"] = points[-1]["training_loss"]
+    found.update(record.get("robustness", {}))
+    found["s/step"] = times[-1] / points[-1]["step"]
+    return found
+
+
+def print_table(groups):
+    """Prints the means over the seeds, with their standard errors."""
+    shortest = {}
+    for (backend, *_), records in groups.items():
+        seconds = [record["points"][-1]["seconds"] for record in records]
+        shortest[backend] = min(seconds + [shortest.get(backend, np.inf)])
+    rows = []
+    for key, records in groups.items():
+        found = [results(record, shortest[key[0]]) for record in records]
+        settings = dict(zip(SETTINGS, key))
+        means = {name: spread([each[name] for each in found]) for name in found[0]}
+        steps = records[0]["points"][-1]["step"]
+        rows.append({**settings, "seeds": len(records), "steps": steps, **means})
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    table = [columns]
+    for row in rows:
+        cells = (row.get(name) for name in columns)
+        table.append(["-" if cell is None else str(cell) for cell in cells])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for row in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+def draw(groups, file):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(
+        1, 2, figsize=(12, 5), sharey=True, layout="constrained"
+    )
+    for panel, axis in zip(panels, ("seconds", "step")):
+        for (backend, method, rate, rho, fraction), records in groups.items():
+            x, y = (
+                np.array([[point[k] for point in r["points"]] for r in records])
+                for k in (axis, "accuracy")
+            )
+            label = f"{method}, {rate:g}" + (
+                f", rho {rho:g}" if rho is not None else ""
+            )
+            label += f", {fraction}" if fraction else ""
+            label += f", {backend}" if len({key[0] for key in groups}) > 1 else ""
+            (line,) = panel.plot(x.mean(0), y.mean(0), marker="o", label=label)
+            deviation = y.std(0, ddof=1) if len(y) > 1 else 0 * y[0]
+            low, high = y.mean(0) - deviation, y.mean(0) + deviation
+            panel.fill_between(x.mean(0), low, high, color=line.get_color(), alpha=0.15)
+        panel.set(xlabel={"seconds": "seconds of training", "step": "steps"}[axis])
+        panel.grid(alpha=0.3)
+    panels[0].set(ylabel="test accuracy, mean and spread over seeds")
+    panels[1].legend(fontsize="small")
+    figure.savefig(file, dpi=120)
