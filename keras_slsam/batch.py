@@ -34,11 +34,10 @@ def first_rows(data, fraction):
     def of_tensor(tensor):
         if tensor is None:
             return None
-        rows = ops.shape(tensor)[0]
-        if not isinstance(rows, int):
-            rows = ops.cast(rows, "int64")
-        count = -(-rows * share.numerator // share.denominator)
-        return tensor[: max(count, 1) if isinstance(count, int) else count]
+        count = ops.shape(tensor)[0]
+        if not isinstance(count, int):
+            count = ops.cast(count, "int64")
+        return tensor[: -(-count * share.numerator // share.denominator)]
 
     return keras.tree.map_structure(of_tensor, data)
 

@@ -3,7 +3,6 @@
 import functools
 import types
 import warnings
-import weakref
 
 import keras
 
@@ -156,13 +155,16 @@ def _make(model, keras_make, force):
         keras_make: Keras' own `make_train_function`, bound to the model.
         force: bool, whether to make it in any case.
     """
-    _, optimizer = loss_scale.split(model.optimizer)
+    scaler, optimizer = loss_scale.split(model.optimizer)
     if not training.is_sharpness_aware(optimizer):
         optimizer = None  # Keras does not compare optimizers
-    elif optimizer.built:
-        optimizer._check_variables(model.trainable_variables)
+    else:
+        optimizer._prepare_fit(model)
+    always_ascends = getattr(optimizer, "_always_ascends", False)
     before = model.train_function
-    force = force or getattr(before, "made_for", optimizer) is not optimizer
+    made_for, unconditional = getattr(before, "made_for", (optimizer, False))
+    # A function that was compiled with `rho` > 0 has no condition for the second pass.
+    force = force or made_for is not optimizer or (unconditional and not always_ascends)
     own = vars(model).get("train_step")
     # Each train function needs a new object, because `jax.jit` caches traces by it.
     model.train_step = functools.partial(model.train_step)
@@ -176,22 +178,17 @@ def _make(model, keras_make, force):
     if model.train_function is before:
         return
     if optimizer is not None:
-        model.train_function = _follow(
-            model, optimizer, backend.build_first(model, model.train_function)
-        )
-    model.train_function.made_for = optimizer
+        model.train_function = backend.build_first(model, model.train_function)
+        if scaler is not None:
+            model.train_function = _checked(scaler, model.train_function)
+    model.train_function.made_for = optimizer, always_ascends
 
 
-def _follow(model, optimizer, train_function):
-    """Returns a train function that notices if `rho` was set to 0."""
-    always_ascends = optimizer.always_ascends
+def _checked(scaler, train_function):
+    """Returns a train function that refuses settings which go to a loss scaler."""
 
     def call(*args):
-        if always_ascends and not optimizer.always_ascends:
-            # The function that was compiled has the second pass without a condition.
-            model.make_train_function(force=True)
-            return model.train_function(*args)
-        optimizer._trained_model = weakref.ref(model)
+        loss_scale.check(scaler)
         return train_function(*args)
 
     return call

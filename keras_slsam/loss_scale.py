@@ -20,15 +20,19 @@ def split(optimizer):
         Tuple of the `LossScaleOptimizer` or `None`, and the optimizer inside.
     """
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        for name in ("rho", "probability"):
-            if name in vars(optimizer):
-                raise ValueError(
-                    f"`{name}` was set on a `LossScaleOptimizer`, which does not pass "
-                    f"it on. Received: {name}={vars(optimizer)[name]!r}. Set "
-                    f"`optimizer.inner_optimizer.{name}`."
-                )
         return optimizer, optimizer.inner_optimizer
     return None, optimizer
+
+
+def check(optimizer):
+    """Refuses settings that were set on a `LossScaleOptimizer`, and have no effect."""
+    for name in {"rho", "probability"} & vars(optimizer).keys():
+        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            raise ValueError(
+                f"`{name}` was set on a `LossScaleOptimizer`, which does not pass it "
+                f"on. Received: {name}={vars(optimizer)[name]!r}. Delete it with `del "
+                f"optimizer.{name}`, and set `optimizer.inner_optimizer.{name}`."
+            )
 
 
 def read(scaler):

@@ -25,8 +25,8 @@ class Selection:
         arm_of: As given.
         members: As given.
         active: `keras.Variable` of shape `(num_arms,)`, the mask of the last step.
-        norms: `keras.Variable` of shape `(num_arms,)`, the gradient norms of the first
-            pass of the last step.
+        norms: `keras.Variable` of shape `(num_arms,)`, the gradient norms of the last
+            step.
     """
 
     def __init__(self, sampler, arm_of, members, all_active, dtype, owner):

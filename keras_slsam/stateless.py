@@ -1,7 +1,5 @@
 """The step as a pure function of the state, to compile with `jax.jit`."""
 
-import weakref
-
 import keras
 from keras import ops
 
@@ -88,8 +86,6 @@ def stateless_step(
     variables = _variables(model, optimizer)
     _check_sizes("stateless_step", variables, state, optimizer)
     mapping = [pair for pairs in map(zip, variables, state) for pair in pairs]
-    # A model that overrides `train_step` comes here without our train function.
-    loss_scale.split(optimizer)[1]._trained_model = weakref.ref(model)
     with keras.StatelessScope(mapping) as scope:
         logs = training.step(model, optimizer, data)
     after = _variables(model, optimizer)

@@ -1,6 +1,7 @@
 """The train step: one implementation for all methods and backends."""
 
 import warnings
+import weakref
 
 import keras
 from keras import ops
@@ -50,6 +51,7 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
     _prepare(model, optimizer, x)
     scaler, optimizer = loss_scale.split(optimizer)
+    optimizer._trained_model = weakref.ref(model)
     variables = model.trainable_variables
     if not variables:
         warnings.warn(
@@ -128,6 +130,7 @@ def _prepare(model, optimizer, x):
             "Argument `optimizer` must be `SAM`, `S2SAM`, `SLSAM` or `RST` of "
             f"keras_slsam. Received: optimizer={optimizer!r}"
         )
+    loss_scale.check(optimizer)
     if model.jit_compile and not backend.can_compile:
         raise ValueError(
             "A sharpness-aware step cannot be compiled on the PyTorch backend, because "

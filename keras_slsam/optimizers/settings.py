@@ -1,7 +1,7 @@
 """Settings that can change between two steps, like the learning rate."""
 
-import inspect
 import numbers
+import types
 from collections.abc import Callable
 
 import keras
@@ -31,34 +31,43 @@ class Setting:
 
     def __init__(self, optimizer, name, value, check):
         self._name, self._check = name, check
-        self.schedule, self.number = None, None
+        self.schedule = None
         if callable(value) and not isinstance(value, keras.Variable):
             self.schedule = value
-            value = self._first(type(optimizer).__name__)
-        number = check(value)
+            number = self._first(type(optimizer).__name__)
+        else:
+            number = check(value)
+        self.number = None if self.schedule else number
         dtype = "float64" if keras.config.floatx() == "float64" else "float32"
         self.variable = optimizer.add_variable((), dtype=dtype, name=name)
         self.variable.assign(number)
-        if self.schedule is None:
-            self.number = number
 
     def _first(self, owner):
-        """Returns the schedule's value at step 0, and checks that it can be called."""
+        """Returns the schedule's value at step 0, and checks that it can be saved."""
         schedule = self.schedule
         received = f"Received: {self._name}={schedule!r}"
-        if isinstance(schedule, type) or inspect.ismethod(schedule):
+        can_be_saved = isinstance(schedule, types.FunctionType) or (
+            hasattr(schedule, "get_config") and not isinstance(schedule, type)
+        )
+        if not can_be_saved:
             raise ValueError(
-                f"Argument `{self._name}` of `{owner}` must be a number, a schedule or "
-                f"a function, but a class or a method cannot be saved. {received}"
+                f"Argument `{self._name}` of `{owner}` must be a number, a function or "
+                "an object with a `get_config`, like a `LearningRateSchedule`. Others "
+                f"cannot be saved. {received}"
             )
         try:
-            return schedule(ops.convert_to_tensor(0))
+            return self._check(schedule(ops.convert_to_tensor(0)))
         except Exception as error:
             raise ValueError(
                 f"Argument `{self._name}` of `{owner}` must be a number, or a function "
                 "from the number of the step, an int tensor, to a scalar tensor. "
-                f"{received}, which raises {type(error).__name__}: {error}"
+                f"{received}, which fails at step 0: {error}"
             ) from error
+
+    def read_number(self):
+        """Takes over a number that was loaded."""
+        if not self.schedule:
+            self.number = float(ops.convert_to_numpy(self.variable))
 
     def set(self, value):
         """Sets the value for the next steps.
@@ -74,6 +83,11 @@ class Setting:
                 f"`{self._name}` follows a schedule, so it cannot be set. "
                 f"Received: {self._name}={value!r}. To set it in a callback, pass a "
                 "number to the optimizer."
+            )
+        if callable(value) and not isinstance(value, keras.Variable):
+            raise ValueError(
+                f"`{self._name}` can be set to a number only. Received: "
+                f"{self._name}={value!r}. Pass a schedule to the optimizer."
             )
         self.number = self._check(value)
         self.variable.assign(self.number)
@@ -125,7 +139,7 @@ def check_rho(owner, rho):
         "rho",
         rho,
         "the radius of the perturbation",
-        # As float32, which the variable is.
+        # More is infinite in float32.
         lambda number: 0 <= number < 3.4e38,
         "a finite number >= 0",
     )

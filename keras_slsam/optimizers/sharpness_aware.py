@@ -3,9 +3,9 @@
 import functools
 import numbers
 import warnings
+import weakref
 
 import keras
-from keras import ops
 
 from keras_slsam import grouping
 from keras_slsam import samplers
@@ -14,6 +14,7 @@ from keras_slsam.gradients import backend
 from keras_slsam.optimizers import settings
 from keras_slsam.optimizers.base_optimizer import check_can_skip_arms
 from keras_slsam.optimizers.base_optimizer import get_base_optimizer
+from keras_slsam.optimizers.readings import Readings
 from keras_slsam.optimizers.saving import Stateful
 from keras_slsam.optimizers.wrapper import Wrapper
 from keras_slsam.selection import Selection
@@ -25,7 +26,7 @@ _FIXED = {
 }
 
 
-class SharpnessAware(Stateful, Wrapper):
+class SharpnessAware(Readings, Stateful, Wrapper):
     """Base class of `SAM`, `S2SAM`, `SLSAM` and `RST`.
 
     Wraps `base_optimizer`, which applies the update, and holds what else a step needs:
@@ -47,6 +48,8 @@ class SharpnessAware(Stateful, Wrapper):
             hashable key.
         single_step: bool, whether the ascent follows the gradient of the last step, so
             that one pass is enough.
+        ascent_fraction: Float in (0, 1], the share of a batch's rows that the first
+            pass sees.
         name: String, the optimizer's name.
 
     Raises:
@@ -206,35 +209,6 @@ class SharpnessAware(Stateful, Wrapper):
         }
 
     @property
-    def arms(self):
-        """List of lists of `keras.Variable`s, the variables of each arm."""
-        self._check_built()
-        variables = self._trainable_variables
-        return [[variables[i] for i in arm] for arm in self._selection.members]
-
-    @property
-    def active(self):
-        """Boolean tensor of shape `(num_arms,)`, the mask of the last step."""
-        self._check_built()
-        return ops.copy(self._selection.active)
-
-    @property
-    def gradient_norms(self):
-        """Float tensor of shape `(num_arms,)`, the gradient norms of the last step.
-
-        They are the norms of the first pass, 0 where inactive. A skipped step does not
-        change them.
-        """
-        self._check_built()
-        return ops.copy(self._selection.norms)
-
-    @property
-    def probabilities(self):
-        """Tensor of shape `(num_arms,)`, probabilities in the next draw, or `None`."""
-        probabilities = self.sampler.probabilities
-        return None if probabilities is None else ops.copy(probabilities)
-
-    @property
     def rho(self):
         """The radius of the perturbation, a scalar `keras.Variable`.
 
@@ -245,41 +219,32 @@ class SharpnessAware(Stateful, Wrapper):
 
     @rho.setter
     def rho(self, rho):
-        self._collect_state()
+        model = self._collect_state()
+        before = self._always_ascends
         self._rho.set(rho)
+        if model is not None and before and not self._always_ascends:
+            # The function that was compiled has the second pass without a condition.
+            model.make_train_function(force=True)
 
     @property
-    def always_ascends(self):
-        """Whether `rho` is a number above 0: a step has both passes unconditionally.
-
-        On JAX a condition around the second pass of `SAM` takes about 4 % of a step.
-        """
+    def _always_ascends(self):
+        # On JAX a condition around the second pass of `SAM` takes 4 % of a step, so
+        # there is none where `rho` is a number above 0.
         return self._rho.number is not None and self._rho.number > 0
 
+    def _prepare_fit(self, model):
+        """Gets to know the model that is trained, and state that was loaded."""
+        self._trained_model = weakref.ref(model)
+        self._rho.read_number()
+        if self.built:
+            self._check_variables(model.trainable_variables)
+
     def _collect_state(self):
+        """Brings the variables of the model in training up to date, and returns it."""
         model = self._trained_model and self._trained_model()
         if model is not None:
             backend.collect_state(model)
-
-    @property
-    def skipped_steps(self):
-        """The number of steps that were skipped because a gradient was not finite.
-
-        A skipped step does not change weights, moments, `iterations` or the sampler. In
-        a window of accumulated gradients, only the micro-batch is skipped, and the
-        window waits for another one. Norms are summed in float32, so a norm above
-        1.8e19 counts as not finite.
-        """
-        self._check_built()
-        return self._base_step.skipped_steps
-
-    def _check_built(self):
-        if not self.built:
-            raise ValueError(
-                f"`{type(self).__name__}` has no arms before it is built for the "
-                "model's weights. Take a step, or call "
-                "`optimizer.build(model.trainable_variables)`."
-            )
+        return model
 
     def _check_variables(self, variables):
         """Checks that the optimizer was built for exactly these variables.
@@ -320,7 +285,7 @@ class SharpnessAware(Stateful, Wrapper):
         """
         self._rho.follow(self._iterations)
         rho = backend.read(self.rho)
-        return True if self.always_ascends else rho > 0, rho
+        return True if self._always_ascends else rho > 0, rho
 
     def apply(self, grads, trainable_variables=None):
         """Raises an error: gradients alone do not make a sharpness-aware step.

@@ -62,7 +62,7 @@ class SLSAM(SharpnessAware):
             from which the first pass computes the perturbation. Below 1 loss, metrics
             and BatchNormalization are those of the second pass, which sees the whole
             batch at the perturbed weights, and a step costs less: at 0.25,
-            1.25 (2 + a) instead of 2 (2 + a).
+            0.625 of what it costs otherwise.
 
     Raises:
         ValueError: if an argument is out of its range.

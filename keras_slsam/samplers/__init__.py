@@ -1,7 +1,7 @@
 """Samplers: the rules for drawing the active arms of a step.
 
 An *arm* is a group of variables that is active or inactive as a whole. A sampler draws
-the mask of a step, and learns from the gradient norms of its first pass. The budget is
+the mask of a step, and learns from the gradient norms that it finds. The budget is
 `active_fraction`, the expected share of active arms.
 """
 
