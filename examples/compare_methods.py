@@ -313,6 +313,8 @@ def run(method, rate, rho, fraction, seed, train, test, args):
         )
         record["complete"] = len(points) == parts
         if record["complete"] and args.robust:
+            if model.optimizer.use_ema:
+                model.optimizer.finalize_variable_values(model.trainable_variables)
             record["robustness"] = {
                 **robustness.under_weight_noise(model, *test),
                 **robustness.after_rounding(model, *test),
