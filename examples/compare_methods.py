@@ -27,6 +27,7 @@ interpolated between the evaluations before and after.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import pathlib
@@ -205,7 +206,7 @@ def with_wrong_labels(y, share, rng):
     return np.where(wrong, other, y), wrong
 
 
-def split(train, args, seed):
+def hold_out(train, args, seed):
     """Returns the data of a run: to train on, to validate on, and what is wrong."""
     rng = np.random.default_rng([seed, 1])
     x, y = train
@@ -220,21 +221,16 @@ def split(train, args, seed):
 
 def scores_of(model, data, test, validation, wrong):
     """Evaluates a model, with the moving average of its weights if there is one."""
-    before = None
-    if model.optimizer.use_ema:
-        before = [
-            keras.ops.convert_to_numpy(v).copy() for v in model.trainable_variables
-        ]
-        model.optimizer.finalize_variable_values(model.trainable_variables)
-    scores = model.evaluate(*test, batch_size=128, verbose=0, return_dict=True)
-    found = {"accuracy": scores["accuracy"], "loss": scores["loss"]}
-    if validation is not None:
-        x, y = data
-        found["validation"] = robustness.accuracy(model, *validation)
-        found["memorised"] = robustness.accuracy(model, x[wrong], y[wrong])
-    if before is not None:
-        for variable, value in zip(model.trainable_variables, before):
-            variable.assign(value)
+    averaged = model.optimizer.use_ema
+    with robustness.restored_weights(model) if averaged else contextlib.nullcontext():
+        if averaged:
+            model.optimizer.finalize_variable_values(model.trainable_variables)
+        scores = model.evaluate(*test, batch_size=128, verbose=0, return_dict=True)
+        found = {"accuracy": scores["accuracy"], "loss": scores["loss"]}
+        if validation is not None:
+            x, y = data
+            found["validation"] = robustness.accuracy(model, *validation)
+            found["memorised"] = robustness.accuracy(model, x[wrong], y[wrong])
     return found
 
 
@@ -269,7 +265,7 @@ def run(method, rate, rho, fraction, seed, train, test, args):
     print(f"{name}: part {len(points) + 1} of {parts}", flush=True)
 
     keras.utils.set_random_seed(seed)
-    train, validation, wrong = split(train, args, seed)
+    train, validation, wrong = hold_out(train, args, seed)
     x, y = train
     classes = int(max(y.max(), test[1].max())) + 1
     model = MODELS[args.model][1](args, classes, x.shape[1:])

@@ -1,9 +1,22 @@
 """Measures how a trained model fares after its weights or its data are disturbed."""
 
+import contextlib
+
 import keras
 import numpy as np
 
 NOISE_LEVELS = (0.05, 0.1, 0.15, 0.2, 0.3)
+
+
+@contextlib.contextmanager
+def restored_weights(model):
+    """Context that yields the trainable weights, and restores them at its end."""
+    before = [keras.ops.convert_to_numpy(v).copy() for v in model.trainable_variables]
+    try:
+        yield before
+    finally:
+        for variable, value in zip(model.trainable_variables, before):
+            variable.assign(value)
 
 
 def accuracy(model, x, y):
@@ -17,9 +30,8 @@ def under_weight_noise(model, x, y, seed=0):
     is the mean of three draws, which are the same for all models of one architecture.
     The weights are restored.
     """
-    before = [keras.ops.convert_to_numpy(v).copy() for v in model.trainable_variables]
     found = {}
-    try:
+    with restored_weights(model) as before:
         for level in NOISE_LEVELS:
             rng = np.random.default_rng(seed)
             scores = []
@@ -30,9 +42,6 @@ def under_weight_noise(model, x, y, seed=0):
                         variable.assign((value + noise).astype(value.dtype))
                 scores.append(accuracy(model, x, y))
             found[f"noise {level:g}"] = float(np.mean(scores))
-    finally:
-        for variable, value in zip(model.trainable_variables, before):
-            variable.assign(value)
     return found
 
 
@@ -42,9 +51,8 @@ def after_rounding(model, x, y):
     Matrices and kernels are rounded to a symmetric grid, as `model.quantize` does for
     the layers that it knows. The weights are restored.
     """
-    before = [keras.ops.convert_to_numpy(v).copy() for v in model.trainable_variables]
     found = {}
-    try:
+    with restored_weights(model) as before:
         for bits in (8, 4):
             most = 2 ** (bits - 1) - 1
             for variable, value in zip(model.trainable_variables, before):
@@ -54,9 +62,6 @@ def after_rounding(model, x, y):
                     rounded = np.clip(np.round(value / step), -most, most) * step
                     variable.assign(rounded.astype(value.dtype))
             found[f"int{bits}"] = accuracy(model, x, y)
-    finally:
-        for variable, value in zip(model.trainable_variables, before):
-            variable.assign(value)
     return found
 
 

@@ -26,13 +26,14 @@ def split(optimizer):
 
 def check(optimizer):
     """Refuses settings that were set on a `LossScaleOptimizer`, and have no effect."""
+    if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return
     for name in {"rho", "probability"} & vars(optimizer).keys():
-        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-            raise ValueError(
-                f"`{name}` was set on a `LossScaleOptimizer`, which does not pass it "
-                f"on. Received: {name}={vars(optimizer)[name]!r}. Delete it with `del "
-                f"optimizer.{name}`, and set `optimizer.inner_optimizer.{name}`."
-            )
+        raise ValueError(
+            f"`{name}` was set on a `LossScaleOptimizer`, which does not pass it on. "
+            f"Received: {name}={vars(optimizer)[name]!r}. Delete it with `del "
+            f"optimizer.{name}`, and set `optimizer.inner_optimizer.{name}`."
+        )
 
 
 def read(scaler):

@@ -31,7 +31,8 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
 
     Returns:
         Dict of the values of the metrics so far, as from `model.train_step`. The loss
-        is computed at the unperturbed weights if the method evaluates them.
+        is computed at the unperturbed weights if the method evaluates the whole batch
+        there.
 
     Raises:
         ValueError: if `optimizer` is not from this package or was built for other

@@ -66,8 +66,8 @@ def test_time_and_its_report(tmp_path):
     assert row["steps"] == 4 and row["arms"] == 3
     assert 0 < row["lower_quartile"] <= row["median"] <= row["upper_quartile"]
     dense = timed["result"]["methods"]["AdamW"]
-    # On TensorFlow a function that creates variables is traced twice: Keras' own step,
-    # and the forward pass of ours.
+    # On TensorFlow a function that creates variables is traced twice. In Keras' step
+    # that is the whole step. In the sharpness-aware step it is only the forward pass.
     assert row["traces"] == {"jax": 1, "tensorflow": 3, "torch": None}[BACKEND]
     assert dense["traces"] == {"jax": 1, "tensorflow": 2, "torch": None}[BACKEND]
     # The forward pass, gradients of two inputs and of three weights. The kernels are

@@ -62,8 +62,8 @@ class Sampler:
 
         Args:
             active: Boolean tensor of shape `(num_arms,)`, the step's mask.
-            norms: Float tensor of shape `(num_arms,)`, the norms of the first
-                pass's gradients, 0 where inactive.
+            norms: Float tensor of shape `(num_arms,)`, the gradient norms of the
+                pass that gives the loss, 0 where inactive.
         """
 
     @property
