@@ -1,4 +1,6 @@
-"""Groups variables into arms."""
+"""Groups variables into arms, and finds the arms that are always active."""
+
+import re
 
 
 def group(variables, grouping):
@@ -47,6 +49,63 @@ def validate(grouping):
         raise ValueError(
             f"Argument `arms` must be one of {sorted(_GROUPINGS)} or a function from "
             f"a `keras.Variable` to a hashable key. Received: arms={grouping!r}"
+        )
+
+
+def find_always_active(owner, variables, arms, chosen):
+    """Returns the arms that have a chosen variable.
+
+    Args:
+        owner: String, the class that has the argument `always_active`.
+        variables: List of `keras.Variable`s, the model's trainable ones.
+        arms: List of int, the arm of each variable.
+        chosen: A regular expression that is searched for in the path of a variable, a
+            function from a variable to a bool, or `None` for no arm.
+
+    Returns:
+        List of int, in ascending order.
+
+    Raises:
+        ValueError: if no variable is chosen, or if no arm is left to draw.
+    """
+    if chosen is None:
+        return []
+    if isinstance(chosen, str):
+        pattern = re.compile(chosen)
+        flags = [pattern.search(variable.path) for variable in variables]
+    else:
+        flags = [chosen(variable) for variable in variables]
+    found = {arm for arm, flag in zip(arms, flags) if flag}
+    if not found:
+        paths = ", ".join(repr(variable.path) for variable in variables)
+        raise ValueError(
+            f"Argument `always_active` of `{owner}` chooses no trainable variable. "
+            f"Received: always_active={chosen!r}. The variables are: {paths}"
+        )
+    if found == set(arms):
+        raise ValueError(
+            f"Argument `always_active` of `{owner}` chooses a variable of every arm, "
+            f"so no arm is left to draw. Received: always_active={chosen!r}. Choose "
+            "fewer variables, or use `keras_slsam.SAM`."
+        )
+    return sorted(found)
+
+
+def validate_always_active(owner, chosen):
+    """Checks the argument `always_active`.
+
+    Raises:
+        ValueError: if it is neither `None`, nor a regular expression, nor callable.
+    """
+    try:
+        valid = chosen is None or callable(chosen) or bool(re.compile(chosen))
+    except (re.error, TypeError):
+        valid = False
+    if not valid:
+        raise ValueError(
+            f"Argument `always_active` of `{owner}` must be a regular expression, such "
+            'as "head", or a function from a `keras.Variable` to a bool. '
+            f"Received: always_active={chosen!r}"
         )
 
 

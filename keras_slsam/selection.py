@@ -17,6 +17,8 @@ class Selection:
         arm_of: List of int, the arm of each variable.
         members: List of lists of int, the variables of each arm.
         all_active: bool, whether all arms are active in every step.
+        always_active: List of int, arms that are active in every step. The sampler does
+            not know them.
         dtype: String, float dtype of the norms.
         owner: `keras.optimizers.Optimizer`, which creates and holds `active` and
             `norms`. The sampler creates its own variables.
@@ -24,16 +26,21 @@ class Selection:
     Attributes:
         arm_of: As given.
         members: As given.
+        always_active: As given.
         active: `keras.Variable` of shape `(num_arms,)`, the mask of the last step.
         norms: `keras.Variable` of shape `(num_arms,)`, the gradient norms of the last
             step.
     """
 
-    def __init__(self, sampler, arm_of, members, all_active, dtype, owner):
+    def __init__(
+        self, sampler, arm_of, members, all_active, always_active, dtype, owner
+    ):
         self.arm_of = arm_of
         self.members = members
         self._sampler = sampler
         self._all_active = all_active
+        self.always_active = always_active
+        self._drawn = [i for i in range(len(members)) if i not in always_active]
         shape = (len(members),)
         self.active = owner.add_variable(shape, dtype="bool", name="active")
         self.norms = owner.add_variable(shape, dtype=dtype, name="norms")
@@ -64,6 +71,8 @@ class Selection:
         if ascends is not True:
             ascends = found.pop()
         active = [True] * len(self.members) if self._all_active else found
+        for arm in self.always_active:
+            active[arm] = True  # known in a traced step too
         if not any(on is not False for on in active):
             raise ValueError(
                 "`draw()` of a sampler must return at least one active arm. "
@@ -73,14 +82,31 @@ class Selection:
 
     def _draw(self):
         mask = self._sampler.draw()
-        shape, expected = tuple(np.shape(mask)), (len(self.members),)
+        shape, expected = tuple(np.shape(mask)), (len(self._drawn),)
         if not _is_mask(mask) or (None not in shape and shape != expected):
             raise ValueError(
                 "`draw()` of a sampler must return a boolean tensor of shape "
                 f"(num_arms,), here {expected}. Received: {mask!r} from "
                 f"{self._sampler!r}"
             )
-        self.active.assign(ops.cast(mask, "bool"))
+        self.active.assign(self.of_all_arms(ops.cast(mask, "bool"), True))
+
+    def of_all_arms(self, values, always):
+        """Returns the values of all arms, given those of the arms that are drawn.
+
+        Args:
+            values: Tensor with one entry per arm that is drawn.
+            always: Scalar, the value of the arms that are always active.
+        """
+        if not self.always_active:
+            return values
+        always = ops.full((1,), always, dtype=values.dtype)
+        places = np.full(len(self.members), len(self._drawn))
+        places[self._drawn] = np.arange(len(self._drawn))
+        return ops.take(ops.concatenate([values, always]), places)
+
+    def _of_drawn_arms(self, values):
+        return ops.take(values, self._drawn) if self.always_active else values
 
     def learn(self, squares, position, last):
         """Records the norms of the arms, and lets the sampler learn from them.
@@ -102,10 +128,9 @@ class Selection:
             squares = (before + squares) / (position + 1)
         norms = ops.sqrt(squares)
         self.norms.assign(norms)
-        active = self.active
-        atomic.assign_if(
-            last, lambda: self._sampler.update(backend.read(active), norms)
-        )
+        active = self._of_drawn_arms(backend.read(self.active))
+        norms = self._of_drawn_arms(norms)
+        atomic.assign_if(last, lambda: self._sampler.update(active, norms))
 
 
 def _is_mask(x):

@@ -185,6 +185,19 @@ def test_arms_of_several_variables(make):
     assert executed(model, optimizer, x) == products.step(active, optimizer)
 
 
+def test_an_arm_that_is_always_active_adds_only_its_own_work():
+    model, products, x = dense_chain()
+    paths = [variable.path for variable in model.trainable_variables]
+    masks = [[arm == only for arm in range(len(paths) - 1)] for only in (0, 6)]
+    optimizer = keras_slsam.SLSAM(
+        "adamw", sampler=Replay(masks), always_active=f"^{paths[-2]}$"
+    )
+    count = counter(model, optimizer, x)
+    for row, drawn in enumerate((paths[0], paths[-1])):
+        optimizer.sampler.row.assign(row)
+        assert count() == products.step({drawn, paths[-2]}, optimizer)
+
+
 @pytest.mark.skipif(BACKEND == "torch", reason="PyTorch has no conditions")
 def test_inactive_work_is_skipped_for_any_number_of_arms(compile_step):
     depth, width = 192, 2

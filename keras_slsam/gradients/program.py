@@ -24,7 +24,10 @@ class Program:
     """
 
     def __init__(self, nodes, outputs, needs, independent, passes):
-        self._outputs, self._needs, self._active = outputs, needs, passes.active
+        self._outputs, self._active = outputs, passes.active
+        # Work for an arm that is known to be active needs no condition.
+        needs = [n if n is None or self._active[n] is not True else None for n in needs]
+        self._needs = needs
         self._everyone = (1 << len(self._active)) - 1
         wanted = {}
         for value, arm in zip(outputs, needs):

@@ -34,7 +34,9 @@ class Readings(keras.optimizers.Optimizer):
     def probabilities(self):
         """Tensor of shape `(num_arms,)`, probabilities in the next draw, or `None`."""
         probabilities = self.sampler.probabilities
-        return None if probabilities is None else ops.copy(probabilities)
+        if probabilities is None:
+            return None
+        return self._selection.of_all_arms(ops.copy(probabilities), 1.0)
 
     @property
     def skipped_steps(self):

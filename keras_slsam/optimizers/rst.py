@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_slsam import arguments
 from keras_slsam import samplers
 from keras_slsam import threefry
 from keras_slsam.gradients import backend
@@ -101,7 +102,7 @@ class RST(SharpnessAware):
 
 
 def _check_probability(probability):
-    return settings.check_number(
+    return arguments.check_number(
         "RST",
         "probability",
         probability,

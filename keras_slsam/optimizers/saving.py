@@ -14,6 +14,12 @@ _WAY_OUT = (
     "and compile with a new optimizer."
 )
 
+# The arguments that may be objects or functions.
+_OBJECTS = (
+    *("active_fraction", "always_active", "arms", "base_optimizer", "probability"),
+    *("rho", "sampler"),
+)
+
 
 class Stateful(keras.optimizers.Optimizer):
     """A mixin: saves the arguments, and all state with a layout to check it by.
@@ -143,7 +149,7 @@ class Stateful(keras.optimizers.Optimizer):
     def from_config(cls, config, custom_objects=None):
         """Creates an optimizer from the dict that `get_config` returned."""
         config = copy.deepcopy(config)  # Keras changes it
-        for argument in ("base_optimizer", "sampler", "arms", "rho", "probability"):
+        for argument in _OBJECTS:
             if isinstance(config.get(argument), dict):
                 config[argument] = cls._deserialize(
                     argument, config[argument], custom_objects

@@ -1,6 +1,7 @@
 """The base class of the optimizers: wraps a Keras optimizer, and holds the state."""
 
 import functools
+import math
 import numbers
 import warnings
 import weakref
@@ -22,7 +23,7 @@ from keras_slsam.selection import Selection
 # Attributes that cannot be replaced.
 _FIXED = {
     *("active_fraction", "adaptive", "ascent_fraction", "base_optimizer", "sampler"),
-    *("seed", "single_step"),
+    *("always_active", "seed", "single_step"),
 }
 
 
@@ -46,6 +47,8 @@ class SharpnessAware(Readings, Stateful, Wrapper):
         sampler: `keras_slsam.samplers.Sampler`, draws the active arms.
         arms: `"variable"`, `"layer"`, `"block"`, or a function from a variable to a
             hashable key.
+        always_active: Regular expression or function of a variable that chooses arms
+            that are not drawn but always active, or `None`.
         single_step: bool, whether the ascent follows the gradient of the last step, so
             that one pass is enough.
         ascent_fraction: Float in (0, 1], the share of a batch's rows that the first
@@ -64,6 +67,7 @@ class SharpnessAware(Readings, Stateful, Wrapper):
         adaptive,
         sampler,
         arms="variable",
+        always_active=None,
         single_step=False,
         ascent_fraction=1.0,
         name=None,
@@ -92,6 +96,7 @@ class SharpnessAware(Readings, Stateful, Wrapper):
             )
         base_optimizer = get_base_optimizer(owner, base_optimizer)
         grouping.validate(arms)
+        grouping.validate_always_active(owner, always_active)
         super().__init__(base_optimizer, name)
         check = functools.partial(settings.check_rho, owner)
         self._rho = settings.Setting(self, "rho", rho, check)
@@ -101,7 +106,14 @@ class SharpnessAware(Readings, Stateful, Wrapper):
         self.single_step = single_step
         self.ascent_fraction = ascent_fraction
         self._grouping = arms
+        self.always_active = always_active
         self._all_active = type(sampler) is samplers.All
+        if self._all_active and always_active is not None:
+            raise ValueError(
+                f"Argument `always_active` of `{owner}` is not allowed with a sampler "
+                "that activates all arms. "
+                f"Received: always_active={always_active!r}, sampler={sampler!r}"
+            )
         accumulates = bool(base_optimizer.gradient_accumulation_steps)
         if not self._all_active or (single_step and accumulates):
             check_can_skip_arms(owner, base_optimizer)
@@ -145,7 +157,7 @@ class SharpnessAware(Readings, Stateful, Wrapper):
                 f"`{owner}` does not support float8 training, because its scales are "
                 "not weights that can be perturbed. Use another dtype policy."
             )
-        if getattr(self.sampler, "_in_use", False):
+        if self.sampler._in_use:
             raise ValueError(
                 f"Argument `sampler` of `{owner}` belongs to another optimizer. "
                 f"Received: {self.sampler!r}. Create a new one for each optimizer."
@@ -158,6 +170,7 @@ class SharpnessAware(Readings, Stateful, Wrapper):
             )
         # All checks come first, so that a refused call changes nothing.
         arms = grouping.group(variables, self._grouping)
+        always = grouping.find_always_active(owner, variables, arms, self.always_active)
         num_arms = max(arms) + 1
         if num_arms == 1 and not self._all_active:
             warnings.warn(
@@ -166,22 +179,37 @@ class SharpnessAware(Readings, Stateful, Wrapper):
                 stacklevel=2,
             )
         if self._restored is not None:
-            self._check_layout(self._restored[1], {**self._layout(), "arms": arms})
+            layout = {**self._layout(), "arms": arms, "always_active": always or None}
+            self._check_layout(self._restored[1], layout)
         # Keras' `build` would create the base optimizer's averages and sums of
         # gradients a second time.
         self._trainable_variables.extend(variables)
         self.built = True
         self.base_optimizer.build(variables)
-        with keras.name_scope(self.name):
-            self.sampler.build(num_arms)
-        self.sampler._in_use = True
         members = [
             [i for i, arm in enumerate(arms) if arm == number]
             for number in range(num_arms)
         ]
+        self.sampler.arms = [
+            samplers.Arm(
+                tuple(variables[i].path for i in indices),
+                sum(math.prod(variables[i].shape) for i in indices),
+            )
+            for arm, indices in enumerate(members)
+            if arm not in always
+        ]
+        with keras.name_scope(self.name):
+            self.sampler.build(len(self.sampler.arms))
+        self.sampler._in_use = True
         dtype = keras.backend.result_type("float32", *(v.dtype for v in variables))
         self._selection = Selection(
-            self.sampler, arms, members, self._all_active, dtype, owner=self
+            self.sampler,
+            arms,
+            members,
+            self._all_active,
+            always,
+            dtype,
+            owner=self,
         )
         self._base_step = BaseStep(
             self.base_optimizer,
@@ -206,6 +234,7 @@ class SharpnessAware(Readings, Stateful, Wrapper):
             "sampler": type(self.sampler).__name__,
             "single_step": self.single_step,
             "arms": self._selection.arm_of if self.built else None,
+            "always_active": (self.built and self._selection.always_active) or None,
         }
 
     @property

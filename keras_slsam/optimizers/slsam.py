@@ -45,7 +45,8 @@ class SLSAM(SharpnessAware):
         rho: Float >= 0, or a schedule, the radius of the perturbation, see
             `keras_slsam.SAM`.
         active_fraction: Float in (0, 1], the expected share of active arms, by default
-            0.2. Not allowed with a `Sampler` object, which has its own.
+            0.2, or a `LearningRateSchedule` or a function from the number of the draw.
+            Not allowed with a `Sampler` object, which has its own.
         sampler: `"bandit"` (the paper's), `"proportional"`, `"uniform"`, `"all"`, or a
             `keras_slsam.samplers.Sampler`.
         arms: How variables are grouped into arms: `"variable"` (as in the authors'
@@ -63,6 +64,10 @@ class SLSAM(SharpnessAware):
             and BatchNormalization are those of the second pass, which sees the whole
             batch at the perturbed weights, and a step costs less: at 0.25,
             0.625 of what it costs otherwise.
+        always_active: Which arms are active in every step, for example a new head: a
+            regular expression that is searched for in `variable.path`, or a function
+            from a `keras.Variable` to a bool. An arm with a chosen variable is not
+            drawn, and `active_fraction` is the share of the others. By default `None`.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -87,7 +92,7 @@ class SLSAM(SharpnessAware):
         self,
         base_optimizer: keras.optimizers.Optimizer | str | dict | None = None,
         rho: settings.Number = 0.01,
-        active_fraction: float | None = None,
+        active_fraction: settings.Number | None = None,
         sampler: str | samplers.Sampler = "bandit",
         arms: str | Callable[[keras.Variable], Hashable] = "variable",
         single_step: bool = False,
@@ -96,6 +101,7 @@ class SLSAM(SharpnessAware):
         name: str = "slsam",
         *,
         ascent_fraction: float = 1.0,
+        always_active: str | Callable[[keras.Variable], bool] | None = None,
     ) -> None:
         super().__init__(
             base_optimizer,
@@ -103,13 +109,15 @@ class SLSAM(SharpnessAware):
             adaptive=adaptive,
             sampler=_get_sampler(sampler, active_fraction, seed),
             arms=arms,
+            always_active=always_active,
             single_step=single_step,
             ascent_fraction=ascent_fraction,
             name=name,
         )
-        self.active_fraction = (
-            None if active_fraction is None else float(active_fraction)
-        )
+        if active_fraction is not None:
+            # As the sampler has checked it: a float, or a function.
+            active_fraction = getattr(self.sampler, "active_fraction", active_fraction)
+        self.active_fraction = active_fraction
         self.seed = None if seed is None else int(seed)
         self._sampler_name = sampler if isinstance(sampler, str) else None
 
@@ -117,9 +125,10 @@ class SLSAM(SharpnessAware):
         serialize = keras.saving.serialize_keras_object
         return {
             **super().get_config(),
-            "active_fraction": self.active_fraction,
+            "active_fraction": serialize(self.active_fraction),
             "sampler": self._sampler_name or serialize(self.sampler),
             "arms": serialize(self._grouping),
+            "always_active": serialize(self.always_active),
             "single_step": self.single_step,
             "ascent_fraction": self.ascent_fraction,
             "seed": self.seed,

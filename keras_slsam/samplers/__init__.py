@@ -7,8 +7,10 @@ the mask of a step, and learns from the gradient norms that it finds. The budget
 
 from keras_slsam.samplers.bandit import Bandit
 from keras_slsam.samplers.dense import All
+from keras_slsam.samplers.hold import Hold
 from keras_slsam.samplers.proportional import Proportional
+from keras_slsam.samplers.sampler import Arm
 from keras_slsam.samplers.sampler import Sampler
 from keras_slsam.samplers.uniform import Uniform
 
-__all__ = ["All", "Bandit", "Proportional", "Sampler", "Uniform"]
+__all__ = ["All", "Arm", "Bandit", "Hold", "Proportional", "Sampler", "Uniform"]

@@ -1,11 +1,13 @@
 """The multi-armed bandit of the SL-SAM paper."""
 
+from collections.abc import Callable
+
 import keras
 from keras import ops
 
+from keras_slsam import arguments
 from keras_slsam.samplers import numerics
 from keras_slsam.samplers.independent import Independent
-from keras_slsam.samplers.independent import check_number
 
 
 @keras.saving.register_keras_serializable("keras_slsam")
@@ -23,7 +25,8 @@ class Bandit(Independent):
     with an `active_fraction` of 1. `Proportional` has neither property.
 
     Args:
-        active_fraction: Float in (0, 1], the expected share of active arms.
+        active_fraction: Float in (0, 1], the expected share of active arms, or a
+            `LearningRateSchedule` or a function from the number of the draw.
         learning_rate: Float > 0, the bandit's own step size (alpha).
         min_probability: Float in [1e-8, active_fraction], the least probability of an
             arm.
@@ -46,28 +49,21 @@ class Bandit(Independent):
 
     def __init__(
         self,
-        active_fraction: float,
+        active_fraction: float | Callable,
         learning_rate: float = 0.001,
         min_probability: float = 1e-8,
         seed: int | None = None,
     ) -> None:
         super().__init__(active_fraction, seed)
-        check_number("Bandit", "learning_rate", learning_rate)
-        if not 0 < learning_rate < float("inf"):
-            raise ValueError(
-                "Argument `learning_rate` of `Bandit` must be a finite float > 0. "
-                f"Received: learning_rate={learning_rate!r}"
-            )
-        check_number("Bandit", "min_probability", min_probability)
-        if not 1e-8 <= min_probability <= active_fraction:
-            raise ValueError(
-                "Argument `min_probability` of `Bandit` must be in "
-                "[1e-8, active_fraction]. "
-                f"Received: min_probability={min_probability!r}, "
-                f"active_fraction={active_fraction!r}"
-            )
-        self.learning_rate = float(learning_rate)
-        self.min_probability = float(min_probability)
+        self.learning_rate = arguments.check_number(
+            "Bandit",
+            "learning_rate",
+            learning_rate,
+            "the bandit's own step size",
+            lambda number: 0 < number < float("inf"),
+            "a finite number > 0",
+        )
+        self.min_probability = self._check_min_probability(min_probability)
 
     def update(self, active, norms):
         p = ops.convert_to_tensor(self.probabilities)
@@ -80,7 +76,7 @@ class Bandit(Independent):
         # The best arm's loss is 0, even if the square of the scale overflows.
         exponent = ops.where(gap > 0, self.learning_rate * gap * scale * scale, 0.0)
         weights = ops.where(active, p * ops.exp(-exponent), p)
-        budget = self.active_fraction * self._num_arms
+        budget = self.fraction() * self._num_arms
         p = ops.clip(numerics.project(weights, budget), self.min_probability, 1.0)
         self.probabilities.assign(p)
 

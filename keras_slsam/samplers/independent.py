@@ -1,10 +1,11 @@
 """The base class of samplers that draw each arm independently."""
 
-import numbers
+from collections.abc import Callable
 
 import keras
 from keras import ops
 
+from keras_slsam import arguments
 from keras_slsam import threefry
 from keras_slsam.samplers.sampler import Sampler
 
@@ -12,24 +13,48 @@ from keras_slsam.samplers.sampler import Sampler
 class Independent(Sampler):
     """Draws each arm independently with its own probability, but at least one arm."""
 
-    def __init__(self, active_fraction: float, seed: int | None = None) -> None:
+    def __init__(
+        self, active_fraction: float | Callable, seed: int | None = None
+    ) -> None:
         name = type(self).__name__
-        check_number(name, "active_fraction", active_fraction)
-        if not 0 < active_fraction <= 1:
-            raise ValueError(
-                f"Argument `active_fraction` of `{name}` is the expected share of "
-                "active arms and must be in (0, 1]. "
-                f"Received: active_fraction={active_fraction!r}"
-            )
-        self.active_fraction = float(active_fraction)
+        self._first_fraction = arguments.check_number_or_schedule(
+            name, "active_fraction", active_fraction, self._check_fraction
+        )
+        self._is_scheduled = arguments.is_schedule(active_fraction)
+        self.active_fraction = (
+            active_fraction if self._is_scheduled else self._first_fraction
+        )
         self._first_seed = threefry.make_seed(seed, name)
         self.seed = None if seed is None else int(seed)
 
+    def _check_fraction(self, fraction):
+        return arguments.check_number(
+            type(self).__name__,
+            "active_fraction",
+            fraction,
+            "the expected share of active arms",
+            lambda number: 0 < number <= 1,
+            "a number in (0, 1]",
+        )
+
+    def _check_min_probability(self, probability):
+        # All arms together must not exceed the budget.
+        name, most = type(self).__name__, self._first_fraction
+        return arguments.check_number(
+            name,
+            "min_probability",
+            probability,
+            "the least probability of an arm",
+            lambda number: 1e-8 <= number <= most,
+            f"a number in [1e-8, active_fraction], here at most {most:g}, which can be "
+            f"passed to `samplers.{name}`",
+        )
+
     def build(self, num_arms):
         self._num_arms = num_arms
-        dtype = "float64" if keras.config.floatx() == "float64" else "float32"
+        dtype = arguments.float_dtype()
         self.probabilities = keras.Variable(
-            ops.full((num_arms,), self.active_fraction, dtype=dtype),
+            ops.full((num_arms,), self._first_fraction, dtype=dtype),
             dtype=dtype,
             trainable=False,
             name="probabilities",
@@ -40,6 +65,17 @@ class Independent(Sampler):
             trainable=False,
             name="seed_state",
         )
+
+    def fraction(self):
+        """The expected share of active arms in the next draw.
+
+        Returns:
+            Float, or a scalar tensor in (0, 1] if `active_fraction` is a schedule.
+        """
+        if not self._is_scheduled:
+            return self.active_fraction
+        fraction = self.active_fraction(self._seed_state[1])
+        return ops.clip(ops.cast(fraction, self.probabilities.dtype), 1e-6, 1.0)
 
     def draw(self):
         # Exact, without a loop. Draw the first active arm j, given that there is one,
@@ -55,13 +91,12 @@ class Independent(Sampler):
         return ops.logical_or(ops.equal(index, first), later)
 
     def get_config(self):
-        return {"active_fraction": self.active_fraction, "seed": self.seed}
+        fraction = keras.saving.serialize_keras_object(self.active_fraction)
+        return {"active_fraction": fraction, "seed": self.seed}
 
-
-def check_number(owner, name, value):
-    """Raises a `ValueError` if the argument `name` of `owner` is not a number."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise ValueError(
-            f"Argument `{name}` of `{owner}` must be a number. "
-            f"Received: {name}={value!r}"
-        )
+    @classmethod
+    def from_config(cls, config):
+        fraction = config["active_fraction"]
+        if isinstance(fraction, dict):
+            fraction = keras.saving.deserialize_keras_object(fraction)
+        return cls(**{**config, "active_fraction": fraction})

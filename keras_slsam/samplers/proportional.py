@@ -1,11 +1,13 @@
 """A sampler with probabilities proportional to the gradient norms."""
 
+from collections.abc import Callable
+
 import keras
 from keras import ops
 
+from keras_slsam import arguments
 from keras_slsam.samplers import numerics
 from keras_slsam.samplers.independent import Independent
-from keras_slsam.samplers.independent import check_number
 
 
 @keras.saving.register_keras_serializable("keras_slsam")
@@ -25,10 +27,12 @@ class Proportional(Independent):
     sampler is specific to this package. It is not from the SL-SAM paper.
 
     Args:
-        active_fraction: Float in (0, 1], the expected share of active arms.
+        active_fraction: Float in (0, 1], the expected share of active arms, or a
+            `LearningRateSchedule` or a function from the number of the draw.
         momentum: Float in [0, 1). In the mean, the newest norm has a weight of at least
             `1 - momentum`, and the first norms of an arm have equal weights.
-        min_probability: Float in (0, active_fraction], the least probability of an arm.
+        min_probability: Float in [1e-8, active_fraction], the least probability of an
+            arm.
         seed: int, or `None` for a fresh seed.
 
     Raises:
@@ -45,30 +49,21 @@ class Proportional(Independent):
 
     def __init__(
         self,
-        active_fraction: float,
+        active_fraction: float | Callable,
         momentum: float = 0.9,
         min_probability: float = 0.05,
         seed: int | None = None,
     ) -> None:
         super().__init__(active_fraction, seed)
-        check_number("Proportional", "momentum", momentum)
-        if not 0 <= momentum < 1:
-            raise ValueError(
-                "Argument `momentum` of `Proportional` must be in [0, 1). "
-                f"Received: momentum={momentum!r}"
-            )
-        check_number("Proportional", "min_probability", min_probability)
-        if not 0 < min_probability <= active_fraction:
-            raise ValueError(
-                "Argument `min_probability` of `Proportional` must be in "
-                "(0, active_fraction], because all arms together must not exceed the "
-                f"budget. Received: min_probability={min_probability!r}, "
-                f"active_fraction={active_fraction!r}. Pass "
-                "`samplers.Proportional(active_fraction, min_probability=...)` with "
-                "a smaller value."
-            )
-        self.momentum = float(momentum)
-        self.min_probability = float(min_probability)
+        self.momentum = arguments.check_number(
+            "Proportional",
+            "momentum",
+            momentum,
+            "the weight of earlier norms",
+            lambda number: 0 <= number < 1,
+            "a number in [0, 1)",
+        )
+        self.min_probability = self._check_min_probability(min_probability)
 
     def build(self, num_arms):
         super().build(num_arms)
@@ -95,8 +90,10 @@ class Proportional(Independent):
         # Relative means, so that the projection never sees a huge or a tiny sum.
         known = ops.logical_and(seen, ops.max(means) > 0)
         relative = ops.where(known, numerics.relative(means), 1.0)
-        q = numerics.project(relative, self.active_fraction * self._num_arms)
-        low, share = self.min_probability, self.active_fraction
+        low, share = self.min_probability, self.fraction()
+        if self._is_scheduled:
+            low = ops.minimum(low, share)
+        q = numerics.project(relative, share * self._num_arms)
         enough = 2 * ops.sum(ops.cast(seen, "int32")) >= self._num_arms
         p = ops.where(enough, low + (1 - low / share) * q, share)
         self.probabilities.assign(ops.clip(p, low, 1.0))

@@ -1,6 +1,20 @@
 """The base class of all samplers, including custom ones."""
 
+import typing
+
 import keras
+
+
+class Arm(typing.NamedTuple):
+    """What a sampler may know of an arm.
+
+    Attributes:
+        paths: Tuple of strings, the paths of the arm's variables.
+        size: int, the number of weights in them.
+    """
+
+    paths: tuple
+    size: int
 
 
 class Sampler:
@@ -36,9 +50,15 @@ class Sampler:
     #: Probability of each arm in the next draw, shape `(num_arms,)`, or `None`.
     probabilities = None
 
+    #: List of `Arm`s, which the optimizer sets before it calls `build`, or `None`.
+    arms: list[Arm] | None = None
+
     #: Lower bound of each arm's probability if arms are drawn independently, else 0.
     #: With a higher bound, a compiled step has fewer conditions.
     min_probability: float = 0.0
+
+    # Whether an optimizer or another sampler draws from it already.
+    _in_use = False
 
     def build(self, num_arms: int) -> None:
         """Creates the sampler's variables.

@@ -1,6 +1,9 @@
 """A sampler that gives every arm the same probability."""
 
+from collections.abc import Callable
+
 import keras
+from keras import ops
 
 from keras_slsam.samplers.independent import Independent
 
@@ -12,7 +15,8 @@ class Uniform(Independent):
     Use it as a baseline for samplers that learn.
 
     Args:
-        active_fraction: Float in (0, 1], the probability of each arm.
+        active_fraction: Float in (0, 1], the probability of each arm, or a
+            `LearningRateSchedule` or a function from the number of the draw.
         seed: int, or `None` for a fresh seed.
 
     Example:
@@ -24,6 +28,14 @@ class Uniform(Independent):
     4
     """
 
-    def __init__(self, active_fraction: float, seed: int | None = None) -> None:
+    def __init__(
+        self, active_fraction: float | Callable, seed: int | None = None
+    ) -> None:
         super().__init__(active_fraction, seed)
-        self.min_probability = self.active_fraction
+        if not self._is_scheduled:
+            self.min_probability = self._first_fraction
+
+    def update(self, active, norms):
+        if self._is_scheduled:
+            shape, dtype = self.probabilities.shape, self.probabilities.dtype
+            self.probabilities.assign(ops.full(shape, self.fraction(), dtype=dtype))

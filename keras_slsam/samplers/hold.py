@@ -1,0 +1,92 @@
+"""A sampler that holds each mask of another one for several steps."""
+
+import keras
+from keras import ops
+
+from keras_slsam import arguments
+from keras_slsam import atomic
+from keras_slsam.samplers.sampler import Sampler
+
+
+@keras.saving.register_keras_serializable("keras_slsam")
+class Hold(Sampler):
+    """Holds each mask that another sampler draws for several steps, as LISA does.
+
+    The other sampler learns in each step.
+
+    Args:
+        sampler: `keras_slsam.samplers.Sampler`, which draws the masks.
+        steps: int >= 1, the number of steps with the same mask. With
+            `gradient_accumulation_steps`, it counts updates.
+
+    Raises:
+        ValueError: if an argument is not valid.
+
+    Example:
+
+    >>> from keras import ops
+    >>> from keras_slsam import samplers
+    >>> sampler = samplers.Hold(samplers.Uniform(0.5, seed=0), steps=10)
+    >>> sampler.build(num_arms=4)
+    >>> masks = [ops.convert_to_numpy(sampler.draw()).tolist() for _ in range(10)]
+    >>> all(mask == masks[0] for mask in masks)
+    True
+
+    Reference:
+        Pan et al., arXiv 2403.17919 (LISA).
+    """
+
+    def __init__(self, sampler: Sampler, steps: int) -> None:
+        if not isinstance(sampler, Sampler) or sampler._in_use:
+            raise ValueError(
+                "Argument `sampler` of `Hold` must be a `keras_slsam.samplers.Sampler` "
+                f"that is not used elsewhere. Received: sampler={sampler!r}"
+            )
+        self.steps = int(
+            arguments.check_number(
+                "Hold",
+                "steps",
+                steps,
+                "the number of steps with the same mask",
+                lambda number: number >= 1 and number == int(number),
+                "an int >= 1",
+            )
+        )
+        self.sampler = sampler
+        self.min_probability = sampler.min_probability
+        sampler._in_use = True
+
+    def build(self, num_arms):
+        self.sampler.arms = self.arms
+        self.sampler.build(num_arms)
+        self._count = keras.Variable(0, dtype="int32", trainable=False, name="count")
+        self._mask = keras.Variable(
+            ops.zeros((num_arms,), dtype="bool"),
+            dtype="bool",
+            trainable=False,
+            name="mask",
+        )
+
+    @property
+    def probabilities(self):
+        return self.sampler.probabilities
+
+    def draw(self):
+        due = ops.equal(self._count % self.steps, 0)
+        atomic.assign_if(
+            due, lambda: self._mask.assign(ops.cast(self.sampler.draw(), "bool"))
+        )
+        self._count.assign((self._count + 1) % self.steps)
+        return ops.copy(self._mask)
+
+    def update(self, active, norms):
+        self.sampler.update(active, norms)
+
+    def get_config(self):
+        sampler = keras.saving.serialize_keras_object(self.sampler)
+        return {"sampler": sampler, "steps": self.steps}
+
+    @classmethod
+    def from_config(cls, config):
+        sampler = keras.saving.deserialize_keras_object(config["sampler"])
+        return cls(sampler, config["steps"])
