@@ -26,6 +26,13 @@ KINDS = {
             [5, 9], [0.0, 0.1, 0.05]
         ),
     },
+    "always active arms, scheduled fraction": {
+        "sampler": "proportional",
+        "always_active": "layer_normalization",
+        "active_fraction": keras.optimizers.schedules.PiecewiseConstantDecay(
+            [9], [0.2, 0.5]
+        ),
+    },
 }
 # Together these two kinds have all state that must be saved and restored.
 CHECKPOINTS = {"proportional": "model.keras", "bandit, single step": "model.weights.h5"}
@@ -50,8 +57,8 @@ def make_model():
 def start(kind):
     model = keras_slsam.sharpness_aware(make_model())
     base = keras.optimizers.AdamW(3e-3)
-    kwargs = {"rho": 0.05, **KINDS[kind]}
-    optimizer = keras_slsam.SLSAM(base, active_fraction=0.3, seed=7, **kwargs)
+    kwargs = {"rho": 0.05, "active_fraction": 0.3, "seed": 7, **KINDS[kind]}
+    optimizer = keras_slsam.SLSAM(base, **kwargs)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer=optimizer, loss=loss)
     return model
