@@ -1,7 +1,6 @@
 """The methods to compare, each as a compiled model."""
 
 import argparse
-import typing
 
 import keras
 
@@ -11,24 +10,16 @@ from benchmarks import tutorial
 
 # From the flag `--jit-compile` to the argument of `compile`.
 JIT_COMPILE = {"auto": "auto", "yes": True, "no": False}
-
-
-class Sparse(typing.NamedTuple):
-    """How variables are grouped into arms, and whether a step has a single pass."""
-
-    arms: str
-    single_step: bool
-
-
+# The class of a dense optimizer, or arguments of SL-SAM.
 METHODS = {
     "AdamW": None,
     "tutorial SAM": None,
     "SAM": keras_slsam.SAM,
     "S2-SAM": keras_slsam.S2SAM,
-    "SL-SAM": Sparse("variable", False),
-    "SL+S2": Sparse("variable", True),
-    "SL-SAM block": Sparse("block", False),
-    "SL+S2 block": Sparse("block", True),
+    "SL-SAM": {"arms": "variable"},
+    "SL+S2": {"arms": "variable", "single_step": True},
+    "SL-SAM block": {"arms": "block"},
+    "SL+S2 block": {"arms": "block", "single_step": True},
 }
 
 
@@ -37,20 +28,17 @@ def prepare(name: str, args: argparse.Namespace) -> keras.Model:
     model = models.make(args)
     optimizer = keras.optimizers.AdamW(1e-5)
     method = METHODS[name]
-    if name == "tutorial SAM":
-        model = tutorial.with_sam(model)
-    elif isinstance(method, Sparse):
+    if isinstance(method, dict):
         # With uniform draws, every step costs the same on average.
+        method = {"sampler": "uniform", "seed": args.seed, **method}
         optimizer = keras_slsam.SLSAM(
-            optimizer,
-            active_fraction=args.active_fraction,
-            sampler="uniform",
-            seed=args.seed,
-            **method._asdict(),
+            optimizer, active_fraction=args.active_fraction, **method
         )
     elif method:
         optimizer = method(optimizer)
-    if method:
+    if name == "tutorial SAM":
+        tutorial.use_sam(model)
+    elif method:
         model = keras_slsam.sharpness_aware(model)
     model.compile(
         optimizer=optimizer,

@@ -14,9 +14,8 @@ import keras
 RHO = 0.05
 
 
-def with_sam(model):
+def use_sam(model):
     """Gives a model the `train_step` of a tutorial, in place."""
     backend = keras.config.backend()
     module = importlib.import_module(f"benchmarks.tutorial.{backend}")
     model.train_step = functools.partial(module.train_step, model, RHO)
-    return model

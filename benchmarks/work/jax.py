@@ -3,27 +3,20 @@
 import math
 
 import jax
-import jax.numpy as jnp
 from jax.extend import core
 
-# Primitives that call one function, and the parameter that holds its jaxpr.
-_CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "checkpoint": "jaxpr",
-    "remat2": "jaxpr",
-}
-_EMPTY = jax.make_jaxpr(lambda: ())().jaxpr
+# Primitives that call one function.
+_CALLS = {"jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call"}
+_CALLS |= {"checkpoint", "remat2"}
+_LOOPS = {"scan", "while"}
+_PRODUCTS = {"conv_general_dilated", "dot_general"}
 
 
 def executed_flops(fn, *args):
     """Returns the FLOPs of the matrix products and convolutions in `fn(*args)`.
 
-    It evaluates the equations that the results depend on, one by one: only the branch
-    of a `cond` that is taken, and only the iterations of a loop that are executed.
+    It evaluates the equations that the results depend on, one by one. Of a `cond` it
+    evaluates only the branch that is taken.
 
     Args:
         fn: Function of structures of arrays that `jax.jit` can trace.
@@ -31,22 +24,36 @@ def executed_flops(fn, *args):
 
     Returns:
         int, two for each product, as in `torch.utils.flop_counter`.
+
+    Raises:
+        NotImplementedError: if a loop has a product.
     """
-    closed = jax.make_jaxpr(fn)(*args)
-    return _run(closed, jax.tree.leaves(args))[1]
+    return _run(jax.make_jaxpr(fn)(*args), jax.tree.leaves(args))[1]
 
 
-def _run(closed, args):
-    """Returns the results and FLOPs of a closed jaxpr."""
-    jaxpr, flops = closed.jaxpr, 0
-    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *args]))
+def count(equations, names):
+    """Counts the equations with primitives of these names, also in inner jaxprs."""
+    total = 0
+    for equation in equations:
+        total += equation.primitive.name in names
+        for value in jax.tree.leaves(list(equation.params.values())):
+            if isinstance(value, (core.Jaxpr, core.ClosedJaxpr)):
+                total += count(value.eqns, names)
+    return total
+
+
+def _run(jaxpr, args):
+    """Returns the results and FLOPs of a jaxpr, closed or without constants."""
+    consts = getattr(jaxpr, "consts", ())
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args]))
+    flops = 0
 
     def read(atom):
         return atom.val if isinstance(atom, core.Literal) else values[atom]
 
     for equation in _needed(jaxpr):
-        inputs = [read(v) for v in equation.invars]
-        results, work = _evaluate(equation, inputs)
+        results, work = _evaluate(equation, [read(v) for v in equation.invars])
         flops += work
         values.update(zip(equation.outvars, results))
     return [read(v) for v in jaxpr.outvars], flops
@@ -66,68 +73,28 @@ def _needed(jaxpr):
 def _evaluate(equation, inputs):
     """Returns the results and FLOPs of one equation."""
     name, params = equation.primitive.name, equation.params
-    if name in _CALLS:
-        return _run(_closed(params[_CALLS[name]]), inputs)
     if name == "cond":
         index, *operands = inputs
         return _run(params["branches"][int(index)], operands)
-    if name == "while":
-        return _while(params, inputs)
-    if name == "scan":
-        return _scan(params, inputs)
-    pairs = [(v, x) for v, x in zip(equation.invars, inputs) if isinstance(v, core.Var)]
-    alone = _EMPTY.replace(
-        invars=[v for v, _ in pairs], outvars=equation.outvars, eqns=[equation]
+    if name in _CALLS:
+        return _run(params["jaxpr" if "jaxpr" in params else "call_jaxpr"], inputs)
+    if name in _LOOPS and count([equation], _PRODUCTS):
+        raise NotImplementedError("The FLOPs of a loop are unknown.")
+    results = equation.primitive.bind(*inputs, **params)
+    return results if equation.primitive.multiple_results else [results], _flops(
+        equation
     )
-    results = jax.core.eval_jaxpr(alone, (), *[x for _, x in pairs])
-    return results, _flops(equation)
-
-
-def _closed(jaxpr):
-    return jaxpr if hasattr(jaxpr, "consts") else core.ClosedJaxpr(jaxpr, ())
-
-
-def _while(params, inputs):
-    test, body = params["cond_jaxpr"], params["body_jaxpr"]
-    first, second = params["cond_nconsts"], params["body_nconsts"]
-    of_test, of_body = inputs[:first], inputs[first : first + second]
-    carry, total = inputs[first + second :], 0
-    while True:
-        (go_on,), flops = _run(test, of_test + carry)
-        total += flops
-        if not go_on:
-            return carry, total
-        carry, flops = _run(body, of_body + carry)
-        total += flops
-
-
-def _scan(params, inputs):
-    if "ft_in" in params:  # jax 0.11
-        first, second, _ = map(len, params["ft_in"].unpack())
-    else:
-        first, second = params["num_consts"], params["num_carry"]
-    consts, carry = inputs[:first], inputs[first : first + second]
-    steps = range(params["length"])
-    rows, total = [None] * len(steps), 0
-    for step in reversed(steps) if params["reverse"] else steps:
-        slices = [x[step] for x in inputs[first + second :]]
-        results, flops = _run(params["jaxpr"], consts + carry + slices)
-        carry, rows[step] = results[:second], results[second:]
-        total += flops
-    return carry + [jnp.stack(column) for column in zip(*rows)], total
 
 
 def _flops(equation):
     """Counts two for each product of two numbers, without the zeros of a dilation."""
+    if equation.primitive.name not in _PRODUCTS:
+        return 0
+    left, right = (v.aval.shape for v in equation.invars)
+    numbers, spread = equation.params["dimension_numbers"], 1
     if equation.primitive.name == "dot_general":
-        left, right = (v.aval.shape for v in equation.invars)
-        (summed, _), _ = equation.params["dimension_numbers"]
-        terms = math.prod(left[i] for i in summed)
-        return 2 * math.prod(equation.outvars[0].aval.shape) * terms
-    if equation.primitive.name == "conv_general_dilated":
-        kernel = equation.invars[1].aval.shape
-        features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
-        terms = math.prod(kernel) // features
+        terms = math.prod(left[i] for i in numbers[0][0])
+    else:
+        terms = math.prod(right) // right[numbers.rhs_spec[0]]
         spread = math.prod(equation.params["lhs_dilation"])
-        return 2 * math.prod(equation.outvars[0].aval.shape) * terms // spread
-    return 0
+    return 2 * math.prod(equation.outvars[0].aval.shape) * terms // spread

@@ -3,6 +3,7 @@
 import math
 
 import tensorflow as tf
+from tensorflow.compat import v1
 
 # Calls of functions that were not inlined. The trace does not show their operations.
 _CALLS = {"If", "PartitionedCall", "StatefulPartitionedCall", "While", "XlaLaunch"}
@@ -28,20 +29,10 @@ def executed_flops(fn, *args):
     for stats in executed:
         for output in stats.output:
             dims = output.tensor_description.shape.dim
-            shapes[stats.node_name, output.slot] = [dim.size for dim in dims]
-
-    def shape_of(name):
-        producer, _, slot = name.partition(":")
-        return shapes[producer, int(slot or 0)]
-
-    total = 0
-    for stats in executed:
-        if stats.node_name in nodes:
-            node = nodes[stats.node_name]
-            inputs = [name for name in node.input if name[0] != "^"]
-            output = shapes.get((stats.node_name, 0))
-            total += _flops(node, lambda i: shape_of(inputs[i]), output)  # noqa: B023
-    return total
+            name = f"{stats.node_name}:{output.slot}".removesuffix(":0")
+            shapes[name] = [dim.size for dim in dims]
+    found = [nodes[stats.node_name] for stats in executed if stats.node_name in nodes]
+    return sum(_flops(node, shapes) for node in found)
 
 
 def _trace(concrete, args):
@@ -58,7 +49,7 @@ def _trace(concrete, args):
         inputs = {
             inner.name: tf.constant(value)
             if value is not None
-            else tf.compat.v1.Variable(handles[id(t)], use_resource=True).handle
+            else v1.Variable(handles[id(t)], use_resource=True).handle
             for inner, (t, value) in zip(concrete.inputs, given)
         }
         fetched = tf.graph_util.import_graph_def(
@@ -68,29 +59,28 @@ def _trace(concrete, args):
             + [op.name for op in concrete.graph.control_outputs],
             name="",
         )
-        config = tf.compat.v1.ConfigProto()
+        config = v1.ConfigProto()
         config.graph_options.rewrite_options.disable_meta_optimizer = True
         config.graph_options.optimizer_options.opt_level = -1
-        with tf.compat.v1.Session(config=config) as session:
-            session.run(tf.compat.v1.global_variables_initializer())
-            metadata = tf.compat.v1.RunMetadata()
-            session.run(
-                fetched,
-                options=tf.compat.v1.RunOptions(
-                    trace_level=tf.compat.v1.RunOptions.FULL_TRACE,
-                    output_partition_graphs=True,
-                ),
-                run_metadata=metadata,
-            )
+        full = v1.RunOptions(
+            trace_level=v1.RunOptions.FULL_TRACE, output_partition_graphs=True
+        )
+        metadata = v1.RunMetadata()
+        with v1.Session(config=config) as session:
+            session.run(v1.global_variables_initializer())
+            session.run(fetched, options=full, run_metadata=metadata)
     nodes = {node.name: node for g in metadata.partition_graphs for node in g.node}
     devices = metadata.step_stats.dev_stats
     return nodes, [stats for device in devices for stats in device.node_stats]
 
 
-def _flops(node, shape_of, output):
+def _flops(node, shapes):
+    """Returns the FLOPs of an operation, from the shapes of all results by name."""
     kind = node.op.removeprefix("_Mkl")
+    inputs = [shapes.get(name) for name in node.input if name[0] != "^"]
+    output = shapes.get(node.name)
     if kind in {"MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3"}:
-        *_, rows, columns = shape_of(0)
+        *_, rows, columns = inputs[0]
         return 2 * math.prod(output) * rows * columns // max(output[-2], 1)
     if kind == "Einsum":
         equation = node.attr["equation"].s.decode()
@@ -98,22 +88,14 @@ def _flops(node, shape_of, output):
         if len(terms) == 1:
             return 0  # a transposition or a sum
         if len(terms) == 2 and "." not in equation:
-            sizes = {}
-            for i, term in enumerate(terms):
-                sizes.update(zip(term, shape_of(i)))
+            sizes = dict(zip("".join(terms), [*inputs[0], *inputs[1]]))
             return 2 * math.prod(sizes.values())
-    if kind in {"Conv2D", "DepthwiseConv2dNative"}:
-        return 2 * math.prod(output) * _window(kind, shape_of(1))
-    if kind in {"Conv2DBackpropInput", "DepthwiseConv2dNativeBackpropInput"}:
-        return 2 * math.prod(shape_of(2)) * _window(kind, shape_of(1))
-    if kind in {"Conv2DBackpropFilter", "DepthwiseConv2dNativeBackpropFilter"}:
-        return 2 * math.prod(shape_of(2)) * _window(kind, output)
+    layer, _, gradient = kind.partition("Backprop")
+    if layer in {"Conv2D", "DepthwiseConv2dNative"}:
+        height, width, channels, _ = output if gradient == "Filter" else inputs[1]
+        channels = channels if layer == "Conv2D" else 1
+        entries = math.prod(inputs[2] if gradient else output)
+        return 2 * entries * height * width * channels
     if kind in _CALLS or any(part in kind for part in ("MatMul", "Einsum", "Conv")):
         raise NotImplementedError(f"The FLOPs of {node.op} are unknown: {node.name!r}.")
     return 0
-
-
-def _window(kind, kernel):
-    """Returns the number of products for one entry of a convolution's output."""
-    height, width, channels, _ = kernel
-    return height * width * (1 if kind.startswith("Depthwise") else channels)
