@@ -13,42 +13,23 @@ import sys
 
 import keras
 import numpy as np
+from keras import layers
 
 import keras_slsam
 from benchmarks import cells
 from benchmarks import methods
 from benchmarks import probes
-from benchmarks import resident_set
+from benchmarks import process
 from benchmarks import step_time
-from keras_slsam import samplers
 
 THOUSAND = 1000
 WIDTH, BATCH = 16, 8
-
-
-def _counted(sampler):
-    """Returns a subclass of a sampler's class that counts the draws of each arm."""
-
-    class Counted(sampler):
-        def build(self, num_arms):
-            super().build(num_arms)
-            zeros = np.zeros(num_arms)
-            self.counts = keras.Variable(zeros, dtype="int32", trainable=False)
-
-        def draw(self):
-            mask = super().draw()
-            self.counts.assign_add(keras.ops.cast(mask, "int32"))
-            return mask
-
-    return Counted
-
-
-# The sampler, and whether a step has a single pass.
+# The arguments of SL-SAM.
 METHODS = {
-    "SAM": None,
-    "SL-SAM bandit": (_counted(samplers.Bandit), False),
-    "SL-SAM proportional": (_counted(samplers.Proportional), False),
-    "SL+S2 bandit": (_counted(samplers.Bandit), True),
+    "SAM": {},
+    "SL-SAM bandit": {"sampler": "bandit"},
+    "SL-SAM proportional": {"sampler": "proportional"},
+    "SL+S2 bandit": {"sampler": "bandit", "single_step": True},
 }
 
 
@@ -58,45 +39,38 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def _of_method(name, args):
-    model, optimizer = _prepare(name, args)
-    traces = step_time.log_traces(model)
-    x = np.random.default_rng(args.seed).normal(size=(THOUSAND * BATCH, WIDTH))
-    y = np.sin(x[:, :1])
-    found = {"seconds": [], "resident": [], "tensors": []}
-    counts = []
-    for thousand in range(max(args.steps // THOUSAND, 2)):
-        log = step_time.StepLog()
-        step_time.fit(model, x, y, BATCH, log)
-        gc.collect()
-        found["seconds"].append(statistics.median(log.seconds[1:]))
-        found["resident"].append(resident_set.now())
-        found["tensors"].append(probes.num_tensors())
-        if METHODS[name]:
-            counts.append(keras.ops.convert_to_numpy(optimizer.sampler.counts))
-        print(f"{name}: {thousand + 1},000 steps", file=sys.stderr, flush=True)
-    drawn = (counts[-1] - counts[len(counts) // 2 - 1]).tolist() if counts else None
-    return {**found, "traces": len(traces) or None, "drawn": drawn}
-
-
-def _prepare(name, args):
-    """Returns a compiled model and its optimizer."""
     keras.utils.set_random_seed(args.seed)
     model = keras.Sequential([keras.Input((WIDTH,))])
     for _ in range(2):
-        model.add(keras.layers.Dense(WIDTH, activation="relu"))
-        model.add(keras.layers.BatchNormalization())
-        model.add(keras.layers.Dropout(0.1))
-    model.add(keras.layers.Dense(1))
-    base = keras.optimizers.AdamW(1e-3)
-    if name == "SAM":
-        optimizer = keras_slsam.SAM(base)
-    else:
-        counted, single_step = METHODS[name]
-        sampler = counted(args.active_fraction, seed=args.seed)
-        optimizer = keras_slsam.SLSAM(base, sampler=sampler, single_step=single_step)
+        model.add(layers.Dense(WIDTH, activation="relu"))
+        model.add(layers.BatchNormalization())
+        model.add(layers.Dropout(0.1))
+    model.add(layers.Dense(1))
     model = keras_slsam.sharpness_aware(model)
+    make, kwargs = keras_slsam.SAM, METHODS[name]
+    if kwargs:
+        make, fraction = keras_slsam.SLSAM, args.active_fraction
+        kwargs = {"active_fraction": fraction, "seed": args.seed, **kwargs}
+    optimizer = make(keras.optimizers.AdamW(1e-3), **kwargs)
     model.compile(optimizer, "mse", jit_compile=methods.JIT_COMPILE[args.jit_compile])
-    return model, optimizer
+    traces = step_time.log_traces(model)
+    x = np.random.default_rng(args.seed).normal(size=(THOUSAND * BATCH, WIDTH))
+    log = step_time.StepLog()
+    found = {"resident": [], "tensors": []}
+    counts = []
+    for thousand in range(max(args.steps // THOUSAND, 2)):
+        step_time.fit(model, x, np.sin(x[:, :1]), BATCH, [log])
+        gc.collect()
+        found["resident"].append(process.resident("VmRSS"))
+        found["tensors"].append(probes.num_tensors())
+        # The steps that each arm has taken.
+        of_arms = [v for v in optimizer.variables if v.name == "own_iterations"]
+        counts += map(keras.ops.convert_to_numpy, of_arms)
+        print(f"{name}: {thousand + 1},000 steps", file=sys.stderr, flush=True)
+    drawn = (counts[-1] - counts[len(counts) // 2 - 1]).tolist() if counts else None
+    seconds = [statistics.median(s for s, _ in turn[1:]) for turn in log.turns]
+    traced = len(traces) or None
+    return {"seconds": seconds, **found, "traces": traced, "drawn": drawn}
 
 
 def rows(result: dict):

@@ -1,6 +1,5 @@
 """Measurements that use a framework's API, one file per backend.
 
-- `TRACES`: whether a step is traced and compiled.
 - `device()`: the name of the device that computes.
 - `step_flops(model, x, y)`: takes steps of the model, and yields the FLOPs of each.
 - `conditions(model, x, y)`: the number of conditions in the traced step.
@@ -22,14 +21,6 @@ _backend: typing.Any = importlib.import_module(
 )
 
 
-def _unknown(*args):
-    return None
-
-
-TRACES = _backend.TRACES
-device = _backend.device
-step_flops = _backend.step_flops
-conditions = getattr(_backend, "conditions", _unknown)
-planned_memory = getattr(_backend, "planned_memory", _unknown)
-live_bytes = getattr(_backend, "live_bytes", _unknown)
-num_tensors = getattr(_backend, "num_tensors", _unknown)
+def __getattr__(name):
+    """Returns what the backend's file has, or a function that returns `None`."""
+    return getattr(_backend, name, lambda *args: None)

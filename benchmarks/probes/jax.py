@@ -2,11 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
 
+from benchmarks.work.jax import count
 from benchmarks.work.jax import executed_flops
-
-TRACES = True
 
 
 def device():
@@ -24,22 +22,8 @@ def step_flops(model, x, y):
 
 def conditions(model, x, y):
     """Returns the number of `cond` equations in the traced step."""
-    jaxpr = jax.make_jaxpr(model.train_step)(*_arguments(model, x, y)).jaxpr
-    return _count_conditions(jaxpr)
-
-
-def _count_conditions(jaxpr):
-    count = 0
-    for equation in jaxpr.eqns:
-        count += equation.primitive.name == "cond"
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
-            if _is_jaxpr(inner):
-                count += _count_conditions(getattr(inner, "jaxpr", inner))
-    return count
-
-
-def _is_jaxpr(value):
-    return isinstance(value, (core.Jaxpr, core.ClosedJaxpr))
+    jaxpr = jax.make_jaxpr(model.train_step)(*_arguments(model, x, y))
+    return count(jaxpr.eqns, {"cond"})
 
 
 def planned_memory(model, x, y):

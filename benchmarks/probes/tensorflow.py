@@ -10,8 +10,6 @@ from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
 from benchmarks.work.tensorflow import executed_flops
 
-TRACES = True
-
 
 def device():
     """Returns the name of the device that computes."""

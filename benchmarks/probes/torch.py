@@ -5,12 +5,11 @@ import weakref
 
 import torch
 
-# It sees every operation, as in `torch.utils.flop_counter`, but has no public name.
+# These are what `torch.utils.flop_counter` uses, but have no public names.
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.work.torch import executed_flops
-
-TRACES = False
 
 
 def device():
@@ -33,8 +32,7 @@ def live_bytes(model, step):
     temporary memory inside an operation.
     """
     with _LiveBytes() as live:
-        for variable in model.variables + model.optimizer.variables:
-            live.see(variable.value)
+        live.see([v.value for v in model.variables + model.optimizer.variables])
         step()
     return live.peak
 
@@ -51,22 +49,17 @@ class _LiveBytes(TorchDispatchMode):
         self._known = weakref.WeakSet()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        results = function(*args, **kwargs)
-        self.see((*args, *kwargs.values(), results))
+        results = function(*args, **(kwargs or {}))
+        self.see((args, kwargs, results))
         return results
 
-    def see(self, value):
-        if isinstance(value, (list, tuple)):
-            for item in value:
-                self.see(item)
-        if not torch.is_tensor(value):
-            return
-        storage = value.untyped_storage()
-        if storage not in self._known:
-            self._known.add(storage)
-            self._add(storage.nbytes())
-            weakref.finalize(storage, self._add, -storage.nbytes())
+    def see(self, values):
+        for value in filter(torch.is_tensor, tree_leaves(values)):
+            storage = value.untyped_storage()
+            if storage not in self._known:
+                self._known.add(storage)
+                self._add(storage.nbytes())
+                weakref.finalize(storage, self._add, -storage.nbytes())
 
     def _add(self, size):
         self._live += size
