@@ -25,10 +25,11 @@ if os.environ.get("KERAS_BACKEND") == "jax":
     MALLOC["MALLOC_ARENA_MAX"] = "1"
 
 
-def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the commands and their flags."""
+def main(argv: list[str]) -> None:
+    """Runs the command in `argv` with its flags."""
     from benchmarks import methods
     from benchmarks import models
+    from benchmarks import report
 
     runner = argparse.ArgumentParser(
         prog="python -m benchmarks",
@@ -60,26 +61,19 @@ def parser() -> argparse.ArgumentParser:
             depths = [6, 12, 24, 48]
             add("--depths", type=int, nargs="+", default=depths, help="layers")
     commands.add_parser("report").add_argument("files", nargs="+", type=pathlib.Path)
-    return runner
-
-
-def main(argv: list[str]) -> None:
-    """Runs the command in `argv` with its flags."""
-    from benchmarks import models
-    from benchmarks import report
-
-    args = parser().parse_args(argv)
+    args = runner.parse_args(argv)
     if args.command == "report":
         report.write(args.files)
         return
     if "model" in args:
         models.set_sizes(args)
+    measured = report.COMMANDS[args.command].measure(args)
     line = re.sub(r" --json[= ]\S+", "", shlex.join(argv))
     result = {
         "command": args.command,
         "line": f"python -m benchmarks {line}",
         **report.origin(args),
-        "result": report.COMMANDS[args.command].measure(args),
+        "result": measured,
     }
     print(report.tables([result]))
     if args.json:

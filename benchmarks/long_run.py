@@ -63,9 +63,9 @@ def _of_method(name, args):
         gc.collect()
         found["resident"].append(process.resident("VmRSS"))
         found["tensors"].append(probes.num_tensors())
-        # The steps that each arm has taken.
-        of_arms = [v for v in optimizer.variables if v.name == "own_iterations"]
-        counts += map(keras.ops.convert_to_numpy, of_arms)
+        # The steps that each arm has taken. They are unknown for a dense method.
+        taken = [v for v in optimizer.variables if v.name == "own_iterations"]
+        counts += [np.copy(keras.ops.convert_to_numpy(v)) for v in taken]
         print(f"{name}: {thousand + 1},000 steps", file=sys.stderr, flush=True)
     drawn = (counts[-1] - counts[len(counts) // 2 - 1]).tolist() if counts else None
     seconds = [statistics.median(s for s, _ in turn[1:]) for turn in log.turns]
@@ -76,17 +76,18 @@ def _of_method(name, args):
 def rows(result: dict):
     """Yields a row for each method, with the first thousand steps and the last."""
     for name, row in result["methods"].items():
-        milliseconds = [1000 * seconds for seconds in row["seconds"]]
         yield {
             "method": name,
-            "ms per step": _ends(milliseconds, lambda ms: cells.number(ms, 2)),
-            "resident, MB": _ends(row["resident"], cells.megabytes),
-            "tensors": _ends(row["tensors"], cells.number),
+            "ms per step": _ends(row["seconds"], 1000, 2),
+            "resident, MB": _ends(row["resident"], 1e-6),
+            "tensors": _ends(row["tensors"]),
             "traces": cells.number(row["traces"]),
             "drawn": cells.number(row["drawn"] and min(row["drawn"])),
         }
 
 
-def _ends(values, cell):
-    """Formats the first and the last value."""
-    return "-" if values[0] is None else f"{cell(values[0])}, {cell(values[-1])}"
+def _ends(values, factor=1, digits=0):
+    """Formats the first and the last value, times a factor."""
+    if values[0] is None:
+        return "-"
+    return ", ".join(cells.number(factor * values[i], digits) for i in (0, -1))

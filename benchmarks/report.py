@@ -68,11 +68,12 @@ def write(files: list[pathlib.Path], page: pathlib.Path = PAGE) -> None:
     text = page.read_text("utf-8")
     for name in dict.fromkeys(result["command"] for result in results):
         found = [result for result in results if result["command"] == name]
-        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, start, rest = text.partition(f"<!-- {name} -->")
+        _, end, after = rest.partition(f"<!-- /{name} -->")
+        if not end:
+            raise SystemExit(f"The page has no <!-- {name} --> and <!-- /{name} -->.")
         content = "\n\n".join([start, tables(found), _origins(found), end])
-        text, count = re.subn(f"{start}.*?{end}", lambda m: content, text, flags=re.S)  # noqa: B023
-        if not count:
-            raise SystemExit(f"The page has no marker {start} ... {end}")
+        text = before + content + after
         if name == "time":
             _draw(found, page.with_suffix(".svg"))
     page.write_text(text, "utf-8")

@@ -44,12 +44,8 @@ def planned_memory(model, x, y):
 
 def _arguments(model, x, y):
     """Returns the arguments of a step: the state of a trained model, and a batch."""
-    variables = (
-        model.trainable_variables,
-        model.non_trainable_variables,
-        model.optimizer.variables,
-        model.metrics_variables,
-    )
+    weights = model.trainable_variables, model.non_trainable_variables
+    variables = *weights, model.optimizer.variables, model.metrics_variables
     state = tuple([v.value for v in group] for group in variables)
     return state, jax.tree.map(jnp.asarray, (x, y))
 

@@ -4,6 +4,7 @@ import math
 
 import jax
 from jax.extend import core
+from jax.interpreters.partial_eval import dce_jaxpr
 
 # Primitives that call one function.
 _CALLS = {"jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call"}
@@ -52,22 +53,13 @@ def _run(jaxpr, args):
     def read(atom):
         return atom.val if isinstance(atom, core.Literal) else values[atom]
 
-    for equation in _needed(jaxpr):
+    # A compiler drops the equations that no result depends on.
+    jaxpr, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
+    for equation in jaxpr.eqns:
         results, work = _evaluate(equation, [read(v) for v in equation.invars])
         flops += work
         values.update(zip(equation.outvars, results))
     return [read(v) for v in jaxpr.outvars], flops
-
-
-def _needed(jaxpr):
-    """Returns the equations that the results depend on. A compiler drops the others."""
-    wanted = {v for v in jaxpr.outvars if isinstance(v, core.Var)}
-    needed = []
-    for equation in reversed(jaxpr.eqns):
-        if equation.effects or wanted.intersection(equation.outvars):
-            wanted |= {v for v in equation.invars if isinstance(v, core.Var)}
-            needed.append(equation)
-    return needed[::-1]
 
 
 def _evaluate(equation, inputs):
