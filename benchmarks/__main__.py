@@ -27,7 +27,6 @@ if os.environ.get("KERAS_BACKEND") == "jax":
 
 def main(argv: list[str]) -> None:
     """Runs the command in `argv` with its flags."""
-    from benchmarks import methods
     from benchmarks import models
     from benchmarks import report
 
@@ -52,7 +51,7 @@ def main(argv: list[str]) -> None:
             add("--length", type=int, help="tokens of a text, or pixels of a side")
             add("--layers", type=int, help="for bert and dense")
             add("--width", type=int, help="for bert and dense")
-            every = list(methods.METHODS)
+            every = list(models.METHODS)
             add("--methods", nargs="+", choices=every, default=every, metavar="METHOD")
         if name == "time":
             add("--flop-steps", type=int, default=3, help="steps whose FLOPs to count")

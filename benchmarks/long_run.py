@@ -8,7 +8,6 @@ drawn.
 
 import argparse
 import gc
-import statistics
 import sys
 
 import keras
@@ -17,7 +16,7 @@ from keras import layers
 
 import keras_slsam
 from benchmarks import cells
-from benchmarks import methods
+from benchmarks import models
 from benchmarks import probes
 from benchmarks import process
 from benchmarks import step_time
@@ -52,7 +51,7 @@ def _of_method(name, args):
         make, fraction = keras_slsam.SLSAM, args.active_fraction
         kwargs = {"active_fraction": fraction, "seed": args.seed, **kwargs}
     optimizer = make(keras.optimizers.AdamW(1e-3), **kwargs)
-    model.compile(optimizer, "mse", jit_compile=methods.JIT_COMPILE[args.jit_compile])
+    model.compile(optimizer, "mse", jit_compile=models.JIT_COMPILE[args.jit_compile])
     traces = step_time.log_traces(model)
     x = np.random.default_rng(args.seed).normal(size=(THOUSAND * BATCH, WIDTH))
     log = step_time.StepLog()
@@ -68,9 +67,9 @@ def _of_method(name, args):
         counts += [np.copy(keras.ops.convert_to_numpy(v)) for v in taken]
         print(f"{name}: {thousand + 1},000 steps", file=sys.stderr, flush=True)
     drawn = (counts[-1] - counts[len(counts) // 2 - 1]).tolist() if counts else None
-    seconds = [statistics.median(s for s, _ in turn[1:]) for turn in log.turns]
-    traced = len(traces) or None
-    return {"seconds": seconds, **found, "traces": traced, "drawn": drawn}
+    seconds = np.reshape(log.steps, (-1, THOUSAND, 2))[:, 1:, 0]
+    found["seconds"] = np.median(seconds, axis=1).tolist()
+    return {**found, "traces": len(traces) or None, "drawn": drawn}
 
 
 def rows(result: dict):

@@ -5,7 +5,6 @@ import functools
 import statistics
 
 from benchmarks import cells
-from benchmarks import methods
 from benchmarks import models
 from benchmarks import probes
 from benchmarks import process
@@ -38,7 +37,7 @@ def of_method(name: str, args: argparse.Namespace) -> dict:
     """
     batch = models.data(args, args.batch)
     several = models.data(args, args.batch * (args.steps + 1))
-    model = methods.prepare(name, args)
+    model = models.prepare(name, args)
     process.reset_peak()
     resident = {"built": process.resident("VmRSS")}
     for part, data in {"first_step": batch, "later_steps": several}.items():

@@ -1,6 +1,8 @@
-"""The models to measure, and random data for them."""
+"""The models and the methods to measure, and random data."""
 
 import argparse
+import functools
+import importlib
 import pathlib
 import sys
 import typing
@@ -8,7 +10,12 @@ import typing
 import keras
 import numpy as np
 
+import keras_slsam
+
 CLASSES = 2
+RHO = 0.05  # our default
+# From the flag `--jit-compile` to the argument of `compile`.
+JIT_COMPILE = {"auto": "auto", "yes": True, "no": False}
 WORDS = 40  # words per width, as in BERT, which has 30,522 words at a width of 768
 
 
@@ -18,6 +25,19 @@ class Model(typing.NamedTuple):
     title: str
     make: typing.Callable
     sizes: dict[str, int]
+
+
+# The class of a dense optimizer, or arguments of SL-SAM.
+METHODS = {
+    "AdamW": None,
+    "tutorial SAM": None,
+    "SAM": keras_slsam.SAM,
+    "S2-SAM": keras_slsam.S2SAM,
+    "SL-SAM": {"arms": "variable"},
+    "SL+S2": {"arms": "variable", "single_step": True},
+    "SL-SAM block": {"arms": "block"},
+    "SL+S2 block": {"arms": "block", "single_step": True},
+}
 
 
 def set_sizes(args: argparse.Namespace) -> None:
@@ -38,6 +58,34 @@ def make(args: argparse.Namespace) -> keras.Model:
     """Returns the model for the flags, not compiled, with weights from the seed."""
     keras.utils.set_random_seed(args.seed)
     return MODELS[args.model].make(args)
+
+
+def prepare(name: str, args: argparse.Namespace) -> keras.Model:
+    """Returns a new model, compiled for training with the method `name`."""
+    model, method = make(args), METHODS[name]
+    optimizer = keras.optimizers.AdamW(1e-5)
+    if name == "tutorial SAM":
+        tutorial = importlib.import_module(
+            f"benchmarks.tutorial.{keras.config.backend()}"
+        )
+        model.train_step = functools.partial(tutorial.train_step, model, RHO)
+    elif isinstance(method, dict):
+        # With uniform draws, every step costs the same on average.
+        method = {"sampler": "uniform", "seed": args.seed, **method}
+        optimizer = keras_slsam.SLSAM(
+            optimizer, active_fraction=args.active_fraction, **method
+        )
+    elif method:
+        optimizer = method(optimizer)
+    if method:
+        model = keras_slsam.sharpness_aware(model)
+    model.compile(
+        optimizer=optimizer,
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        jit_compile=JIT_COMPILE[args.jit_compile],
+    )
+    return model
 
 
 def data(args: argparse.Namespace, count: int):
@@ -97,11 +145,11 @@ def _efficientnet(args):
 
 def _dense(args):
     """Returns a chain of Dense layers of one width, and a head."""
-    model = keras.Sequential([keras.Input((args.width,))])
-    for _ in range(args.layers):
-        model.add(keras.layers.Dense(args.width, activation="relu"))
-    model.add(keras.layers.Dense(CLASSES))
-    return model
+    chain = [
+        keras.layers.Dense(args.width, activation="relu") for _ in range(args.layers)
+    ]
+    head = keras.layers.Dense(CLASSES)
+    return keras.Sequential([keras.Input((args.width,)), *chain, head])
 
 
 _BERT = {"layers": 12, "width": 768, "length": 64}

@@ -14,12 +14,11 @@ import numpy as np
 import keras_slsam
 from benchmarks import long_run
 from benchmarks import memory
+from benchmarks import models
 from benchmarks import probes
 from benchmarks import scale
 from benchmarks import step_time
 from benchmarks.cells import markdown
-from benchmarks.methods import METHODS
-from benchmarks.models import MODELS
 
 COMMANDS = {"time": step_time, "memory": memory, "scale": scale, "long": long_run}
 BACKENDS = {"jax": "JAX", "tensorflow": "TensorFlow", "torch": "PyTorch"}
@@ -102,7 +101,7 @@ def _by_setting(results):
                 f", {flags['layers']} x {flags['width']}" if flags["layers"] else ""
             )
             length = f" x {flags['length']}" if flags["length"] else ""
-            title = MODELS[flags["model"]].title
+            title = models.MODELS[flags["model"]].title
             parts += [f"{title}{layers}", f"batch {flags['batch']}{length}"]
         parts += [f"active fraction {flags['active_fraction']}"]
         parts += {"auto": [], "yes": ["XLA"], "no": ["not compiled"]}[
@@ -138,10 +137,10 @@ def _draw(timed, file):
     axes = figure.subplots(len(settings), squeeze=False)
     for (title, shown), axis in zip(settings.items(), axes.flat):
         found = {method for result in shown for method in result["result"]["methods"]}
-        methods = [method for method in METHODS if method in found - {"AdamW"}]
+        names = [method for method in models.METHODS if method in found - {"AdamW"}]
         width = 0.8 / len(shown)
         for i, result in enumerate(shown):
-            ratios = [result["result"]["ratios"].get(f"{m} / AdamW") for m in methods]
+            ratios = [result["result"]["ratios"].get(f"{m} / AdamW") for m in names]
             known = [k for k, ratio in enumerate(ratios) if ratio]
             axis.bar(
                 [k + (i - (len(shown) - 1) / 2) * width for k in known],
@@ -152,7 +151,7 @@ def _draw(timed, file):
                 color=COLORS[result["backend"]],
             )
         axis.axhline(1.0, color="gray", linewidth=0.8)
-        axis.set_xticks(range(len(methods)), methods, fontsize=8)
+        axis.set_xticks(range(len(names)), names, fontsize=8)
         axis.set_ylabel("step time / AdamW's")
         axis.set_title(title, fontsize=9)
         axis.legend(fontsize=8)

@@ -17,7 +17,6 @@ import keras
 import numpy as np
 
 from benchmarks import cells
-from benchmarks import methods
 from benchmarks import models
 from benchmarks import probes
 from benchmarks import process
@@ -31,16 +30,13 @@ class StepLog(keras.callbacks.Callback):
     """Records the seconds of each step until its result is available.
 
     Attributes:
-        turns: List with a list for each call of `fit`, of the seconds of its steps:
-            those of a clock, and those that all cores together spent on this process.
+        steps: List with two numbers for each step: the seconds of a clock, and those
+            that all cores together spent on this process.
     """
 
     def __init__(self):
         super().__init__()
-        self.turns = []
-
-    def on_train_begin(self, logs=None):
-        self.turns.append([])
+        self.steps = []
 
     def on_train_batch_begin(self, batch, logs=None):
         self._start = time.perf_counter(), time.process_time()
@@ -49,7 +45,7 @@ class StepLog(keras.callbacks.Callback):
         float(logs["loss"])  # dispatch is asynchronous on some backends
         start, cpu_start = self._start
         seconds = time.perf_counter() - start, time.process_time() - cpu_start
-        self.turns[-1].append(seconds)
+        self.steps.append(seconds)
 
 
 def log_traces(model: keras.Model) -> list[float]:
@@ -78,7 +74,7 @@ def measure(args: argparse.Namespace) -> dict:
     if args.alone:
         found = {n: process.separate(of_method, n, args) for n in args.methods}
     else:
-        prepared = {name: methods.prepare(name, args) for name in args.methods}
+        prepared = {name: models.prepare(name, args) for name in args.methods}
         found = of_models(prepared, args)
     ratios = {
         f"{above} / {below}": ratio(found[above], found[below])
@@ -91,7 +87,7 @@ def measure(args: argparse.Namespace) -> dict:
 
 def of_method(name: str, args: argparse.Namespace) -> dict:
     """Times one method."""
-    return of_models({name: methods.prepare(name, args)}, args)[name]
+    return of_models({name: models.prepare(name, args)}, args)[name]
 
 
 def of_models(prepared: dict, args: argparse.Namespace) -> dict:
@@ -116,6 +112,7 @@ def of_models(prepared: dict, args: argparse.Namespace) -> dict:
         if number == 0:
             traced = {name: sum(traces[name]) or None for name in names}
         print(f"round {number} of {args.rounds}", file=sys.stderr, flush=True)
+    turns = args.rounds + 1, args.steps + 1, 2
     batch = models.data(args, args.batch)
     for name, model in prepared.items():
         arms = None
@@ -123,7 +120,7 @@ def of_models(prepared: dict, args: argparse.Namespace) -> dict:
             arms = len(model.optimizer.arms)
         flops = itertools.islice(probes.step_flops(model, *batch), args.flop_steps)
         found[name] = {
-            **_summary(logs[name].turns, traced[name]),
+            **_summary(np.reshape(logs[name].steps, turns), traced[name]),
             "arms": arms,
             "active_share": arms and float(timed_masks(arms, args).mean()),
             "traces": len(traces[name]) or None,
@@ -140,8 +137,8 @@ def fit(model, x, y, batch_size, callbacks=()):
 
 def _summary(turns, trace):
     """Summarises the timed steps, and the tracing and compilation in the first call."""
-    first_call, _ = turns[0][0]
-    seconds, cpu = np.moveaxis(np.array(turns)[1:, 1:], -1, 0)
+    first_call = float(turns[0, 0, 0])
+    seconds, cpu = turns[1:, 1:, 0], turns[1:, 1:, 1]
     low, median, high = np.quantile(seconds, [0.25, 0.5, 0.75]).tolist()
     return {
         "seconds": seconds.tolist(),
@@ -162,9 +159,7 @@ def ratio(above: dict, below: dict) -> dict:
     """Returns the ratios of two methods' mean and median seconds, with the spread."""
     upper, lower = (np.mean(row["seconds"], axis=1) for row in (above, below))
     of_rounds = upper / lower
-    error = (
-        np.std(of_rounds, ddof=1) / len(of_rounds) ** 0.5 if len(upper) > 1 else None
-    )
+    error = of_rounds.std(ddof=1) / len(upper) ** 0.5 if len(upper) > 1 else None
     return {
         "of_means": above["mean"] / below["mean"],
         "of_medians": above["median"] / below["median"],

@@ -11,7 +11,6 @@ import pytest
 
 from benchmarks import long_run
 from benchmarks import memory
-from benchmarks import methods
 from benchmarks import models
 from benchmarks import probes
 from benchmarks import process
@@ -132,7 +131,7 @@ def test_the_tutorial_sam_takes_the_same_steps():
     x, y = models.data(flags(), 12)
     found = {}
     for name in ("tutorial SAM", "SAM"):
-        model = methods.prepare(name, flags())
+        model = models.prepare(name, flags())
         model.optimizer.learning_rate = 0.01
         history = model.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0)
         found[name] = history.history["loss"], model.get_weights()
@@ -144,7 +143,7 @@ def test_the_tutorial_sam_takes_the_same_steps():
 
 def test_masks_and_conditions_of_a_step():
     args = flags()
-    model = methods.prepare("SL-SAM", args)
+    model = models.prepare("SL-SAM", args)
     x, y = models.data(args, args.batch)
     # The first turn does not count, nor the first step of each turn.
     num_arms = len(model.trainable_variables)

@@ -32,21 +32,19 @@ def live_bytes(model, step):
     temporary memory inside an operation.
     """
     with _LiveBytes() as live:
-        live.see([v.value for v in model.variables + model.optimizer.variables])
+        variables = model.variables + model.optimizer.variables
+        live.see([variable.value for variable in variables])
         step()
     return live.peak
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Follows the bytes of the tensors that operations read and return.
-
-    Each storage counts once, from the first operation that uses it until it is freed.
-    """
+    """Follows the storages of the tensors that operations read and return."""
 
     def __init__(self):
         super().__init__()
-        self.peak = self._live = 0
-        self._known = weakref.WeakSet()
+        self.peak = 0
+        self._storages = weakref.WeakSet()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         results = function(*args, **(kwargs or {}))
@@ -54,16 +52,9 @@ class _LiveBytes(TorchDispatchMode):
         return results
 
     def see(self, values):
-        for value in filter(torch.is_tensor, tree_leaves(values)):
-            storage = value.untyped_storage()
-            if storage not in self._known:
-                self._known.add(storage)
-                self._add(storage.nbytes())
-                weakref.finalize(storage, self._add, -storage.nbytes())
-
-    def _add(self, size):
-        self._live += size
-        self.peak = max(self.peak, self._live)
+        tensors = filter(torch.is_tensor, tree_leaves(values))
+        self._storages.update(tensor.untyped_storage() for tensor in tensors)
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in self._storages))
 
 
 def num_tensors():
