@@ -77,16 +77,15 @@ def rows(result: dict):
     for name, row in result["methods"].items():
         yield {
             "method": name,
-            "ms per step": _ends(row["seconds"], 1000, 2),
-            "resident, MB": _ends(row["resident"], 1e-6),
+            "ms per step": _ends(row["seconds"], 2, 1e-3),
+            "resident, MB": _ends(row["resident"], 0, 1e6),
             "tensors": _ends(row["tensors"]),
             "traces": cells.number(row["traces"]),
             "drawn": cells.number(row["drawn"] and min(row["drawn"])),
         }
 
 
-def _ends(values, factor=1, digits=0):
-    """Formats the first and the last value, times a factor."""
-    if values[0] is None:
-        return "-"
-    return ", ".join(cells.number(factor * values[i], digits) for i in (0, -1))
+def _ends(values, *form):
+    """Formats the first and the last value."""
+    first, last = (cells.number(value, *form) for value in (values[0], values[-1]))
+    return first if first == "-" else f"{first}, {last}"

@@ -68,5 +68,5 @@ def rows(result: dict):
             "planned, temporary": plan and plan["temporary"],
             "planned, in all": plan and passed + plan["temporary"],
         }
-        found = {f"{k}, MB": cells.megabytes(v, 1) for k, v in found.items()}
+        found = {f"{k}, MB": cells.number(v, 1, 1e6) for k, v in found.items()}
         yield {"method": name, **found}

@@ -97,18 +97,15 @@ def _by_setting(results):
     for result in results:
         flags, parts = result["flags"], []
         if "model" in flags:
-            layers = (
-                f", {flags['layers']} x {flags['width']}" if flags["layers"] else ""
-            )
             length = f" x {flags['length']}" if flags["length"] else ""
+            layers = f"{flags['layers']} x {flags['width']}" if flags["layers"] else ""
             title = models.MODELS[flags["model"]].title
-            parts += [f"{title}{layers}", f"batch {flags['batch']}{length}"]
-        parts += [f"active fraction {flags['active_fraction']}"]
-        parts += {"auto": [], "yes": ["XLA"], "no": ["not compiled"]}[
-            flags["jit_compile"]
-        ]
-        parts += ["each method in a separate process"] * flags.get("alone", False)
-        found.setdefault(", ".join(parts), []).append(result)
+            parts = [title, layers, f"batch {flags['batch']}{length}"]
+        compiled = {"auto": "", "yes": "XLA", "no": "not compiled"}
+        alone = "each method in a separate process" if flags.get("alone") else ""
+        parts.append(f"active fraction {flags['active_fraction']}")
+        parts += [compiled[flags["jit_compile"]], alone]
+        found.setdefault(", ".join(filter(None, parts)), []).append(result)
     return found
 
 

@@ -68,8 +68,8 @@ def rows(result: dict):
             "SL-SAM / SAM": cells.ratio(row["ratio"]),
             "conditions": cells.number(row["conditions"]),
             **{k: cells.number(found[i], 1) for k, found in seconds.items()},
-            "resident, MB": cells.megabytes(resident[SPARSE]),
-            "of SAM, MB": cells.megabytes(resident[DENSE]),
+            "resident, MB": cells.number(resident[SPARSE], 0, 1e6),
+            "of SAM, MB": cells.number(resident[DENSE], 0, 1e6),
         }
         yield cells_of_depth
     depths = [row["layers"] for row in result["rows"]]

@@ -115,9 +115,8 @@ def of_models(prepared: dict, args: argparse.Namespace) -> dict:
     turns = args.rounds + 1, args.steps + 1, 2
     batch = models.data(args, args.batch)
     for name, model in prepared.items():
-        arms = None
-        if getattr(model.optimizer, "probabilities", None) is not None:
-            arms = len(model.optimizer.arms)
+        sparse = isinstance(models.METHODS[name], dict)
+        arms = len(model.optimizer.arms) if sparse else None
         flops = itertools.islice(probes.step_flops(model, *batch), args.flop_steps)
         found[name] = {
             **_summary(np.reshape(logs[name].steps, turns), traced[name]),

@@ -1,6 +1,7 @@
 """Measurements that use a framework's API, one file per backend.
 
 - `device()`: the name of the device that computes.
+- `executed_flops(fn, *args)`: the FLOPs of the products that `fn` really executes.
 - `step_flops(model, x, y)`: takes steps of the model, and yields the FLOPs of each.
 - `conditions(model, x, y)`: the number of conditions in the traced step.
 - `planned_memory(model, x, y)`: the bytes that the compiled step plans for.

@@ -8,13 +8,19 @@ import torch
 # These are what `torch.utils.flop_counter` uses, but have no public names.
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from benchmarks.work.torch import executed_flops
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def device():
     """Returns the name of the device that computes."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def executed_flops(fn, *args):
+    """Returns the FLOPs of the matrix products and convolutions in `fn(*args)`."""
+    with FlopCounterMode(display=False) as counter:
+        fn(*args)
+    return counter.get_total_flops()
 
 
 def step_flops(model, x, y):
