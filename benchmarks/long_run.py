@@ -46,11 +46,11 @@ def _of_method(name, args):
         model.add(layers.Dropout(0.1))
     model.add(layers.Dense(1))
     model = keras_slsam.sharpness_aware(model)
-    make, kwargs = keras_slsam.SAM, METHODS[name]
+    method, kwargs = keras_slsam.SAM, METHODS[name]
     if kwargs:
-        make, fraction = keras_slsam.SLSAM, args.active_fraction
-        kwargs = {"active_fraction": fraction, "seed": args.seed, **kwargs}
-    optimizer = make(keras.optimizers.AdamW(1e-3), **kwargs)
+        method = keras_slsam.SLSAM
+        kwargs = {"active_fraction": args.active_fraction, "seed": args.seed, **kwargs}
+    optimizer = method(keras.optimizers.AdamW(1e-3), **kwargs)
     model.compile(optimizer, "mse", jit_compile=models.JIT_COMPILE[args.jit_compile])
     traces = step_time.log_traces(model)
     x = np.random.default_rng(args.seed).normal(size=(THOUSAND * BATCH, WIDTH))

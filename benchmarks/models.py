@@ -13,7 +13,7 @@ import numpy as np
 import keras_slsam
 
 CLASSES = 2
-RHO = 0.05  # our default
+RHO = 0.05  # of the tutorials, as our default
 # From the flag `--jit-compile` to the argument of `compile`.
 JIT_COMPILE = {"auto": "auto", "yes": True, "no": False}
 WORDS = 40  # words per width, as in BERT, which has 30,522 words at a width of 768
@@ -65,16 +65,13 @@ def prepare(name: str, args: argparse.Namespace) -> keras.Model:
     model, method = make(args), METHODS[name]
     optimizer = keras.optimizers.AdamW(1e-5)
     if name == "tutorial SAM":
-        tutorial = importlib.import_module(
-            f"benchmarks.tutorial.{keras.config.backend()}"
-        )
+        backend = keras.config.backend()
+        tutorial = importlib.import_module(f"benchmarks.tutorial.{backend}")
         model.train_step = functools.partial(tutorial.train_step, model, RHO)
     elif isinstance(method, dict):
         # With uniform draws, every step costs the same on average.
-        method = {"sampler": "uniform", "seed": args.seed, **method}
-        optimizer = keras_slsam.SLSAM(
-            optimizer, active_fraction=args.active_fraction, **method
-        )
+        draws = {"sampler": "uniform", "active_fraction": args.active_fraction}
+        optimizer = keras_slsam.SLSAM(optimizer, seed=args.seed, **draws, **method)
     elif method:
         optimizer = method(optimizer)
     if method:

@@ -1,5 +1,6 @@
 """A separate process for a method, and the resident set of this process."""
 
+import argparse
 import concurrent.futures
 import ctypes
 import multiprocessing
@@ -7,14 +8,12 @@ import os
 import pathlib
 import re
 import sys
-import typing
 from unittest import mock
 
 _STATUS = pathlib.Path("/proc/self/status")
-_CLEAR = pathlib.Path("/proc/self/clear_refs")
 
 
-def separate(function: typing.Callable, name: str, args, **environment):
+def separate(function, name: str, args: argparse.Namespace, **environment):
     """Returns the result of `function(name, args)`, called in a new process.
 
     The process starts with the environment variables that are given as keywords.
@@ -29,9 +28,7 @@ def separate(function: typing.Callable, name: str, args, **environment):
 def resident(entry: str) -> int | None:
     """Returns the bytes of an entry in Linux's status of this process.
 
-    Args:
-        entry: `"VmRSS"` for what is resident now, or `"VmHWM"` for its peak since
-            `reset_peak`.
+    `"VmRSS"` is what is resident now, and `"VmHWM"` its peak since `reset_peak`.
     """
     if not _STATUS.exists():
         return None
@@ -47,4 +44,4 @@ def reset_peak() -> None:
     """
     if _STATUS.exists():
         getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)
-        _CLEAR.write_text("5")
+        pathlib.Path("/proc/self/clear_refs").write_text("5")

@@ -112,16 +112,15 @@ def _by_setting(results):
 def _origins(results):
     """Formats the commands that were run, their machines and versions as a table."""
     machine = "{processor}, {cpus} CPUs, on {device}"
-    return markdown(
-        [
-            {
-                "command": f"`KERAS_BACKEND={result['backend']} {result['line']}`",
-                "machine": machine.format(**result["machine"]),
-                "versions": ", ".join(map(" ".join, result["versions"].items())),
-            }
-            for result in results
-        ]
-    )
+    rows = [
+        {
+            "command": f"`KERAS_BACKEND={result['backend']} {result['line']}`",
+            "machine": machine.format(**result["machine"]),
+            "versions": ", ".join(map(" ".join, result["versions"].items())),
+        }
+        for result in results
+    ]
+    return markdown(rows)
 
 
 def _draw(timed, file):
@@ -153,6 +152,5 @@ def _draw(timed, file):
         axis.set_title(title, fontsize=9)
         axis.legend(fontsize=8)
     # The same results must give the same file.
-    fixed = {"svg.hashsalt": "benchmarks", "svg.fonttype": "none"}
-    with matplotlib.rc_context(fixed):
+    with matplotlib.rc_context({"svg.hashsalt": "benchmarks", "svg.fonttype": "none"}):
         figure.savefig(file, format="svg", metadata={"Date": None})

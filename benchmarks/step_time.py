@@ -103,7 +103,7 @@ def of_models(prepared: dict, args: argparse.Namespace) -> dict:
     """
     x, y = models.data(args, args.batch * (args.steps + 1))
     names = list(prepared)
-    logs, found = {name: StepLog() for name in names}, {}
+    logs = {name: StepLog() for name in names}
     traces = {name: log_traces(model) for name, model in prepared.items()}
     for number in range(args.rounds + 1):
         turn = number % len(names)
@@ -112,7 +112,7 @@ def of_models(prepared: dict, args: argparse.Namespace) -> dict:
         if number == 0:
             traced = {name: sum(traces[name]) or None for name in names}
         print(f"round {number} of {args.rounds}", file=sys.stderr, flush=True)
-    turns = args.rounds + 1, args.steps + 1, 2
+    found, turns = {}, (args.rounds + 1, args.steps + 1, 2)
     batch = models.data(args, args.batch)
     for name, model in prepared.items():
         sparse = isinstance(models.METHODS[name], dict)
@@ -170,8 +170,7 @@ def ratio(above: dict, below: dict) -> dict:
 def timed_masks(num_arms: int, args: argparse.Namespace) -> np.ndarray:
     """Returns the masks of the steps that count, drawn again with the same seed.
 
-    Returns:
-        Boolean array of shape `(rounds, steps, num_arms)`.
+    They are a boolean array of shape `(rounds, steps, num_arms)`.
     """
     sampler = samplers.Uniform(args.active_fraction, seed=args.seed)
     sampler.build(num_arms)

@@ -13,13 +13,10 @@ returns `None`.
 """
 
 import importlib
-import typing
 
 import keras
 
-_backend: typing.Any = importlib.import_module(
-    f"benchmarks.probes.{keras.config.backend()}"
-)
+_backend = importlib.import_module(f"benchmarks.probes.{keras.config.backend()}")
 
 
 def __getattr__(name):

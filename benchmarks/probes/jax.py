@@ -122,9 +122,8 @@ def _evaluate(equation, inputs):
     if name in _LOOPS and count([equation], _PRODUCTS):
         raise NotImplementedError("The FLOPs of a loop are unknown.")
     results = equation.primitive.bind(*inputs, **params)
-    return results if equation.primitive.multiple_results else [results], _flops(
-        equation
-    )
+    results = results if equation.primitive.multiple_results else [results]
+    return results, _flops(equation)
 
 
 def _flops(equation):

@@ -109,23 +109,19 @@ def _trace(concrete, args):
         `(nodes, executed)`: the operations by name, and the statistics of each
         execution of an operation, with shapes.
     """
-    handles = {id(v.handle): v.numpy() for v in concrete.variables}
+    values = {id(v.handle): v.numpy() for v in concrete.variables}
     given = [*tf.nest.flatten(args), *concrete.captured_inputs]
-    given = [(t, None if t.dtype == tf.resource else t.numpy()) for t in given]
+    fetched = [t.name for t in concrete.outputs]
+    fetched += [op.name for op in concrete.graph.control_outputs]
     with tf.Graph().as_default():
         inputs = {
-            inner.name: tf.constant(value)
-            if value is not None
-            else v1.Variable(handles[id(t)], use_resource=True).handle
-            for inner, (t, value) in zip(concrete.inputs, given)
+            inner.name: v1.Variable(values[id(t)], use_resource=True).handle
+            if t.dtype == tf.resource
+            else tf.constant(t.numpy())
+            for inner, t in zip(concrete.inputs, given)
         }
-        fetched = tf.graph_util.import_graph_def(
-            concrete.graph.as_graph_def(),
-            inputs,
-            [t.name for t in concrete.outputs]
-            + [op.name for op in concrete.graph.control_outputs],
-            name="",
-        )
+        definition = concrete.graph.as_graph_def()
+        fetched = tf.graph_util.import_graph_def(definition, inputs, fetched, name="")
         config = v1.ConfigProto()
         config.graph_options.rewrite_options.disable_meta_optimizer = True
         config.graph_options.optimizer_options.opt_level = -1
