@@ -9,7 +9,6 @@ import re
 import sys
 
 import keras
-import numpy as np
 
 import keras_slsam
 from benchmarks import long_run
@@ -29,8 +28,7 @@ PAGE = pathlib.Path(__file__).parents[1] / "docs" / "benchmarks.md"
 def origin(args: argparse.Namespace) -> dict:
     """Returns the backend, flags, machine and versions of a measurement."""
     backend = keras.config.backend()
-    packages = {name: sys.modules.get(name) for name in ("keras_hub", backend)}
-    packages = {"keras": keras, "numpy": np, **packages}
+    packages = map(sys.modules.get, ("keras", "numpy", "keras_hub", backend))
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     model = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
@@ -45,7 +43,7 @@ def origin(args: argparse.Namespace) -> dict:
         "versions": {
             "python": platform.python_version(),
             "keras-slsam": keras_slsam.__version__,
-            **{name: m.__version__ for name, m in packages.items() if m},
+            **{m.__name__: m.__version__ for m in packages if m},
         },
     }
 
@@ -71,8 +69,8 @@ def write(files: list[pathlib.Path], page: pathlib.Path = PAGE) -> None:
         _, end, after = rest.partition(f"<!-- /{name} -->")
         if not end:
             raise SystemExit(f"The page has no <!-- {name} --> and <!-- /{name} -->.")
-        content = "\n\n".join([start, tables(found), _origins(found), end])
-        text = before + content + after
+        filled = [before + start, tables(found), _origins(found), end + after]
+        text = "\n\n".join(filled)
         if name == "time":
             _draw(found, page.with_suffix(".svg"))
     page.write_text(text, "utf-8")

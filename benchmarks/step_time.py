@@ -43,9 +43,8 @@ class StepLog(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         float(logs["loss"])  # dispatch is asynchronous on some backends
-        start, cpu_start = self._start
-        seconds = time.perf_counter() - start, time.process_time() - cpu_start
-        self.steps.append(seconds)
+        end = time.perf_counter(), time.process_time()
+        self.steps.append(np.subtract(end, self._start))
 
 
 def log_traces(model: keras.Model) -> list[float]:
@@ -74,8 +73,7 @@ def measure(args: argparse.Namespace) -> dict:
     if args.alone:
         found = {n: process.separate(of_method, n, args) for n in args.methods}
     else:
-        prepared = {name: models.prepare(name, args) for name in args.methods}
-        found = of_models(prepared, args)
+        found = of_models({n: models.prepare(n, args) for n in args.methods}, args)
     ratios = {
         f"{above} / {below}": ratio(found[above], found[below])
         for below in BASES
@@ -106,20 +104,20 @@ def of_models(prepared: dict, args: argparse.Namespace) -> dict:
     logs = {name: StepLog() for name in names}
     traces = {name: log_traces(model) for name, model in prepared.items()}
     for number in range(args.rounds + 1):
-        turn = number % len(names)
-        for name in [*names[turn:], *names[:turn]]:
+        for name in names:
             fit(prepared[name], x, y, args.batch, [logs[name]])
+        names.append(names.pop(0))
         if number == 0:
             traced = {name: sum(traces[name]) or None for name in names}
         print(f"round {number} of {args.rounds}", file=sys.stderr, flush=True)
-    found, turns = {}, (args.rounds + 1, args.steps + 1, 2)
+    found = {}
     batch = models.data(args, args.batch)
     for name, model in prepared.items():
         sparse = isinstance(models.METHODS[name], dict)
         arms = len(model.optimizer.arms) if sparse else None
         flops = itertools.islice(probes.step_flops(model, *batch), args.flop_steps)
         found[name] = {
-            **_summary(np.reshape(logs[name].steps, turns), traced[name]),
+            **_summary(logs[name].steps, args.rounds, traced[name]),
             "arms": arms,
             "active_share": arms and float(timed_masks(arms, args).mean()),
             "traces": len(traces[name]) or None,
@@ -128,14 +126,14 @@ def of_models(prepared: dict, args: argparse.Namespace) -> dict:
     return found
 
 
-def fit(model, x, y, batch_size, callbacks=()):
+def fit(model, x, y, batch_size, callbacks=None):
     """Trains for one epoch, in the order of the data."""
-    given = dict(shuffle=False, verbose=0, callbacks=list(callbacks))
-    model.fit(x, y, batch_size=batch_size, **given)
+    model.fit(x, y, batch_size, shuffle=False, verbose=0, callbacks=callbacks)
 
 
-def _summary(turns, trace):
+def _summary(steps, rounds, trace):
     """Summarises the timed steps, and the tracing and compilation in the first call."""
+    turns = np.reshape(steps, (rounds + 1, -1, 2))
     first_call = float(turns[0, 0, 0])
     seconds, cpu = turns[1:, 1:, 0], turns[1:, 1:, 1]
     low, median, high = np.quantile(seconds, [0.25, 0.5, 0.75]).tolist()

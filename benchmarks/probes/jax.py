@@ -10,7 +10,6 @@ from jax.interpreters.partial_eval import dce_jaxpr
 # Primitives that call one function.
 _CALLS = {"jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call"}
 _CALLS |= {"checkpoint", "remat2"}
-_LOOPS = {"scan", "while"}
 _PRODUCTS = {"conv_general_dilated", "dot_general"}
 
 
@@ -119,7 +118,7 @@ def _evaluate(equation, inputs):
         return _run(params["branches"][int(index)], operands)
     if name in _CALLS:
         return _run(params["jaxpr" if "jaxpr" in params else "call_jaxpr"], inputs)
-    if name in _LOOPS and count([equation], _PRODUCTS):
+    if name in {"scan", "while"} and count([equation], _PRODUCTS):
         raise NotImplementedError("The FLOPs of a loop are unknown.")
     results = equation.primitive.bind(*inputs, **params)
     results = results if equation.primitive.multiple_results else [results]

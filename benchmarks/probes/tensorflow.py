@@ -1,5 +1,6 @@
 """Measurements on TensorFlow."""
 
+import contextlib
 import math
 import pathlib
 import re
@@ -27,12 +28,10 @@ def step_flops(model, x, y):
     unknown.
     """
     step, tensors = _step(model, x, y)
-    while not model.jit_compile:
-        try:
+    with contextlib.suppress(NotImplementedError):
+        while not model.jit_compile:
             yield executed_flops(step, *tensors)
-        except NotImplementedError:
-            return
-        model.fit(x, y, batch_size=len(y), shuffle=False, verbose=0)
+            model.fit(x, y, batch_size=len(y), shuffle=False, verbose=0)
 
 
 def conditions(model, x, y):
