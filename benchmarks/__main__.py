@@ -18,63 +18,11 @@ import sys
 # By default glibc returns large blocks to the system in each step and pages them in
 # again. That costs more than some of the differences measured here. glibc reads these
 # settings when the process starts.
-MALLOC = dict.fromkeys(
-    ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_"),
-    "4294967296",
-)
+KEPT = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
+MALLOC = dict.fromkeys(KEPT, "4294967296")
 if os.environ.get("KERAS_BACKEND") == "jax":
     # glibc never keeps blocks as large as XLA's in the arenas of other threads.
     MALLOC["MALLOC_ARENA_MAX"] = "1"
-
-
-def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the commands and their flags."""
-    from benchmarks import methods
-    from benchmarks import models
-
-    runner = argparse.ArgumentParser(
-        prog="python -m benchmarks",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = runner.add_subparsers(dest="command", required=True)
-    parsers = {
-        name: commands.add_parser(name, allow_abbrev=False)
-        for name in ("time", "memory", "scale", "long", "report")
-    }
-    for name in ("time", "memory", "scale", "long"):
-        add = parsers[name].add_argument
-        add("--active-fraction", type=float, default=0.2)
-        add("--rounds", type=_count, default=5, help="timed rounds")
-        add("--steps", type=_count, default=5, help="timed steps of each round")
-        add("--jit-compile", choices=("auto", "yes", "no"), default="auto")
-        add("--seed", type=int, default=0)
-        add("--json", type=pathlib.Path, help="also write the result to this file")
-    for name in ("time", "memory"):
-        add = parsers[name].add_argument
-        add("--model", choices=models.MODELS, default="minilm")
-        add("--batch", type=_count, default=32)
-        add("--length", type=_count, help="tokens of a text, pixels of an image's side")
-        add("--layers", type=_count, help="for bert and dense")
-        add("--width", type=_count, help="for bert and dense")
-        every = list(methods.METHODS)
-        add("--methods", nargs="+", choices=every, default=every, metavar="METHOD")
-    add = parsers["time"].add_argument
-    add("--flop-steps", type=int, default=3, help="steps whose FLOPs are counted")
-    add("--alone", action="store_true", help="run each method in a separate process")
-    parsers["scale"].add_argument(
-        "--depths", type=_count, nargs="+", default=[6, 12, 24, 48], help="layers"
-    )
-    parsers["long"].set_defaults(steps=20_000)
-    parsers["report"].add_argument("files", nargs="+", type=pathlib.Path)
-    return runner
-
-
-def _count(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1. Received: {number}")
-    return number
 
 
 def main(argv: list[str]) -> None:
@@ -82,14 +30,44 @@ def main(argv: list[str]) -> None:
     from benchmarks import models
     from benchmarks import report
 
-    args = parser().parse_args(argv)
+    runner = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = runner.add_subparsers(dest="command", required=True)
+    for name in ("time", "memory", "scale", "long"):
+        add = commands.add_parser(name, allow_abbrev=False).add_argument
+        add("--active-fraction", type=float, default=0.2)
+        add("--rounds", type=int, default=5, help="timed rounds")
+        steps = 20_000 if name == "long" else 5
+        add("--steps", type=int, default=steps, help="timed steps of each round")
+        add("--jit-compile", choices=("auto", "yes", "no"), default="auto")
+        add("--seed", type=int, default=0)
+        add("--json", type=pathlib.Path, help="also write the result to this file")
+        if name in ("time", "memory"):
+            add("--model", choices=models.MODELS, default="minilm")
+            add("--batch", type=int, default=32)
+            add("--length", type=int, help="tokens of a text, or pixels of a side")
+            add("--layers", type=int, help="for bert and dense")
+            add("--width", type=int, help="for bert and dense")
+            every = list(models.METHODS)
+            add("--methods", nargs="+", choices=every, default=every, metavar="METHOD")
+        if name == "time":
+            add("--flop-steps", type=int, default=3, help="steps whose FLOPs to count")
+            add("--alone", action="store_true", help="use a process for each method")
+        if name == "scale":
+            depths = [6, 12, 24, 48]
+            add("--depths", type=int, nargs="+", default=depths, help="layers")
+    commands.add_parser("report").add_argument("files", nargs="+", type=pathlib.Path)
+    args = runner.parse_args(argv)
     if args.command == "report":
         report.write(args.files)
         return
     if "model" in args:
-        args = models.with_sizes(args)
-    line = re.sub(r" --json[= ]\S+", "", shlex.join(argv))
+        models.set_sizes(args)
     measured = report.COMMANDS[args.command].measure(args)
+    line = re.sub(r" --json[= ]\S+", "", shlex.join(argv))
     result = {
         "command": args.command,
         "line": f"python -m benchmarks {line}",

@@ -11,14 +11,9 @@ def markdown(rows: list[dict[str, str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
-def number(value: float | None, digits: int = 0) -> str:
-    """Formats a number, or a dash if it is unknown."""
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def megabytes(value: float | None, digits: int = 0) -> str:
-    """Formats bytes as megabytes."""
-    return number(value and value / 1e6, digits)
+def number(value: float | None, digits: int = 0, unit: float = 1) -> str:
+    """Formats a number of a unit, or a dash if it is unknown."""
+    return "-" if value is None else f"{value / unit:.{digits}f}"
 
 
 def ratio(found: dict | None) -> str:

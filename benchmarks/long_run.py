@@ -8,47 +8,27 @@ drawn.
 
 import argparse
 import gc
-import statistics
 import sys
 
 import keras
 import numpy as np
+from keras import layers
 
 import keras_slsam
 from benchmarks import cells
-from benchmarks import methods
+from benchmarks import models
 from benchmarks import probes
-from benchmarks import resident_set
+from benchmarks import process
 from benchmarks import step_time
-from keras_slsam import samplers
 
 THOUSAND = 1000
 WIDTH, BATCH = 16, 8
-
-
-def _counted(sampler):
-    """Returns a subclass of a sampler's class that counts the draws of each arm."""
-
-    class Counted(sampler):
-        def build(self, num_arms):
-            super().build(num_arms)
-            zeros = np.zeros(num_arms)
-            self.counts = keras.Variable(zeros, dtype="int32", trainable=False)
-
-        def draw(self):
-            mask = super().draw()
-            self.counts.assign_add(keras.ops.cast(mask, "int32"))
-            return mask
-
-    return Counted
-
-
-# The sampler, and whether a step has a single pass.
+# The arguments of SL-SAM.
 METHODS = {
-    "SAM": None,
-    "SL-SAM bandit": (_counted(samplers.Bandit), False),
-    "SL-SAM proportional": (_counted(samplers.Proportional), False),
-    "SL+S2 bandit": (_counted(samplers.Bandit), True),
+    "SAM": {},
+    "SL-SAM bandit": {"sampler": "bandit"},
+    "SL-SAM proportional": {"sampler": "proportional"},
+    "SL+S2 bandit": {"sampler": "bandit", "single_step": True},
 }
 
 
@@ -58,61 +38,54 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def _of_method(name, args):
-    model, optimizer = _prepare(name, args)
-    traces = step_time.log_traces(model)
-    x = np.random.default_rng(args.seed).normal(size=(THOUSAND * BATCH, WIDTH))
-    y = np.sin(x[:, :1])
-    found = {"seconds": [], "resident": [], "tensors": []}
-    counts = []
-    for thousand in range(max(args.steps // THOUSAND, 2)):
-        log = step_time.StepLog()
-        step_time.fit(model, x, y, BATCH, log)
-        gc.collect()
-        found["seconds"].append(statistics.median(log.seconds[1:]))
-        found["resident"].append(resident_set.now())
-        found["tensors"].append(probes.num_tensors())
-        if METHODS[name]:
-            counts.append(keras.ops.convert_to_numpy(optimizer.sampler.counts))
-        print(f"{name}: {thousand + 1},000 steps", file=sys.stderr, flush=True)
-    drawn = (counts[-1] - counts[len(counts) // 2 - 1]).tolist() if counts else None
-    return {**found, "traces": len(traces) or None, "drawn": drawn}
-
-
-def _prepare(name, args):
-    """Returns a compiled model and its optimizer."""
     keras.utils.set_random_seed(args.seed)
     model = keras.Sequential([keras.Input((WIDTH,))])
     for _ in range(2):
-        model.add(keras.layers.Dense(WIDTH, activation="relu"))
-        model.add(keras.layers.BatchNormalization())
-        model.add(keras.layers.Dropout(0.1))
-    model.add(keras.layers.Dense(1))
-    base = keras.optimizers.AdamW(1e-3)
-    if name == "SAM":
-        optimizer = keras_slsam.SAM(base)
-    else:
-        counted, single_step = METHODS[name]
-        sampler = counted(args.active_fraction, seed=args.seed)
-        optimizer = keras_slsam.SLSAM(base, sampler=sampler, single_step=single_step)
+        model.add(layers.Dense(WIDTH, activation="relu"))
+        model.add(layers.BatchNormalization())
+        model.add(layers.Dropout(0.1))
+    model.add(layers.Dense(1))
     model = keras_slsam.sharpness_aware(model)
-    model.compile(optimizer, "mse", jit_compile=methods.JIT_COMPILE[args.jit_compile])
-    return model, optimizer
+    method, kwargs = keras_slsam.SAM, METHODS[name]
+    if kwargs:
+        method = keras_slsam.SLSAM
+        kwargs = {"active_fraction": args.active_fraction, "seed": args.seed, **kwargs}
+    optimizer = method(keras.optimizers.AdamW(1e-3), **kwargs)
+    model.compile(optimizer, "mse", jit_compile=models.JIT_COMPILE[args.jit_compile])
+    traces = step_time.log_traces(model)
+    x = np.random.default_rng(args.seed).normal(size=(THOUSAND * BATCH, WIDTH))
+    log = step_time.StepLog()
+    found = {"resident": [], "tensors": []}
+    counts = []
+    for thousand in range(max(args.steps // THOUSAND, 2)):
+        step_time.fit(model, x, np.sin(x[:, :1]), BATCH, [log])
+        gc.collect()
+        found["resident"].append(process.resident("VmRSS"))
+        found["tensors"].append(probes.num_tensors())
+        # The steps that each arm has taken. They are unknown for a dense method.
+        taken = [v for v in optimizer.variables if v.name == "own_iterations"]
+        counts += [np.copy(keras.ops.convert_to_numpy(v)) for v in taken]
+        print(f"{name}: {thousand + 1},000 steps", file=sys.stderr, flush=True)
+    drawn = (counts[-1] - counts[len(counts) // 2 - 1]).tolist() if counts else None
+    seconds = np.reshape(log.steps, (-1, THOUSAND, 2))[:, 1:, 0]
+    found["seconds"] = np.median(seconds, axis=1).tolist()
+    return {**found, "traces": len(traces) or None, "drawn": drawn}
 
 
 def rows(result: dict):
     """Yields a row for each method, with the first thousand steps and the last."""
     for name, row in result["methods"].items():
-        milliseconds = [1000 * seconds for seconds in row["seconds"]]
         yield {
             "method": name,
-            "ms per step": _ends(milliseconds, lambda ms: cells.number(ms, 2)),
-            "resident, MB": _ends(row["resident"], cells.megabytes),
-            "tensors": _ends(row["tensors"], cells.number),
+            "ms per step": _ends(row["seconds"], 2, 1e-3),
+            "resident, MB": _ends(row["resident"], 0, 1e6),
+            "tensors": _ends(row["tensors"]),
             "traces": cells.number(row["traces"]),
             "drawn": cells.number(row["drawn"] and min(row["drawn"])),
         }
 
 
-def _ends(values, cell):
+def _ends(values, *form):
     """Formats the first and the last value."""
-    return "-" if values[0] is None else f"{cell(values[0])}, {cell(values[-1])}"
+    first, last = (cells.number(value, *form) for value in (values[0], values[-1]))
+    return first if first == "-" else f"{first}, {last}"

@@ -4,12 +4,10 @@ import argparse
 import functools
 import statistics
 
-from benchmarks import alone
 from benchmarks import cells
-from benchmarks import methods
 from benchmarks import models
 from benchmarks import probes
-from benchmarks import resident_set
+from benchmarks import process
 from benchmarks import step_time
 
 # glibc maps each block of this size or more separately, and returns it to the system as
@@ -24,7 +22,7 @@ MALLOC = {
 
 def measure(args: argparse.Namespace) -> dict:
     """Measures the memory of each method, see `of_method`."""
-    found = {n: alone.measure("memory", n, args, **MALLOC) for n in args.methods}
+    found = {n: process.separate(of_method, n, args, **MALLOC) for n in args.methods}
     return {"methods": found}
 
 
@@ -39,13 +37,13 @@ def of_method(name: str, args: argparse.Namespace) -> dict:
     """
     batch = models.data(args, args.batch)
     several = models.data(args, args.batch * (args.steps + 1))
-    model = methods.prepare(name, args)
-    resident_set.reset_peak()
-    resident = {"built": resident_set.now()}
+    model = models.prepare(name, args)
+    process.reset_peak()
+    resident = {"built": process.resident("VmRSS")}
     for part, data in {"first_step": batch, "later_steps": several}.items():
         step_time.fit(model, *data, args.batch)
-        resident[part] = resident_set.peak()
-        resident_set.reset_peak()
+        resident[part] = process.resident("VmHWM")
+        process.reset_peak()
     step = functools.partial(step_time.fit, model, *batch, args.batch)
     live = [probes.live_bytes(model, step) for _ in range(args.steps + 1)]
     return {
@@ -59,18 +57,16 @@ def rows(result: dict):
     """Yields the table, a row for each method."""
     for name, row in result["methods"].items():
         resident, live, plan = row["resident"], row["live"], row["planned"]
-        built = resident["built"]
-        planned = plan and (
-            plan["arguments"] + plan["outputs"] - plan["alias"] + plan["temporary"]
-        )
+        built, later = resident["built"], resident["later_steps"]
+        passed = plan and plan["arguments"] + plan["outputs"] - plan["alias"]
         found = {
-            "resident at most": resident["later_steps"],
-            "above the built model": built and resident["later_steps"] - built,
+            "resident at most": later,
+            "above the built model": built and later - built,
             "first step above it": built and resident["first_step"] - built,
             "in use at most": live and max(live),
             "mean step": live and statistics.fmean(live),
             "planned, temporary": plan and plan["temporary"],
-            "planned, in all": planned,
+            "planned, in all": plan and passed + plan["temporary"],
         }
-        found = {f"{k}, MB": cells.megabytes(v, 1) for k, v in found.items()}
+        found = {f"{k}, MB": cells.number(v, 1, 1e6) for k, v in found.items()}
         yield {"method": name, **found}

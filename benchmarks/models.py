@@ -1,6 +1,8 @@
-"""The models to measure, and random data for them."""
+"""The models and the methods to measure, and random data."""
 
 import argparse
+import functools
+import importlib
 import pathlib
 import sys
 import typing
@@ -8,38 +10,48 @@ import typing
 import keras
 import numpy as np
 
+import keras_slsam
+
 CLASSES = 2
+RHO = 0.05  # of the tutorials, as our default
+# From the flag `--jit-compile` to the argument of `compile`.
+JIT_COMPILE = {"auto": "auto", "yes": True, "no": False}
+WORDS = 40  # words per width, as in BERT, which has 30,522 words at a width of 768
 
 
 class Model(typing.NamedTuple):
-    """A model with its default sizes, which are `None` if they cannot be changed.
-
-    The length is that of a text in tokens, or of an image's side in pixels.
-    """
+    """A model, with the defaults of the sizes that can be changed."""
 
     title: str
     make: typing.Callable
-    layers: int | None = None
-    width: int | None = None
-    length: int | None = None
+    sizes: dict[str, int]
 
 
-def with_sizes(args: argparse.Namespace) -> argparse.Namespace:
-    """Returns the flags, with the model's default sizes where none were given.
+# The class of a dense optimizer, or arguments of SL-SAM.
+METHODS = {
+    "AdamW": None,
+    "tutorial SAM": None,
+    "SAM": keras_slsam.SAM,
+    "S2-SAM": keras_slsam.S2SAM,
+    "SL-SAM": {"arms": "variable"},
+    "SL+S2": {"arms": "variable", "single_step": True},
+    "SL-SAM block": {"arms": "block"},
+    "SL+S2 block": {"arms": "block", "single_step": True},
+}
+
+
+def set_sizes(args: argparse.Namespace) -> None:
+    """Sets the flags that were not given to the model's default sizes.
 
     Raises:
         SystemExit: if the flags have a size that the model does not have.
     """
-    sizes = {}
+    defaults = MODELS[args.model].sizes
     for name in ("layers", "width", "length"):
-        own = getattr(MODELS[args.model], name)
-        sizes[name] = getattr(args, name) or own
-        if sizes[name] and not own:
-            raise SystemExit(
-                f"--model {args.model} does not take --{name}. "
-                f"Received: --{name} {sizes[name]}"
-            )
-    return argparse.Namespace(**{**vars(args), **sizes})
+        given = getattr(args, name)
+        if given and name not in defaults:
+            raise SystemExit(f"--model {args.model} does not take --{name} {given}.")
+        setattr(args, name, given or defaults.get(name))
 
 
 def make(args: argparse.Namespace) -> keras.Model:
@@ -48,17 +60,40 @@ def make(args: argparse.Namespace) -> keras.Model:
     return MODELS[args.model].make(args)
 
 
+def prepare(name: str, args: argparse.Namespace) -> keras.Model:
+    """Returns a new model, compiled for training with the method `name`."""
+    model, method = make(args), METHODS[name]
+    optimizer = keras.optimizers.AdamW(1e-5)
+    if name == "tutorial SAM":
+        backend = keras.config.backend()
+        tutorial = importlib.import_module(f"benchmarks.tutorial.{backend}")
+        model.train_step = functools.partial(tutorial.train_step, model, RHO)
+    elif isinstance(method, dict):
+        # With uniform draws, every step costs the same on average.
+        draws = {"sampler": "uniform", "active_fraction": args.active_fraction}
+        optimizer = keras_slsam.SLSAM(optimizer, seed=args.seed, **draws, **method)
+    elif method:
+        optimizer = method(optimizer)
+    if method:
+        model = keras_slsam.sharpness_aware(model)
+    model.compile(
+        optimizer=optimizer,
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        jit_compile=JIT_COMPILE[args.jit_compile],
+    )
+    return model
+
+
 def data(args: argparse.Namespace, count: int):
     """Returns random data for the model: `(x, y)` with `count` rows."""
     rng = np.random.default_rng(args.seed)
     y = rng.integers(0, CLASSES, count)
-    if args.model == "dense":
-        return rng.normal(size=(count, args.width)).astype("float32"), y
-    if args.model == "efficientnet":
-        shape = (count, args.length, args.length, 3)
-        return rng.normal(size=shape).astype("float32"), y
+    shapes = {"dense": [args.width], "efficientnet": [args.length, args.length, 3]}
+    if args.model in shapes:
+        return rng.normal(size=[count, *shapes[args.model]]).astype("float32"), y
     shape = (count, args.length)
-    vocabulary = _vocabulary(args.width) if args.model == "bert" else 30_522
+    vocabulary = WORDS * args.width if args.model == "bert" else 30_522
     tokens = {
         "token_ids": rng.integers(1, vocabulary, shape).astype("int32"),
         "segment_ids": np.zeros(shape, "int32"),
@@ -82,7 +117,7 @@ def _bert(args):
     import keras_hub
 
     backbone = keras_hub.models.BertBackbone(
-        vocabulary_size=_vocabulary(args.width),
+        vocabulary_size=WORDS * args.width,
         num_layers=args.layers,
         num_heads=max(args.width // 64, 1),
         hidden_dim=args.width,
@@ -90,10 +125,6 @@ def _bert(args):
         max_sequence_length=max(args.length, 512),
     )
     return keras_hub.models.BertTextClassifier(backbone, num_classes=CLASSES)
-
-
-def _vocabulary(width):
-    return 40 * width  # about BERT's ratio: 30,522 words at a width of 768
 
 
 def _efficientnet(args):
@@ -111,16 +142,18 @@ def _efficientnet(args):
 
 def _dense(args):
     """Returns a chain of Dense layers of one width, and a head."""
-    model = keras.Sequential([keras.Input((args.width,))])
-    for _ in range(args.layers):
-        model.add(keras.layers.Dense(args.width, activation="relu"))
-    model.add(keras.layers.Dense(CLASSES))
-    return model
+    chain = [
+        keras.layers.Dense(args.width, activation="relu") for _ in range(args.layers)
+    ]
+    head = keras.layers.Dense(CLASSES)
+    return keras.Sequential([keras.Input((args.width,)), *chain, head])
 
 
+_BERT = {"layers": 12, "width": 768, "length": 64}
+# The length is that of a text in tokens, or of an image's side in pixels.
 MODELS = {
-    "minilm": Model("MiniLM", _minilm, length=64),
-    "bert": Model("BERT-like encoder", _bert, layers=12, width=768, length=64),
-    "efficientnet": Model("EfficientNet-lite0", _efficientnet, length=96),
-    "dense": Model("Dense layers", _dense, layers=8, width=1024),
+    "minilm": Model("MiniLM", _minilm, {"length": 64}),
+    "bert": Model("BERT-like encoder", _bert, _BERT),
+    "efficientnet": Model("EfficientNet-lite0", _efficientnet, {"length": 96}),
+    "dense": Model("Dense layers", _dense, {"layers": 8, "width": 1024}),
 }

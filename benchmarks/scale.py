@@ -11,7 +11,6 @@ import numpy as np
 
 from benchmarks import cells
 from benchmarks import memory
-from benchmarks import methods
 from benchmarks import models
 from benchmarks import probes
 from benchmarks import step_time
@@ -35,7 +34,7 @@ def measure(args: argparse.Namespace) -> dict:
 def _row(depth, args):
     own = {"layers": depth, "flop_steps": 0, "methods": [DENSE, SPARSE]}
     args = argparse.Namespace(**{**vars(args), **ENCODER, **own})
-    prepared = {name: methods.prepare(name, args) for name in args.methods}
+    prepared = {name: models.prepare(name, args) for name in args.methods}
     timed = step_time.of_models(prepared, args)
     batch = models.data(args, args.batch)
     return {
@@ -69,8 +68,8 @@ def rows(result: dict):
             "SL-SAM / SAM": cells.ratio(row["ratio"]),
             "conditions": cells.number(row["conditions"]),
             **{k: cells.number(found[i], 1) for k, found in seconds.items()},
-            "resident, MB": cells.megabytes(resident[SPARSE]),
-            "of SAM, MB": cells.megabytes(resident[DENSE]),
+            "resident, MB": cells.number(resident[SPARSE], 0, 1e6),
+            "of SAM, MB": cells.number(resident[DENSE], 0, 1e6),
         }
         yield cells_of_depth
     depths = [row["layers"] for row in result["rows"]]

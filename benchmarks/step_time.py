@@ -16,11 +16,10 @@ import time
 import keras
 import numpy as np
 
-from benchmarks import alone
 from benchmarks import cells
-from benchmarks import methods
 from benchmarks import models
 from benchmarks import probes
+from benchmarks import process
 from keras_slsam import samplers
 
 # The methods that all methods are compared with.
@@ -31,22 +30,21 @@ class StepLog(keras.callbacks.Callback):
     """Records the seconds of each step until its result is available.
 
     Attributes:
-        seconds: List of float, those of a clock.
-        cpu: List of float, those that all cores together spent on this process.
+        steps: List with two numbers for each step: the seconds of a clock, and those
+            that all cores together spent on this process.
     """
 
     def __init__(self):
         super().__init__()
-        self.seconds, self.cpu = [], []
+        self.steps = []
 
     def on_train_batch_begin(self, batch, logs=None):
         self._start = time.perf_counter(), time.process_time()
 
     def on_train_batch_end(self, batch, logs=None):
         float(logs["loss"])  # dispatch is asynchronous on some backends
-        start, cpu_start = self._start
-        self.seconds.append(time.perf_counter() - start)
-        self.cpu.append(time.process_time() - cpu_start)
+        end = time.perf_counter(), time.process_time()
+        self.steps.append(np.subtract(end, self._start))
 
 
 def log_traces(model: keras.Model) -> list[float]:
@@ -65,7 +63,7 @@ def log_traces(model: keras.Model) -> list[float]:
         finally:
             seconds.append(time.perf_counter() - start)
 
-    if probes.TRACES:
+    if keras.config.backend() != "torch":
         model.train_step = traced
     return seconds
 
@@ -73,10 +71,9 @@ def log_traces(model: keras.Model) -> list[float]:
 def measure(args: argparse.Namespace) -> dict:
     """Times the methods. Returns a dict for each, and the ratios of the step times."""
     if args.alone:
-        found = {name: alone.measure("step_time", name, args) for name in args.methods}
+        found = {n: process.separate(of_method, n, args) for n in args.methods}
     else:
-        prepared = {name: methods.prepare(name, args) for name in args.methods}
-        found = of_models(prepared, args)
+        found = of_models({n: models.prepare(n, args) for n in args.methods}, args)
     ratios = {
         f"{above} / {below}": ratio(found[above], found[below])
         for below in BASES
@@ -88,7 +85,7 @@ def measure(args: argparse.Namespace) -> dict:
 
 def of_method(name: str, args: argparse.Namespace) -> dict:
     """Times one method."""
-    return of_models({name: methods.prepare(name, args)}, args)[name]
+    return of_models({name: models.prepare(name, args)}, args)[name]
 
 
 def of_models(prepared: dict, args: argparse.Namespace) -> dict:
@@ -104,49 +101,50 @@ def of_models(prepared: dict, args: argparse.Namespace) -> dict:
     """
     x, y = models.data(args, args.batch * (args.steps + 1))
     names = list(prepared)
+    logs = {name: StepLog() for name in names}
     traces = {name: log_traces(model) for name, model in prepared.items()}
-    rounds, cpu = {name: [] for name in names}, {name: [] for name in names}
-    first_calls = {}
     for number in range(args.rounds + 1):
-        turn = number % len(names)
-        for name in [*names[turn:], *names[:turn]]:
-            log = StepLog()
-            fit(prepared[name], x, y, args.batch, log)
-            if number == 0:
-                first_calls[name] = log.seconds[0], sum(traces[name]) or None
-            else:
-                rounds[name].append(log.seconds[1:])
-                cpu[name] += log.cpu[1:]
+        for name in names:
+            fit(prepared[name], x, y, args.batch, [logs[name]])
+        names.append(names.pop(0))
+        if number == 0:
+            traced = {name: sum(traces[name]) or None for name in names}
         print(f"round {number} of {args.rounds}", file=sys.stderr, flush=True)
-    return {
-        name: {
-            **_summary(rounds[name], *first_calls[name]),
-            "cpu": statistics.fmean(cpu[name]),
-            **_active_arms(prepared[name].optimizer, args),
+    found = {}
+    batch = models.data(args, args.batch)
+    for name, model in prepared.items():
+        sparse = isinstance(models.METHODS[name], dict)
+        arms = len(model.optimizer.arms) if sparse else None
+        flops = itertools.islice(probes.step_flops(model, *batch), args.flop_steps)
+        found[name] = {
+            **_summary(logs[name].steps, args.rounds, traced[name]),
+            "arms": arms,
+            "active_share": arms and float(timed_masks(arms, args).mean()),
             "traces": len(traces[name]) or None,
-            "flops": _flops(prepared[name], args),
+            "flops": list(flops),
         }
-        for name in names
-    }
+    return found
 
 
-def fit(model, x, y, batch_size, *callbacks):
+def fit(model, x, y, batch_size, callbacks=None):
     """Trains for one epoch, in the order of the data."""
-    given = dict(batch_size=batch_size, callbacks=list(callbacks))
-    model.fit(x, y, shuffle=False, verbose=0, **given)
+    model.fit(x, y, batch_size, shuffle=False, verbose=0, callbacks=callbacks)
 
 
-def _summary(rounds, first_call, trace):
+def _summary(steps, rounds, trace):
     """Summarises the timed steps, and the tracing and compilation in the first call."""
-    seconds = np.concatenate(rounds).tolist()
+    turns = np.reshape(steps, (rounds + 1, -1, 2))
+    first_call = float(turns[0, 0, 0])
+    seconds, cpu = turns[1:, 1:, 0], turns[1:, 1:, 1]
     low, median, high = np.quantile(seconds, [0.25, 0.5, 0.75]).tolist()
     return {
-        "seconds": rounds,
-        "mean": statistics.fmean(seconds),
+        "seconds": seconds.tolist(),
+        "mean": float(seconds.mean()),
         "median": median,
         "lower_quartile": low,
         "upper_quartile": high,
-        "steps": len(seconds),
+        "cpu": float(cpu.mean()),
+        "steps": seconds.size,
         "first_call": first_call,
         "trace": trace,
         # The rest of the first call, which is neither the trace nor the step.
@@ -156,44 +154,27 @@ def _summary(rounds, first_call, trace):
 
 def ratio(above: dict, below: dict) -> dict:
     """Returns the ratios of two methods' mean and median seconds, with the spread."""
-    pairs = zip(above["seconds"], below["seconds"])
-    of_rounds = [statistics.fmean(a) / statistics.fmean(b) for a, b in pairs]
-    error = None
-    if len(of_rounds) > 1:
-        error = statistics.stdev(of_rounds) / len(of_rounds) ** 0.5
+    upper, lower = (np.mean(row["seconds"], axis=1) for row in (above, below))
+    of_rounds = upper / lower
+    error = of_rounds.std(ddof=1) / len(upper) ** 0.5 if len(upper) > 1 else None
     return {
         "of_means": above["mean"] / below["mean"],
         "of_medians": above["median"] / below["median"],
-        "of_rounds": of_rounds,
+        "of_rounds": of_rounds.tolist(),
         "standard_error": error,
     }
-
-
-def _active_arms(optimizer, args):
-    """Returns the number of arms of an optimizer, and the mean active share."""
-    if getattr(optimizer, "probabilities", None) is None:
-        return {"arms": None, "active_share": None}
-    drawn = timed_masks(len(optimizer.arms), args)
-    return {"arms": len(optimizer.arms), "active_share": float(drawn.mean())}
 
 
 def timed_masks(num_arms: int, args: argparse.Namespace) -> np.ndarray:
     """Returns the masks of the steps that count, drawn again with the same seed.
 
-    Returns:
-        Boolean array of shape `(rounds * steps, num_arms)`.
+    They are a boolean array of shape `(rounds, steps, num_arms)`.
     """
     sampler = samplers.Uniform(args.active_fraction, seed=args.seed)
     sampler.build(num_arms)
     turns = args.rounds + 1, args.steps + 1
     drawn = [keras.ops.convert_to_numpy(sampler.draw()) for _ in np.ndindex(turns)]
-    return np.reshape(drawn, (*turns, num_arms))[1:, 1:].reshape(-1, num_arms)
-
-
-def _flops(model, args):
-    """Returns the FLOPs of a few more steps, or an empty list if they are unknown."""
-    counted = probes.step_flops(model, *models.data(args, args.batch))
-    return list(itertools.islice(counted, args.flop_steps))
+    return np.reshape(drawn, (*turns, num_arms))[1:, 1:]
 
 
 def rows(result: dict):

@@ -9,12 +9,11 @@ import keras
 import numpy as np
 import pytest
 
-from benchmarks import alone
 from benchmarks import long_run
 from benchmarks import memory
-from benchmarks import methods
 from benchmarks import models
 from benchmarks import probes
+from benchmarks import process
 from benchmarks import report
 from benchmarks import scale
 from benchmarks import step_time
@@ -88,8 +87,8 @@ def test_time_and_its_report(tmp_path):
 
 
 def test_each_method_can_have_a_separate_process(tmp_path, monkeypatch):
-    def measure(module, name, args):
-        assert module == "step_time"
+    def separate(function, name, args):
+        assert function is step_time.of_method
         seconds = {"AdamW": 1.0, "SAM": 2.0}[name]
         row = dict.fromkeys(("active_share", "trace", "compile", "traces"))
         for part in (
@@ -103,7 +102,7 @@ def test_each_method_can_have_a_separate_process(tmp_path, monkeypatch):
             row[part] = seconds
         return {**row, "seconds": [[seconds], [seconds]], "flops": []}
 
-    monkeypatch.setattr(alone, "measure", measure)
+    monkeypatch.setattr(process, "separate", separate)
     run(tmp_path, "time", "AdamW", "SAM", more=["--alone"])
     text, _ = reported(tmp_path, "time")
     assert "each method in a separate process" in text
@@ -132,7 +131,7 @@ def test_the_tutorial_sam_takes_the_same_steps():
     x, y = models.data(flags(), 12)
     found = {}
     for name in ("tutorial SAM", "SAM"):
-        model = methods.prepare(name, flags())
+        model = models.prepare(name, flags())
         model.optimizer.learning_rate = 0.01
         history = model.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0)
         found[name] = history.history["loss"], model.get_weights()
@@ -144,7 +143,7 @@ def test_the_tutorial_sam_takes_the_same_steps():
 
 def test_masks_and_conditions_of_a_step():
     args = flags()
-    model = methods.prepare("SL-SAM", args)
+    model = models.prepare("SL-SAM", args)
     x, y = models.data(args, args.batch)
     # The first turn does not count, nor the first step of each turn.
     num_arms = len(model.trainable_variables)
@@ -153,7 +152,7 @@ def test_masks_and_conditions_of_a_step():
         step_time.fit(model, x, y, args.batch)
         turns[step] = keras.ops.convert_to_numpy(model.optimizer.active)
     again = step_time.timed_masks(num_arms, args)
-    np.testing.assert_array_equal(again, np.concatenate(turns[1:, 1:]))
+    np.testing.assert_array_equal(again, turns[1:, 1:])
 
     count = probes.conditions(model, x, y)
     assert count is None if BACKEND == "torch" else count > num_arms

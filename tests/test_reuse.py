@@ -428,7 +428,7 @@ def test_recording_does_not_change_the_first_pass(name):
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's graph")
 @pytest.mark.parametrize("sparse", [True, False])
 def test_noise_is_drawn_once_in_a_graph(sparse, compile_step):
-    from benchmarks.work import tensorflow as work
+    from benchmarks.probes import tensorflow as probes
 
     model = chain(layers.Dropout(0.5), dense(), layers.Dropout(0.5))
     model.compile(loss=zoo.loss())
@@ -446,7 +446,7 @@ def test_noise_is_drawn_once_in_a_graph(sparse, compile_step):
         gradients = passes.first(weights)[1]
         return gradients, passes.second([0.9 * w for w in weights])
 
-    nodes, executed = work._trace(step.get_concrete_function(*data), data)
+    nodes, executed = probes._trace(step.get_concrete_function(*data), data)
     kinds = [nodes[s.node_name].op for s in executed if s.node_name in nodes]
     assert kinds.count("StatelessRandomUniformV2") == 2
 
@@ -503,7 +503,7 @@ def test_a_shape_that_depends_on_the_weights(compile_step):
 
 @on_torch
 def test_keras_layers_in_a_custom_layer_are_replayed():
-    from benchmarks.work.torch import executed_flops
+    from benchmarks.probes.torch import executed_flops
 
     model = chain(Residual())
     with backend.no_grad():
@@ -517,7 +517,7 @@ def test_keras_layers_in_a_custom_layer_are_replayed():
 
 @on_torch
 def test_a_layer_that_draws_twice_is_replayed():
-    from benchmarks.work.torch import executed_flops
+    from benchmarks.probes.torch import executed_flops
 
     recurrent = layers.LSTM(WIDTH, dropout=0.5, recurrent_dropout=0.5, seed=1)
     model = chain(layers.Reshape((2, -1)), recurrent)

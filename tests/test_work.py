@@ -122,7 +122,7 @@ def counter(model, optimizer, x):
     model.evaluate(x, y, verbose=0)
     optimizer.build(model.trainable_variables)
     data = ops.convert_to_tensor(x), ops.convert_to_tensor(y)
-    count = importlib.import_module(f"benchmarks.work.{BACKEND}").executed_flops
+    count = importlib.import_module(f"benchmarks.probes.{BACKEND}").executed_flops
     if BACKEND == "jax":
         import jax
 
@@ -215,7 +215,7 @@ def test_inactive_work_is_skipped_for_any_number_of_arms(compile_step):
         (loss, _), found = passes.first([backend.read(v) for v in variables])
         return loss, found
 
-    count = importlib.import_module(f"benchmarks.work.{BACKEND}").executed_flops
+    count = importlib.import_module(f"benchmarks.probes.{BACKEND}").executed_flops
     # The forward pass, input gradients above the lowest active layer, weight gradients.
     products = depth + 2 + 3
     mask = ops.arange(depth) >= depth - 3

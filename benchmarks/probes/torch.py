@@ -5,17 +5,22 @@ import weakref
 
 import torch
 
-# It sees every operation, as in `torch.utils.flop_counter`, but has no public name.
+# These are what `torch.utils.flop_counter` uses, but have no public names.
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from benchmarks.work.torch import executed_flops
-
-TRACES = False
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def device():
     """Returns the name of the device that computes."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def executed_flops(fn, *args):
+    """Returns the FLOPs of the matrix products and convolutions in `fn(*args)`."""
+    with FlopCounterMode(display=False) as counter:
+        fn(*args)
+    return counter.get_total_flops()
 
 
 def step_flops(model, x, y):
@@ -33,44 +38,29 @@ def live_bytes(model, step):
     temporary memory inside an operation.
     """
     with _LiveBytes() as live:
-        for variable in model.variables + model.optimizer.variables:
-            live.see(variable.value)
+        variables = model.variables + model.optimizer.variables
+        live.see([variable.value for variable in variables])
         step()
     return live.peak
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Follows the bytes of the tensors that operations read and return.
-
-    Each storage counts once, from the first operation that uses it until it is freed.
-    """
+    """Follows the storages of the tensors that operations read and return."""
 
     def __init__(self):
         super().__init__()
-        self.peak = self._live = 0
-        self._known = weakref.WeakSet()
+        self.peak = 0
+        self._storages = weakref.WeakSet()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        results = function(*args, **kwargs)
-        self.see((*args, *kwargs.values(), results))
+        results = function(*args, **(kwargs or {}))
+        self.see((args, kwargs, results))
         return results
 
-    def see(self, value):
-        if isinstance(value, (list, tuple)):
-            for item in value:
-                self.see(item)
-        if not torch.is_tensor(value):
-            return
-        storage = value.untyped_storage()
-        if storage not in self._known:
-            self._known.add(storage)
-            self._add(storage.nbytes())
-            weakref.finalize(storage, self._add, -storage.nbytes())
-
-    def _add(self, size):
-        self._live += size
-        self.peak = max(self.peak, self._live)
+    def see(self, values):
+        tensors = filter(torch.is_tensor, tree_leaves(values))
+        self._storages.update(tensor.untyped_storage() for tensor in tensors)
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in self._storages))
 
 
 def num_tensors():

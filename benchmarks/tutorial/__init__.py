@@ -5,18 +5,3 @@ scaling. On TensorFlow and PyTorch the two passes have different dropout masks, 
 statistics of BatchNorm are updated twice per step, and the weights stay perturbed if an
 exception is raised.
 """
-
-import functools
-import importlib
-
-import keras
-
-RHO = 0.05
-
-
-def with_sam(model):
-    """Gives a model the `train_step` of a tutorial, in place."""
-    backend = keras.config.backend()
-    module = importlib.import_module(f"benchmarks.tutorial.{backend}")
-    model.train_step = functools.partial(module.train_step, model, RHO)
-    return model

@@ -30,9 +30,5 @@ def train_step(model, rho, data):
         variable.assign_sub(ascent)
     model.optimizer.apply_gradients(zip(gradients, variables))
 
-    for metric in model.metrics:
-        if metric.name == "loss":
-            metric.update_state(loss)
-        else:
-            metric.update_state(y, y_pred)
-    return {metric.name: metric.result() for metric in model.metrics}
+    model.metrics[0].update_state(loss)
+    return model.compute_metrics(x, y, y_pred)

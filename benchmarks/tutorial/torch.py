@@ -33,9 +33,5 @@ def train_step(model, rho, data):
             weight.sub_(ascent)
         model.optimizer.apply([w.grad for w in weights], variables)
 
-    for metric in model.metrics:
-        if metric.name == "loss":
-            metric.update_state(loss)
-        else:
-            metric.update_state(y, y_pred)
-    return {metric.name: metric.result() for metric in model.metrics}
+    model.metrics[0].update_state(loss)
+    return model.compute_metrics(x, y, y_pred)
