@@ -78,8 +78,10 @@ def results(record, seconds):
         "at equal time": np.interp(seconds, times, scores),
     }
     if "validation" in points[0]:
-        best = max(points, key=lambda point: point["validation"])
-        found["best by validation"] = best["accuracy"]
+        in_time = [point for point in points if point["seconds"] <= seconds]
+        for name, some in (("", points), (" at equal time", in_time or points[:1])):
+            best = max(some, key=lambda point: point["validation"])
+            found[f"best by validation{name}"] = best["accuracy"]
         found["memorised"] = points[-1]["memorised"]
     found["training loss"] = points[-1]["training_loss"]
     found.update(record.get("robustness", {}))

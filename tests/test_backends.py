@@ -9,7 +9,8 @@ import numpy as np
 import trajectory
 
 # Each backend is compared with the next one, so all three are compared.
-NEXT = {"jax": "tensorflow", "tensorflow": "torch", "torch": "jax"}
+ORDER = ("jax", "tensorflow", "torch", None)
+NEXT = dict(zip(ORDER, ORDER[1:]))
 OTHERS = [name for name in NEXT if name != keras.config.backend()]
 
 
