@@ -21,7 +21,7 @@ A folder holds one experiment: runs with the same model, data and sizes. Each ru
 a separate file, `--parts` times per epoch. If a run is killed, give the command again:
 the run resumes where it stopped, with the same result. A complete run is not repeated,
 but with more `--epochs` it starts from the beginning. The script makes `results.csv`, a
-table and `results.png` from all complete runs in the folder. In the table, `at equal
+table and `results.svg` from all complete runs in the folder. In the table, `at equal
 time` is the accuracy at the time when the shortest run on this backend ended,
 interpolated between the evaluations before and after.
 """
@@ -375,7 +375,7 @@ def main():
     groups = comparison.read_all(args.folder, experiment(args))
     comparison.write_csv(groups, args.folder / "results.csv")
     comparison.print_table(groups)
-    comparison.draw(groups, args.folder / "results.png")
+    comparison.draw(groups, args.folder / "results.svg")
 
 
 if __name__ == "__main__":

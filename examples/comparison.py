@@ -140,4 +140,4 @@ def draw(groups, file):
         panel.grid(alpha=0.3)
     panels[0].set(ylabel="test accuracy, mean and spread over seeds")
     panels[1].legend(fontsize="small")
-    figure.savefig(file, dpi=120)
+    figure.savefig(file)

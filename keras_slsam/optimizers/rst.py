@@ -16,7 +16,8 @@ class RST(SharpnessAware):
     """Randomized sharpness-aware training: SAM in a share of the steps.
 
     Each step is a SAM step with probability `probability`, and otherwise a plain step
-    of the base optimizer. Use it as a baseline for `SLSAM`.
+    of the base optimizer. Use it as a baseline for `SLSAM`. Do not use it if every step
+    should take the same time.
 
     The model needs the matching train step: `keras_slsam.sharpness_aware(model)`.
 

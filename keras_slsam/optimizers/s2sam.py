@@ -16,6 +16,10 @@ class S2SAM(SharpnessAware):
     reported loss and metrics are computed at the perturbed weights, because the step
     evaluates no others. Keeps one more tensor per weight, the last gradient.
 
+    Do not use it with a large radius while a new head is random: the direction is that
+    of another batch, and training may collapse. It needs a larger `rho` than `SAM` for
+    the same effect, see docs/choosing.md.
+
     The model needs the matching train step: `keras_slsam.sharpness_aware(model)`.
 
     Args:

@@ -15,6 +15,10 @@ class SAM(SharpnessAware):
     there, and passes it to `base_optimizer`, which applies it to the original weights.
     A step costs two forward and two backward passes. `S2SAM` and `SLSAM` cost less.
 
+    Do not use it if the labels are clean and training is short: at equal time the base
+    optimizer alone is then at least as good. With wrong labels the gain is large if
+    `rho` is tuned, see docs/choosing.md.
+
     The model needs the matching train step: `keras_slsam.sharpness_aware(model)`.
 
     Args:

@@ -37,6 +37,10 @@ class SLSAM(SharpnessAware):
     Only a share of the variables changes in a step, so the learning rate should be
     higher than for the base optimizer alone.
 
+    Do not use it for models with steps of a few milliseconds, where drawing and
+    skipping take longer than the work that they save, nor if the loss must fall as fast
+    per step as with the base optimizer. See docs/choosing.md.
+
     The model needs the matching train step: `keras_slsam.sharpness_aware(model)`.
 
     Args:
