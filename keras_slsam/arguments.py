@@ -2,10 +2,14 @@
 
 import numbers
 import types
+from collections.abc import Callable
 
 import keras
 import numpy as np
 from keras import ops
+
+# A number, or a function from the number of the step, like a `LearningRateSchedule`.
+Number = float | Callable
 
 
 def check_number(owner, name, value, meaning, is_allowed, allowed):
@@ -54,10 +58,7 @@ def check_number_or_schedule(owner, name, value, check):
     if not is_schedule(value):
         return check(value)
     received = f"Received: {name}={value!r}"
-    can_be_saved = isinstance(value, types.FunctionType) or (
-        hasattr(value, "get_config") and not isinstance(value, type)
-    )
-    if not can_be_saved:
+    if not can_be_saved(value):
         raise ValueError(
             f"Argument `{name}` of `{owner}` must be a number, a function or an object "
             "with a `get_config`, like a `LearningRateSchedule`. Others cannot be "
@@ -68,9 +69,16 @@ def check_number_or_schedule(owner, name, value, check):
     except Exception as error:
         raise ValueError(
             f"Argument `{name}` of `{owner}` must be a number, or a function from the "
-            "number of the step, an int tensor, to a scalar tensor. "
-            f"{received}, which fails at step 0: {error}"
+            "number of the step or draw, an int tensor, to a scalar tensor. "
+            f"{received}, which fails at 0: {error}"
         ) from error
+
+
+def can_be_saved(function):
+    """Returns whether Keras can save a callable, by its name or by its config."""
+    return isinstance(function, types.FunctionType) or (
+        hasattr(function, "get_config") and not isinstance(function, type)
+    )
 
 
 def float_dtype():

@@ -2,6 +2,8 @@
 
 import re
 
+from keras_slsam import arguments
+
 
 def group(variables, grouping):
     """Returns the arm of each variable.
@@ -97,16 +99,21 @@ def validate_always_active(owner, chosen):
     Raises:
         ValueError: if it is neither `None`, nor a regular expression, nor callable.
     """
-    try:
-        valid = chosen is None or callable(chosen) or bool(re.compile(chosen))
-    except (re.error, TypeError):
-        valid = False
-    if not valid:
-        raise ValueError(
-            f"Argument `always_active` of `{owner}` must be a regular expression, such "
-            'as "head", or a function from a `keras.Variable` to a bool. '
-            f"Received: always_active={chosen!r}"
-        )
+    if isinstance(chosen, str):
+        try:
+            re.compile(chosen)
+            return
+        except re.error as error:
+            why = f" is no regular expression: {error}"
+    elif chosen is None or (callable(chosen) and arguments.can_be_saved(chosen)):
+        return
+    else:
+        why = ""
+    raise ValueError(
+        f"Argument `always_active` of `{owner}` must be a regular expression, such as "
+        '"head", or a function from a `keras.Variable` to a bool. '
+        f"Received: always_active={chosen!r}{why}"
+    )
 
 
 def _by_variable(variables):

@@ -1,12 +1,12 @@
 """Selects the active arms: a sampler draws them, and learns from their gradients."""
 
-import keras
 import numpy as np
 from keras import ops
 
 from keras_slsam import atomic
 from keras_slsam.active_arms import ActiveArms
 from keras_slsam.gradients import backend
+from keras_slsam.samplers.sampler import draw_mask
 
 
 class Selection:
@@ -81,15 +81,8 @@ class Selection:
         return ActiveArms(self.members, active, self.norms.dtype), ascends
 
     def _draw(self):
-        mask = self._sampler.draw()
-        shape, expected = tuple(np.shape(mask)), (len(self._drawn),)
-        if not _is_mask(mask) or (None not in shape and shape != expected):
-            raise ValueError(
-                "`draw()` of a sampler must return a boolean tensor of shape "
-                f"(num_arms,), here {expected}. Received: {mask!r} from "
-                f"{self._sampler!r}"
-            )
-        self.active.assign(self.of_all_arms(ops.cast(mask, "bool"), True))
+        mask = draw_mask(self._sampler, len(self._drawn))
+        self.active.assign(self.of_all_arms(mask, True))
 
     def of_all_arms(self, values, always):
         """Returns the values of all arms, given those of the arms that are drawn.
@@ -131,11 +124,3 @@ class Selection:
         active = self._of_drawn_arms(backend.read(self.active))
         norms = self._of_drawn_arms(norms)
         atomic.assign_if(last, lambda: self._sampler.update(active, norms))
-
-
-def _is_mask(x):
-    """Returns whether `x` is an array or tensor of bools or ints."""
-    if not hasattr(x, "dtype"):
-        return False
-    dtype = keras.backend.standardize_dtype(x.dtype)
-    return dtype == "bool" or keras.backend.is_int_dtype(dtype)

@@ -1,17 +1,17 @@
 """Arms as users choose them: always active, held, or drawn by what they are."""
 
+import functools
+import re
+
 import keras
 import numpy as np
 import pytest
-import zoo  # noqa: F401
 from keras import layers
 from keras import ops
 from replay import Replay
 
 import keras_slsam
 from keras_slsam import samplers
-
-BACKEND = keras.config.backend()
 
 
 def make_model():
@@ -100,16 +100,20 @@ def test_always_active_is_saved(tmp_path):
         each.train_on_batch(*batch())
     for one, other in zip(model.get_weights(), loaded.get_weights()):
         np.testing.assert_array_equal(one, other)
-    other = keras_slsam.SLSAM(
-        keras.optimizers.AdamW(1e-2), sampler="proportional", always_active="hidden0"
-    )
-    model = make_model()
-    model.compile(optimizer=other, loss="mse")
-    other.build(model.trainable_variables)
-    store = {}
-    optimizer.save_own_variables(store)
-    with pytest.raises(ValueError, match="always_active=.*saved|saved.*always_active="):
-        other.load_own_variables(store)
+
+
+@pytest.mark.parametrize("saved, own", [("head", "hidden0"), ("head", None)])
+def test_state_with_other_arms_always_active_is_refused(saved, own):
+    stores = []
+    for chosen in (saved, own):
+        optimizer = keras_slsam.SLSAM(
+            "sgd", sampler=Replay([[1] * 6]), always_active=chosen
+        )
+        optimizer.build(make_model().trainable_variables)
+        stores.append({})
+        optimizer.save_own_variables(stores[-1])
+    with pytest.raises(ValueError, match=r"saved by.*always_active=\[6, 7\]"):
+        optimizer.load_own_variables(stores[0])
 
 
 @pytest.mark.parametrize("chosen", ["nothing", ".", lambda v: False, lambda v: True])
@@ -120,7 +124,9 @@ def test_some_but_not_all_arms_are_always_active(chosen):
     assert not optimizer.built
 
 
-@pytest.mark.parametrize("chosen", ["(", 3, ["head"]])
+@pytest.mark.parametrize(
+    "chosen", ["(", 3, ["head"], b"head", re.compile("head"), functools.partial(bool)]
+)
 def test_a_wrong_choice_is_refused_at_once(chosen):
     with pytest.raises(ValueError, match="`always_active` of `SLSAM` must be"):
         keras_slsam.SLSAM("sgd", always_active=chosen)
@@ -140,29 +146,60 @@ def test_a_mask_is_held_for_several_steps():
     np.testing.assert_array_equal(masks, np.repeat(expected, 3, axis=0))
 
 
-def test_a_held_sampler_learns_in_each_step_and_is_saved():
-    sampler = samplers.Hold(samplers.Proportional(0.4, seed=0), steps=4)
+def test_a_held_sampler_learns_once_per_mask():
+    sampler = samplers.Hold(samplers.Proportional(0.4, seed=0), steps=3)
     optimizer = keras_slsam.SLSAM("sgd", sampler=sampler)
-    train(make_model(), optimizer, 4)
-    counts = numpy(sampler.sampler._counts)
-    np.testing.assert_array_equal(counts, 4 * numpy(optimizer.active))
-    config = keras_slsam.SLSAM.from_config(optimizer.get_config()).sampler
-    assert (config.steps, config.sampler.active_fraction) == (4, 0.4)
-    # Its state is in a single list, so that a mask in progress is restored.
-    names = {variable.name for variable in optimizer.variables}
-    assert {"mask", "count", "probabilities", "seed_state"} <= names
+    masks = train(make_model(), optimizer, 6)
+    expected = masks[0].astype(int) + masks[5]
+    np.testing.assert_array_equal(numpy(sampler.sampler._counts), expected)
 
 
-def test_hold_checks_its_arguments():
+def test_a_held_mask_is_restored(tmp_path):
+    inner = samplers.Proportional(0.4, seed=0)
+    optimizer = keras_slsam.SLSAM("sgd", sampler=samplers.Hold(inner, steps=4))
+    model = make_model()
+    mask = train(model, optimizer, 2)[-1]
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    loaded = keras_slsam.sharpness_aware(loaded)
+    for expected in (mask, mask, None):
+        for each in (model, loaded):
+            each.train_on_batch(*batch())
+        expected = numpy(optimizer.active) if expected is None else expected
+        np.testing.assert_array_equal(numpy(loaded.optimizer.active), expected)
+        np.testing.assert_array_equal(numpy(optimizer.active), expected)
+
+
+def test_state_of_another_held_sampler_is_refused():
+    stores = {}
+    for name, inner in (("one", samplers.Uniform(0.5)), ("two", samplers.Bandit(0.2))):
+        held = keras_slsam.SLSAM("sgd", sampler=samplers.Hold(inner, 3))
+        held.build(make_model().trainable_variables)
+        held.save_own_variables(stores.setdefault(name, {}))
+    with pytest.raises(ValueError, match=r"Hold\(Uniform\)"):
+        held.load_own_variables(stores["one"])
+
+
+def test_hold_checks_its_arguments_and_masks():
     with pytest.raises(ValueError, match="`sampler` of `Hold`"):
         samplers.Hold("uniform", 3)
+    floats = keras_slsam.SLSAM("sgd", sampler=samplers.Hold(Floats(), 2))
+    model = make_model()
+    model.compile(optimizer=floats, loss="mse")
+    with pytest.raises(ValueError, match="must return a boolean tensor.*Floats"):
+        model.train_on_batch(*batch())
     sampler = samplers.Uniform(0.5)
-    for steps in (0, 1.5, "2", True):
+    for steps in (0, 1.5, "2", True, float("inf")):
         with pytest.raises(ValueError, match="`steps` of `Hold`"):
             samplers.Hold(sampler, steps)
     samplers.Hold(sampler, 2)
     with pytest.raises(ValueError, match="not used elsewhere"):
         samplers.Hold(sampler, 2)
+
+
+class Floats(samplers.Sampler):
+    def draw(self):
+        return ops.full((8,), 0.2)
 
 
 @keras.saving.register_keras_serializable("test_arms")
@@ -189,6 +226,20 @@ def test_the_active_fraction_follows_a_schedule(name):
     assert sampler.from_config(optimizer.sampler.get_config()).active_fraction is rising
 
 
+@pytest.mark.parametrize("name", ["uniform", "proportional", "bandit"])
+def test_a_share_that_cannot_be_drawn_counts_as_that_of_one_arm(name):
+    def shares(draw):
+        return ops.take(ops.convert_to_tensor([0.5, 0.5, 0.0, np.nan, 3.0, 0.5]), draw)
+
+    optimizer = keras_slsam.SLSAM("sgd", active_fraction=shares, sampler=name, seed=0)
+    model, sums = make_model(), []
+    model.compile(optimizer=optimizer, loss="mse")
+    for _ in range(5):
+        model.train_on_batch(*batch())
+        sums.append(float(ops.sum(optimizer.probabilities)))
+    np.testing.assert_allclose(sums, [4, 1, 1, 8, 4], rtol=1e-4)
+
+
 def test_a_schedule_is_checked_at_its_first_step():
-    with pytest.raises(ValueError, match="fails at step 0.*`active_fraction`"):
+    with pytest.raises(ValueError, match="fails at 0.*`active_fraction`"):
         keras_slsam.SLSAM("sgd", active_fraction=lambda draw: 2.0, sampler="uniform")

@@ -12,8 +12,10 @@ import numpy as np
 from keras import layers
 
 import keras_slsam
+from keras_slsam import samplers
 
 STEPS = 20
+FRACTION = keras.optimizers.schedules.PiecewiseConstantDecay([4], [0.2, 0.5])
 KINDS = {
     "bandit": {"sampler": "bandit"},
     "proportional": {"sampler": "proportional"},
@@ -26,15 +28,14 @@ KINDS = {
             [5, 9], [0.0, 0.1, 0.05]
         ),
     },
-    "always active arms, scheduled fraction": {
-        "sampler": "proportional",
+    "always active arms, held masks, scheduled fraction": {
+        "sampler": lambda: samplers.Hold(samplers.Proportional(FRACTION, seed=7), 2),
         "always_active": "layer_normalization",
-        "active_fraction": keras.optimizers.schedules.PiecewiseConstantDecay(
-            [9], [0.2, 0.5]
-        ),
+        "active_fraction": None,
+        "seed": None,
     },
 }
-# Together these two kinds have all state that must be saved and restored.
+# Together these two kinds have all state of the optimizers and of samplers that learn.
 CHECKPOINTS = {"proportional": "model.keras", "bandit, single step": "model.weights.h5"}
 
 
@@ -58,6 +59,8 @@ def start(kind):
     model = keras_slsam.sharpness_aware(make_model())
     base = keras.optimizers.AdamW(3e-3)
     kwargs = {"rho": 0.05, "active_fraction": 0.3, "seed": 7, **KINDS[kind]}
+    if callable(kwargs["sampler"]):
+        kwargs["sampler"] = kwargs["sampler"]()
     optimizer = keras_slsam.SLSAM(base, **kwargs)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer=optimizer, loss=loss)

@@ -32,9 +32,12 @@ class Readings(keras.optimizers.Optimizer):
 
     @property
     def probabilities(self):
-        """Tensor of shape `(num_arms,)`, probabilities in the next draw, or `None`."""
+        """Tensor of shape `(num_arms,)`, probabilities in the next draw, or `None`.
+
+        The probability of an arm that is always active is 1.
+        """
         probabilities = self.sampler.probabilities
-        if probabilities is None:
+        if probabilities is None or not self.built:
             return None
         return self._selection.of_all_arms(ops.copy(probabilities), 1.0)
 
@@ -42,10 +45,10 @@ class Readings(keras.optimizers.Optimizer):
     def skipped_steps(self):
         """The number of steps that were skipped because a gradient was not finite.
 
-        A skipped step does not change weights, moments, `iterations` or the sampler. In
-        a window of accumulated gradients, only the micro-batch is skipped, and the
-        window waits for another one. Norms are summed in float32, so a norm above
-        1.8e19 counts as not finite.
+        A skipped step does not change weights, moments, `iterations` or what the
+        sampler has learned. In a window of accumulated gradients, only the micro-batch
+        is skipped, and the window waits for another one. Norms are summed in float32,
+        so a norm above 1.8e19 counts as not finite.
         """
         self._check_built()
         return self._base_step.skipped_steps

@@ -53,8 +53,8 @@ class RST(SharpnessAware):
     def __init__(
         self,
         base_optimizer: keras.optimizers.Optimizer | str | dict | None = None,
-        rho: settings.Number = 0.05,
-        probability: settings.Number = 0.5,
+        rho: arguments.Number = 0.05,
+        probability: arguments.Number = 0.5,
         adaptive: bool = False,
         seed: int | None = None,
         name: str = "rst",

@@ -2,8 +2,8 @@
 
 import keras
 
+from keras_slsam import arguments
 from keras_slsam import samplers
-from keras_slsam.optimizers import settings
 from keras_slsam.optimizers.sharpness_aware import SharpnessAware
 
 
@@ -60,7 +60,7 @@ class SAM(SharpnessAware):
     def __init__(
         self,
         base_optimizer: keras.optimizers.Optimizer | str | dict | None = None,
-        rho: settings.Number = 0.05,
+        rho: arguments.Number = 0.05,
         adaptive: bool = False,
         name: str = "sam",
         *,

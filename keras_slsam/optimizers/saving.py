@@ -15,10 +15,10 @@ _WAY_OUT = (
 )
 
 # The arguments that may be objects or functions.
-_OBJECTS = (
+_OBJECTS = {
     *("active_fraction", "always_active", "arms", "base_optimizer", "probability"),
     *("rho", "sampler"),
-)
+}
 
 
 class Stateful(keras.optimizers.Optimizer):
@@ -134,10 +134,13 @@ class Stateful(keras.optimizers.Optimizer):
                 unknown.
             own: What it returns now.
         """
+        if saved is None:
+            return
+        saved = {"always_active": [], **saved}  # which older files do not have
         unlike = [
             f"{key}={saved.get(key)!r}, not {value!r}"
             for key, value in own.items()
-            if saved is not None and value is not None and value != saved.get(key)
+            if value is not None and value != saved.get(key)
         ]
         if unlike:
             raise ValueError(

@@ -1,14 +1,9 @@
 """Settings that can change between two steps, like the learning rate."""
 
-from collections.abc import Callable
-
 import keras
 from keras import ops
 
 from keras_slsam import arguments
-
-# A number, or a function from the number of the step, like a `LearningRateSchedule`.
-Number = float | Callable
 
 
 class Setting:

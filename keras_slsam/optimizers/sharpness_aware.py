@@ -112,7 +112,8 @@ class SharpnessAware(Readings, Stateful, Wrapper):
             raise ValueError(
                 f"Argument `always_active` of `{owner}` is not allowed with a sampler "
                 "that activates all arms. "
-                f"Received: always_active={always_active!r}, sampler={sampler!r}"
+                f"Received: always_active={always_active!r}, sampler={sampler!r}. "
+                "Leave it out."
             )
         accumulates = bool(base_optimizer.gradient_accumulation_steps)
         if not self._all_active or (single_step and accumulates):
@@ -140,7 +141,8 @@ class SharpnessAware(Readings, Stateful, Wrapper):
 
         Raises:
             ValueError: if `base_optimizer` or the sampler is in use already, if `arms`
-            returns an unhashable key, if a weight is trained in float8, or if loaded
+            returns an unhashable key, if `always_active` chooses no arm or all, if a
+            weight is trained in float8, or if loaded
             state does not fit.
         """
         if self.built or not variables:
@@ -159,8 +161,9 @@ class SharpnessAware(Readings, Stateful, Wrapper):
             )
         if self.sampler._in_use:
             raise ValueError(
-                f"Argument `sampler` of `{owner}` belongs to another optimizer. "
-                f"Received: {self.sampler!r}. Create a new one for each optimizer."
+                f"Argument `sampler` of `{owner}` is used by a `samplers.Hold` or by "
+                f"another optimizer. Received: {self.sampler!r}. Create a new one for "
+                "each optimizer."
             )
         low = self.sampler.min_probability
         if not isinstance(low, numbers.Real) or not 0 <= low <= 1:
@@ -172,20 +175,15 @@ class SharpnessAware(Readings, Stateful, Wrapper):
         arms = grouping.group(variables, self._grouping)
         always = grouping.find_always_active(owner, variables, arms, self.always_active)
         num_arms = max(arms) + 1
-        if num_arms == 1 and not self._all_active:
+        if num_arms - len(always) == 1 and not self._all_active:
             warnings.warn(
-                f"`{owner}` found a single arm, which is active in every step, so no "
-                f"work is saved. Received: arms={self._grouping!r}.",
+                f"`{owner}` found a single arm to draw, which is active in every step, "
+                f"so no work is saved. Received: arms={self._grouping!r}.",
                 stacklevel=2,
             )
         if self._restored is not None:
-            layout = {**self._layout(), "arms": arms, "always_active": always or None}
+            layout = {**self._layout(), "arms": arms, "always_active": always}
             self._check_layout(self._restored[1], layout)
-        # Keras' `build` would create the base optimizer's averages and sums of
-        # gradients a second time.
-        self._trainable_variables.extend(variables)
-        self.built = True
-        self.base_optimizer.build(variables)
         members = [
             [i for i, arm in enumerate(arms) if arm == number]
             for number in range(num_arms)
@@ -201,6 +199,11 @@ class SharpnessAware(Readings, Stateful, Wrapper):
         with keras.name_scope(self.name):
             self.sampler.build(len(self.sampler.arms))
         self.sampler._in_use = True
+        # Keras' `build` would create the base optimizer's averages and sums of
+        # gradients a second time.
+        self._trainable_variables.extend(variables)
+        self.built = True
+        self.base_optimizer.build(variables)
         dtype = keras.backend.result_type("float32", *(v.dtype for v in variables))
         self._selection = Selection(
             self.sampler,
@@ -231,10 +234,10 @@ class SharpnessAware(Readings, Stateful, Wrapper):
         return {
             "method": type(self).__name__,
             "base_optimizer": type(self.base_optimizer).__name__,
-            "sampler": type(self.sampler).__name__,
+            "sampler": self.sampler._kind,
             "single_step": self.single_step,
             "arms": self._selection.arm_of if self.built else None,
-            "always_active": (self.built and self._selection.always_active) or None,
+            "always_active": self._selection.always_active if self.built else None,
         }
 
     @property

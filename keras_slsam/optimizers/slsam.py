@@ -5,8 +5,8 @@ from collections.abc import Hashable
 
 import keras
 
+from keras_slsam import arguments
 from keras_slsam import samplers
-from keras_slsam.optimizers import settings
 from keras_slsam.optimizers.sharpness_aware import SharpnessAware
 
 _SAMPLERS = {
@@ -95,8 +95,8 @@ class SLSAM(SharpnessAware):
     def __init__(
         self,
         base_optimizer: keras.optimizers.Optimizer | str | dict | None = None,
-        rho: settings.Number = 0.01,
-        active_fraction: settings.Number | None = None,
+        rho: arguments.Number = 0.01,
+        active_fraction: arguments.Number | None = None,
         sampler: str | samplers.Sampler = "bandit",
         arms: str | Callable[[keras.Variable], Hashable] = "variable",
         single_step: bool = False,
@@ -118,9 +118,8 @@ class SLSAM(SharpnessAware):
             ascent_fraction=ascent_fraction,
             name=name,
         )
-        if active_fraction is not None:
-            # As the sampler has checked it: a float, or a function.
-            active_fraction = getattr(self.sampler, "active_fraction", active_fraction)
+        if not (active_fraction is None or callable(active_fraction)):
+            active_fraction = float(active_fraction)
         self.active_fraction = active_fraction
         self.seed = None if seed is None else int(seed)
         self._sampler_name = sampler if isinstance(sampler, str) else None

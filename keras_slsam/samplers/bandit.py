@@ -1,7 +1,5 @@
 """The multi-armed bandit of the SL-SAM paper."""
 
-from collections.abc import Callable
-
 import keras
 from keras import ops
 
@@ -49,7 +47,7 @@ class Bandit(Independent):
 
     def __init__(
         self,
-        active_fraction: float | Callable,
+        active_fraction: arguments.Number,
         learning_rate: float = 0.001,
         min_probability: float = 1e-8,
         seed: int | None = None,
@@ -76,9 +74,9 @@ class Bandit(Independent):
         # The best arm's loss is 0, even if the square of the scale overflows.
         exponent = ops.where(gap > 0, self.learning_rate * gap * scale * scale, 0.0)
         weights = ops.where(active, p * ops.exp(-exponent), p)
-        budget = self.fraction() * self._num_arms
-        p = ops.clip(numerics.project(weights, budget), self.min_probability, 1.0)
-        self.probabilities.assign(p)
+        share = self._share()
+        p = numerics.project(weights, share * self._num_arms)
+        self.probabilities.assign(ops.clip(p, self._least_probability(share), 1.0))
 
     def get_config(self):
         return {

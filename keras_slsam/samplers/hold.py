@@ -6,18 +6,20 @@ from keras import ops
 from keras_slsam import arguments
 from keras_slsam import atomic
 from keras_slsam.samplers.sampler import Sampler
+from keras_slsam.samplers.sampler import draw_mask
 
 
 @keras.saving.register_keras_serializable("keras_slsam")
 class Hold(Sampler):
     """Holds each mask that another sampler draws for several steps, as LISA does.
 
-    The other sampler learns in each step.
+    The other sampler learns once per mask, from the norms of the last of these steps.
 
     Args:
-        sampler: `keras_slsam.samplers.Sampler`, which draws the masks.
-        steps: int >= 1, the number of steps with the same mask. With
-            `gradient_accumulation_steps`, it counts updates.
+        sampler: `keras_slsam.samplers.Sampler`, which draws the masks. A schedule as
+            its `active_fraction` counts masks.
+        steps: int >= 1, the number of steps with the same mask, or of windows with
+            `gradient_accumulation_steps`. Steps that are skipped count.
 
     Raises:
         ValueError: if an argument is not valid.
@@ -48,8 +50,8 @@ class Hold(Sampler):
                 "steps",
                 steps,
                 "the number of steps with the same mask",
-                lambda number: number >= 1 and number == int(number),
-                "an int >= 1",
+                lambda number: 1 <= number < 2**31 and number == int(number),
+                "an int in [1, 2**31)",
             )
         )
         self.sampler = sampler
@@ -72,15 +74,23 @@ class Hold(Sampler):
         return self.sampler.probabilities
 
     def draw(self):
-        due = ops.equal(self._count % self.steps, 0)
+        inner, num_arms = self.sampler, self._mask.shape[0]
         atomic.assign_if(
-            due, lambda: self._mask.assign(ops.cast(self.sampler.draw(), "bool"))
+            ops.equal(self._count, 0),
+            lambda: self._mask.assign(draw_mask(inner, num_arms)),
         )
         self._count.assign((self._count + 1) % self.steps)
         return ops.copy(self._mask)
 
     def update(self, active, norms):
-        self.sampler.update(active, norms)
+        # In the last step with this mask, the count is 0 again.
+        atomic.assign_if(
+            ops.equal(self._count, 0), lambda: self.sampler.update(active, norms)
+        )
+
+    @property
+    def _kind(self):
+        return f"Hold({self.sampler._kind})"
 
     def get_config(self):
         sampler = keras.saving.serialize_keras_object(self.sampler)
@@ -89,4 +99,4 @@ class Hold(Sampler):
     @classmethod
     def from_config(cls, config):
         sampler = keras.saving.deserialize_keras_object(config["sampler"])
-        return cls(sampler, config["steps"])
+        return cls(**{**config, "sampler": sampler})

@@ -1,7 +1,5 @@
 """The base class of samplers that draw each arm independently."""
 
-from collections.abc import Callable
-
 import keras
 from keras import ops
 
@@ -14,7 +12,7 @@ class Independent(Sampler):
     """Draws each arm independently with its own probability, but at least one arm."""
 
     def __init__(
-        self, active_fraction: float | Callable, seed: int | None = None
+        self, active_fraction: arguments.Number, seed: int | None = None
     ) -> None:
         name = type(self).__name__
         self._first_fraction = arguments.check_number_or_schedule(
@@ -46,8 +44,8 @@ class Independent(Sampler):
             probability,
             "the least probability of an arm",
             lambda number: 1e-8 <= number <= most,
-            f"a number in [1e-8, active_fraction], here at most {most:g}, which can be "
-            f"passed to `samplers.{name}`",
+            f"a number in [1e-8, active_fraction], here at most {most:g}. To "
+            f"choose it, pass `samplers.{name}(active_fraction, min_probability=...)`",
         )
 
     def build(self, num_arms):
@@ -66,16 +64,27 @@ class Independent(Sampler):
             name="seed_state",
         )
 
-    def fraction(self):
+    def _share(self):
         """The expected share of active arms in the next draw.
 
+        At least one arm is active in each step. So a share that is not above that of
+        one arm counts as this, and one above 1 counts as 1.
+
         Returns:
-            Float, or a scalar tensor in (0, 1] if `active_fraction` is a schedule.
+            Float, or a scalar tensor if `active_fraction` is a schedule.
         """
         if not self._is_scheduled:
             return self.active_fraction
-        fraction = self.active_fraction(self._seed_state[1])
-        return ops.clip(ops.cast(fraction, self.probabilities.dtype), 1e-6, 1.0)
+        share = self.active_fraction(self._seed_state[1])
+        share = ops.cast(share, self.probabilities.dtype)
+        least = 1.0 / self._num_arms
+        return ops.where(share > least, ops.minimum(share, 1.0), least)
+
+    def _least_probability(self, share):
+        """Returns `min_probability`, or `share` if a schedule falls below it."""
+        if not self._is_scheduled:
+            return self.min_probability
+        return ops.minimum(self.min_probability, share)
 
     def draw(self):
         # Exact, without a loop. Draw the first active arm j, given that there is one,
@@ -96,7 +105,8 @@ class Independent(Sampler):
 
     @classmethod
     def from_config(cls, config):
-        fraction = config["active_fraction"]
+        fraction = config.get("active_fraction")
         if isinstance(fraction, dict):
             fraction = keras.saving.deserialize_keras_object(fraction)
-        return cls(**{**config, "active_fraction": fraction})
+            config = {**config, "active_fraction": fraction}
+        return cls(**config)

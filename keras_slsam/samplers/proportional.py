@@ -1,7 +1,5 @@
 """A sampler with probabilities proportional to the gradient norms."""
 
-from collections.abc import Callable
-
 import keras
 from keras import ops
 
@@ -49,7 +47,7 @@ class Proportional(Independent):
 
     def __init__(
         self,
-        active_fraction: float | Callable,
+        active_fraction: arguments.Number,
         momentum: float = 0.9,
         min_probability: float = 0.05,
         seed: int | None = None,
@@ -90,9 +88,8 @@ class Proportional(Independent):
         # Relative means, so that the projection never sees a huge or a tiny sum.
         known = ops.logical_and(seen, ops.max(means) > 0)
         relative = ops.where(known, numerics.relative(means), 1.0)
-        low, share = self.min_probability, self.fraction()
-        if self._is_scheduled:
-            low = ops.minimum(low, share)
+        share = self._share()
+        low = self._least_probability(share)
         q = numerics.project(relative, share * self._num_arms)
         enough = 2 * ops.sum(ops.cast(seen, "int32")) >= self._num_arms
         p = ops.where(enough, low + (1 - low / share) * q, share)

@@ -3,6 +3,8 @@
 import typing
 
 import keras
+import numpy as np
+from keras import ops
 
 
 class Arm(typing.NamedTuple):
@@ -60,11 +62,16 @@ class Sampler:
     # Whether an optimizer or another sampler draws from it already.
     _in_use = False
 
+    @property
+    def _kind(self):
+        """String that saved state and a sampler must have in common."""
+        return type(self).__name__
+
     def build(self, num_arms: int) -> None:
         """Creates the sampler's variables.
 
         Args:
-            num_arms: int, the number of arms.
+            num_arms: int, the number of arms that are drawn.
         """
 
     def draw(self):
@@ -111,3 +118,34 @@ class Sampler:
     def from_config(cls, config):
         """Creates a sampler from the dict that `get_config` returned."""
         return cls(**config)
+
+
+def draw_mask(sampler, num_arms):
+    """Draws a mask, and checks it.
+
+    Args:
+        sampler: `Sampler`, built.
+        num_arms: int.
+
+    Returns:
+        Boolean tensor of shape `(num_arms,)`.
+
+    Raises:
+        ValueError: if the sampler returns something else.
+    """
+    mask = sampler.draw()
+    shape, expected = tuple(np.shape(mask)), (num_arms,)
+    if not _is_mask(mask) or (None not in shape and shape != expected):
+        raise ValueError(
+            "`draw()` of a sampler must return a boolean tensor of shape (num_arms,), "
+            f"here {expected}. Received: {mask!r} from {sampler!r}"
+        )
+    return ops.cast(mask, "bool")
+
+
+def _is_mask(x):
+    """Returns whether `x` is an array or tensor of bools or ints."""
+    if not hasattr(x, "dtype"):
+        return False
+    dtype = keras.backend.standardize_dtype(x.dtype)
+    return dtype == "bool" or keras.backend.is_int_dtype(dtype)

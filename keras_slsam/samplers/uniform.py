@@ -1,10 +1,9 @@
 """A sampler that gives every arm the same probability."""
 
-from collections.abc import Callable
-
 import keras
 from keras import ops
 
+from keras_slsam import arguments
 from keras_slsam.samplers.independent import Independent
 
 
@@ -29,7 +28,7 @@ class Uniform(Independent):
     """
 
     def __init__(
-        self, active_fraction: float | Callable, seed: int | None = None
+        self, active_fraction: arguments.Number, seed: int | None = None
     ) -> None:
         super().__init__(active_fraction, seed)
         if not self._is_scheduled:
@@ -38,4 +37,4 @@ class Uniform(Independent):
     def update(self, active, norms):
         if self._is_scheduled:
             shape, dtype = self.probabilities.shape, self.probabilities.dtype
-            self.probabilities.assign(ops.full(shape, self.fraction(), dtype=dtype))
+            self.probabilities.assign(ops.full(shape, self._share(), dtype=dtype))
