@@ -8,10 +8,10 @@ import keras
 import numpy as np
 import trajectory
 
-# Each backend is compared with the next one, so all three are compared.
-ORDER = ("jax", "tensorflow", "torch", None)
-NEXT = dict(zip(ORDER, ORDER[1:]))
-OTHERS = [name for name in NEXT if name != keras.config.backend()]
+# JAX and TensorFlow take all steps on PyTorch too, which compiles nothing. So all three
+# backends are compared, and each one resumes the checkpoints of the others.
+COMPARED = {"jax": "torch", "tensorflow": "torch", "torch": None}
+OTHERS = [name for name in COMPARED if name != keras.config.backend()]
 
 
 def on_backend(backend, *arguments):
@@ -36,10 +36,10 @@ def test_other_backends_take_the_same_steps_and_resume_checkpoints(tmp_path):
     assert len(own) == len(trajectory.KINDS) + len(trajectory.CHECKPOINTS)
     assert len(resumed) == len(trajectory.CHECKPOINTS)
     for backend in OTHERS:
-        is_next = backend == NEXT[keras.config.backend()]
+        takes_all = backend == COMPARED[keras.config.backend()]
         file = tmp_path / f"{backend}.npz"
-        on_backend(backend, "all" if is_next else "resume", tmp_path, file)
+        on_backend(backend, "all" if takes_all else "resume", tmp_path, file)
         found = np.load(file)
-        for kind in own if is_next else resumed:
+        for kind in own if takes_all else resumed:
             other = {key: found[f"{kind}: {key}"] for key in own[kind]}
             assert_same(own[kind], other)
