@@ -39,18 +39,18 @@ def main(argv: list[str]) -> None:
     for name in ("time", "memory", "scale", "long"):
         add = commands.add_parser(name, allow_abbrev=False).add_argument
         add("--active-fraction", type=float, default=0.2)
-        add("--rounds", type=int, default=5, help="timed rounds")
+        add("--rounds", type=_count, default=5, help="timed rounds")
         steps = 20_000 if name == "long" else 5
-        add("--steps", type=int, default=steps, help="timed steps of each round")
+        add("--steps", type=_count, default=steps, help="timed steps of each round")
         add("--jit-compile", choices=("auto", "yes", "no"), default="auto")
         add("--seed", type=int, default=0)
         add("--json", type=pathlib.Path, help="also write the result to this file")
         if name in ("time", "memory"):
             add("--model", choices=models.MODELS, default="minilm")
-            add("--batch", type=int, default=32)
-            add("--length", type=int, help="tokens of a text, or pixels of a side")
-            add("--layers", type=int, help="for bert and dense")
-            add("--width", type=int, help="for bert and dense")
+            add("--batch", type=_count, default=32)
+            add("--length", type=_count, help="tokens of a text, or pixels of a side")
+            add("--layers", type=_count, help="for bert and dense")
+            add("--width", type=_count, help="for bert and dense")
             every = list(models.METHODS)
             add("--methods", nargs="+", choices=every, default=every, metavar="METHOD")
         if name == "time":
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
             add("--alone", action="store_true", help="use a process for each method")
         if name == "scale":
             depths = [6, 12, 24, 48]
-            add("--depths", type=int, nargs="+", default=depths, help="layers")
+            add("--depths", type=_count, nargs="+", default=depths, help="layers")
     commands.add_parser("report").add_argument("files", nargs="+", type=pathlib.Path)
     args = runner.parse_args(argv)
     if args.command == "report":
@@ -77,6 +77,13 @@ def main(argv: list[str]) -> None:
     print(report.tables([result]))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _count(text):
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1. Received: {number}")
+    return number
 
 
 if __name__ == "__main__":

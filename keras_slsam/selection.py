@@ -40,7 +40,11 @@ class Selection:
         self._sampler = sampler
         self._all_active = all_active
         self.always_active = always_active
+        # Where the sampler's arms are among all, and the other way round. An arm that
+        # is always active has the place after those of the sampler.
         self._drawn = [i for i in range(len(members)) if i not in always_active]
+        self._places = np.full(len(members), len(self._drawn))
+        self._places[self._drawn] = np.arange(len(self._drawn))
         shape = (len(members),)
         self.active = owner.add_variable(shape, dtype="bool", name="active")
         self.norms = owner.add_variable(shape, dtype=dtype, name="norms")
@@ -94,9 +98,7 @@ class Selection:
         if not self.always_active:
             return values
         always = ops.full((1,), always, dtype=values.dtype)
-        places = np.full(len(self.members), len(self._drawn))
-        places[self._drawn] = np.arange(len(self._drawn))
-        return ops.take(ops.concatenate([values, always]), places)
+        return ops.take(ops.concatenate([values, always]), self._places)
 
     def _of_drawn_arms(self, values):
         return ops.take(values, self._drawn) if self.always_active else values
