@@ -67,8 +67,10 @@ CONTROLS = {
 # seed to an optimizer.
 DENSE = {
     "sam": dense(keras_slsam.SAM),
+    "asam": dense(keras_slsam.SAM, adaptive=True),
     "sam-quarter": dense(keras_slsam.SAM, ascent_fraction=0.25),
     "s2sam": dense(keras_slsam.S2SAM),
+    "as2sam": dense(keras_slsam.S2SAM, adaptive=True),
     "rst": lambda base, rho, _, seed: keras_slsam.RST(base, seed=seed, **rho),
 }
 SPARSE = {
