@@ -15,7 +15,7 @@ digits. To sweep, give several learning rates, radii or active fractions.
 With `--label-noise 0.4`, a tenth of the training data is held out for validation, and
 four in ten labels of both parts are replaced by wrong ones. The test data keep their
 labels. `--robust` also measures each trained model under noise on its weights, with
-weights of 8 and 4 bits, and on disturbed images.
+weights of 8 and 4 bits, and on disturbed images or the texts of `--shifted`.
 
 A folder holds one experiment: runs with the same model, data and sizes. Each run writes
 a separate file, `--parts` times per epoch. If a run is killed, give the command again:
@@ -39,6 +39,7 @@ import data
 import keras
 import numpy as np
 import robustness
+import sklearn.metrics
 
 import keras_slsam
 
@@ -227,8 +228,13 @@ def scores_of(model, data, test, validation, wrong):
     with robustness.restored_weights(model) if averaged else contextlib.nullcontext():
         if averaged:
             model.optimizer.finalize_variable_values(model.trainable_variables)
-        scores = model.evaluate(*test, batch_size=128, verbose=0, return_dict=True)
-        found = {"accuracy": scores["accuracy"], "loss": scores["loss"]}
+        logits = model.predict(test[0], batch_size=128, verbose=0)
+        predicted = logits.argmax(axis=-1)
+        found = {
+            "accuracy": float(np.mean(predicted == test[1])),
+            "matthews": float(sklearn.metrics.matthews_corrcoef(test[1], predicted)),
+            "loss": float(model.loss(test[1], logits)),
+        }
         if validation is not None:
             x, y = data
             found["validation"] = robustness.accuracy(model, *validation)
@@ -319,6 +325,9 @@ def run(method, rate, rho, fraction, seed, train, test, args):
             }
             if x.ndim == 4:
                 record["robustness"].update(robustness.on_shifted_images(model, *test))
+            if args.shifted is not None:
+                shifted = data.read_texts(args.shifted)
+                record["robustness"]["shifted"] = robustness.accuracy(model, *shifted)
         if not record["complete"]:
             model.save_weights(checkpoint(len(points)))
         partial = file.with_suffix(".partial")  # a kill must not leave half a file
@@ -339,6 +348,11 @@ def main():
     add("--data", type=pathlib.Path, help="file to train on")
     add(
         "--test", type=pathlib.Path, help="texts to test on; default: a fifth of --data"
+    )
+    add(
+        "--shifted",
+        type=pathlib.Path,
+        help="with --robust: texts of another data set with the same classes",
     )
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     add("--seeds", nargs="+", type=int, default=[0])
