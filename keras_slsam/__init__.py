@@ -1,5 +1,6 @@
 """Sharpness-aware fine-tuning in Keras 3, at less than the usual cost."""
 
+from keras_slsam import ascents
 from keras_slsam import samplers
 from keras_slsam.fit import SAMTrainStep
 from keras_slsam.fit import sharpness_aware
@@ -20,6 +21,7 @@ __all__ = [
     "SAM",
     "SLSAM",
     "SAMTrainStep",
+    "ascents",
     "get_state",
     "samplers",
     "set_state",

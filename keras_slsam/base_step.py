@@ -24,9 +24,9 @@ class BaseStep:
         base_optimizer: `keras.optimizers.Optimizer`, built.
         variables: List of `keras.Variable`s for which it was built.
         num_arms: int, the number of arms.
-        dtype: String, float dtype of the norms.
         all_active: bool, whether all arms are active in every step.
-        remember: bool, whether to keep the gradients that are applied.
+        remember: Function of the index of a variable and the gradient that is applied
+            to it, or `None`.
         owner: `keras.optimizers.Optimizer`, which creates and holds the state.
 
     Attributes:
@@ -34,7 +34,7 @@ class BaseStep:
     """
 
     def __init__(
-        self, base_optimizer, variables, num_arms, dtype, all_active, remember, owner
+        self, base_optimizer, variables, num_arms, all_active, remember, owner
     ):
         self._base = base_optimizer
         self._variables = variables
@@ -44,12 +44,7 @@ class BaseStep:
         def add(name, dtype, initializer="zeros"):
             return owner.add_variable((num_arms,), initializer, dtype, name=name)
 
-        self._applied = []
-        if remember:
-            self._applied = owner.add_optimizer_variables(
-                variables, "previous_gradient"
-            )
-            self._applied_squares = add("previous_squares", dtype)
+        self._remember = remember
         if not all_active:
             self._own_iterations = add(
                 "own_iterations", base_optimizer._iterations.dtype
@@ -57,12 +52,11 @@ class BaseStep:
             if isinstance(base_optimizer, keras.optimizers.Nadam):
                 self._own_products = add("own_products", variables[0].dtype, "ones")
 
-    def __call__(self, gradients, squares, arms, last, finite):
+    def __call__(self, gradients, arms, last, finite):
         """Updates the active arms, or accumulates their gradients.
 
         Args:
             gradients: List of tensors, one per variable. Ignored where inactive.
-            squares: List of float scalars, the squared norms of the arms' gradients.
             arms: `ActiveArms`.
             last: Whether this is the last step of a window, see `window`.
             finite: Whether all gradients are finite. If not, the step is skipped and
@@ -73,8 +67,8 @@ class BaseStep:
         if finite is not True:
             skipped = ops.cast(ops.logical_not(finite), self.skipped_steps.dtype)
             self.skipped_steps.assign_add(skipped)
-        if self._all_active and not (steps and self._applied):
-            backend.select(finite, lambda: self._apply(gradients, squares))
+        if self._all_active and not (steps and self._remember):
+            backend.select(finite, lambda: self._apply(gradients))
             return
         # A skipped step is a step without active arms.
         arms = arms.where(finite)
@@ -84,7 +78,7 @@ class BaseStep:
             last = backend.both(last, finite)
             backend.when(last, lambda: self._apply_mean(arms))
         else:
-            counts = self._update(gradients, squares, arms)
+            counts = self._update(gradients, arms)
         if base.use_ema:
             backend.when(finite, self._average)
         self._constrain(arms)
@@ -92,12 +86,14 @@ class BaseStep:
             variable.assign(value)
         backend.when(finite, lambda: base._iterations.assign_add(1))
 
-    def _apply(self, gradients, squares):
+    def _apply(self, gradients):
         backend.apply(self._base, gradients, self._variables)
-        if self._applied:
-            for applied, gradient in zip(self._applied, gradients):
-                applied.assign(gradient)
-            self._applied_squares.assign(ops.stack(squares))
+        self._remember_all(gradients, range(len(gradients)))
+
+    def _remember_all(self, gradients, indices):
+        if self._remember:
+            for i in indices:
+                self._remember(i, backend.dense(gradients[i]))
 
     def _constrain(self, arms):
         # As in Keras, constraints come last, and apply in each step of a window.
@@ -127,20 +123,6 @@ class BaseStep:
             yield
         finally:
             count.assign(before)
-
-    def applied(self, arms):
-        """Returns the gradient last applied to each variable, for `single_step`.
-
-        Args:
-            arms: `ActiveArms`.
-
-        Returns:
-            Tuple of a list of tensors, 0 where no gradient was applied yet, and a float
-            scalar, the squared norm over the active arms.
-        """
-        gradients = [backend.read(gradient) for gradient in self._applied]
-        squares = backend.read(self._applied_squares)
-        return gradients, ops.sum(ops.where(arms.mask, squares, 0.0))
 
     def position(self):
         """Returns the number of earlier steps in this window, an int tensor.
@@ -178,9 +160,7 @@ class BaseStep:
         share = 1.0 / self._base.gradient_accumulation_steps
         totals = [backend.read(total) for total in sums]
         means = arms.map(lambda i, total: total * share, totals)
-        # Needed only to remember the applied gradients.
-        squares = arms.squared_norms(means) if self._applied else None
-        for variable, value in self._update(means, squares, arms):
+        for variable, value in self._update(means, arms):
             variable.assign(value)
 
         def reset(arm):
@@ -189,7 +169,7 @@ class BaseStep:
 
         arms.when(reset)
 
-    def _update(self, gradients, squares, arms):
+    def _update(self, gradients, arms):
         """Updates the active arms.
 
         Returns:
@@ -210,9 +190,7 @@ class BaseStep:
                 base._backend_update_step(
                     [clipped[i] for i in indices], variables, learning_rate
                 )
-                if self._applied:
-                    for i in indices:
-                        self._applied[i].assign(gradients[i])
+                self._remember_all(gradients, indices)
 
             def update(arm):
                 for count, own, _ in own_counts:
@@ -228,10 +206,6 @@ class BaseStep:
                 backend.when(arms.active[0], lambda: update_variables(everything))
             else:
                 arms.when(update)
-        if self._applied:
-            before = backend.read(self._applied_squares)
-            value = ops.where(arms.mask, ops.stack(squares), before)
-            counts_after.append((self._applied_squares, value))
         return counts_after
 
     def _own_counts(self, mask):

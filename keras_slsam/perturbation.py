@@ -19,8 +19,8 @@ def perturb(weights, directions, squared_norm, arms, rho, adaptive=False):
 
     Args:
         weights: List of tensors, w.
-        directions: List of tensors like `weights`, g. Ignored where inactive, and may
-            be `None` there.
+        directions: List of tensors like `weights`, g, or `Directions`. Ignored where
+            inactive, and may be `None` there.
         squared_norm: Float scalar, the squared norm of all active directions.
         arms: `ActiveArms`.
         rho: Float scalar, the radius.

@@ -8,11 +8,11 @@ from keras import ops
 
 from keras_slsam import atomic
 from keras_slsam import loss_scale
-from keras_slsam.ascent import Ascent
 from keras_slsam.gradients import backend
 from keras_slsam.loss import Loss
 from keras_slsam.loss import call
 from keras_slsam.optimizers.sharpness_aware import SharpnessAware
+from keras_slsam.perturbed import Perturbed
 
 
 def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
@@ -80,15 +80,14 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
         with atomic.Staged() as drawn:
             ascends, rho = optimizer._draw_ascent()
             arms, ascends = selection.draw(is_first, ascends)
-        direction = optimizer._direction(arms)
-        ascent = Ascent(model, optimizer, arms, rho, scale)
-        if direction is not None:
-            found = ascent.along(direction, loss)
+        perturbed = Perturbed(model, optimizer, arms, rho, scale)
+        if not optimizer.ascent.needs_gradient:
+            found = perturbed.one_pass(loss)
         elif optimizer.ascent_fraction < 1:
             part = loss.part(optimizer.ascent_fraction)
-            found = ascent.along_part(part, loss, ascends)
+            found = perturbed.two_passes_of_part(part, loss, ascends)
         else:
-            found = ascent.along_batch(loss, ascends)
+            found = perturbed.two_passes(loss, ascends)
         outputs, gradients, squares, norms = found
         # The square root keeps XLA from repeating the sum over the arms at each use.
         finite = ops.isfinite(ops.sqrt(sum(norms)))
@@ -106,8 +105,9 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
                     atomic.assign_if(
                         finite, lambda: selection.learn(squares, position, is_last)
                     )
+                perturbed.learn(backend.both(finite, ascends))
                 # The base optimizer's step from w, with h.
-                base_step(gradients, squares, arms, is_last, finite)
+                base_step(gradients, arms, is_last, finite)
                 drawn.commit()
                 backend.when(finite, lambda: loss.record_state(outputs))
                 loss_scale.adapt(scaler, finite)

@@ -339,7 +339,7 @@ UNLIKE = {
     ),
     "sampler='Bandit', not 'Uniform'": lambda: slsam(sampler="uniform"),
     "sampler='Bandit', not 'Proportional'": lambda: slsam(sampler="proportional"),
-    "single_step=False, not True": lambda: slsam(single_step=True),
+    "ascent='Ascent', not 'LastApplied'": lambda: slsam(single_step=True),
     "base_optimizer='Adam', not 'RMSprop'": lambda: slsam("rmsprop"),
     "method='SLSAM', not 'SAM'": lambda: keras_slsam.SAM("adam"),
     "method='SLSAM', not 'RST'": lambda: keras_slsam.RST("adam"),

@@ -361,7 +361,7 @@ WRONG = {
         lambda m, folder: m.load_weights(
             saved(folder, SLSAM("adam", single_step=True))
         ),
-        "single_step=True, not False",
+        "ascent='LastApplied', not 'Ascent'",
     ),
     "state of other arms": (
         lambda m, folder: m.load_weights(saved(folder, SLSAM("adam", arms="layer"))),

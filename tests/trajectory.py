@@ -9,6 +9,7 @@ import sys
 
 import keras
 import numpy as np
+from directions import Friendly
 from keras import layers
 
 import keras_slsam
@@ -34,6 +35,7 @@ KINDS = {
         "active_fraction": None,
         "seed": None,
     },
+    "ascent of the user": {"sampler": "uniform", "ascent": Friendly},
 }
 # Together these two kinds have all state of the optimizers and of samplers that learn.
 CHECKPOINTS = {"proportional": "model.keras", "bandit, single step": "model.weights.h5"}
@@ -59,8 +61,9 @@ def start(kind):
     model = keras_slsam.sharpness_aware(make_model())
     base = keras.optimizers.AdamW(3e-3)
     kwargs = {"rho": 0.05, "active_fraction": 0.3, "seed": 7, **KINDS[kind]}
-    if callable(kwargs["sampler"]):
-        kwargs["sampler"] = kwargs["sampler"]()
+    for argument in ("sampler", "ascent"):
+        if callable(kwargs.get(argument)):
+            kwargs[argument] = kwargs[argument]()
     optimizer = keras_slsam.SLSAM(base, **kwargs)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer=optimizer, loss=loss)

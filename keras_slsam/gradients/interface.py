@@ -152,6 +152,10 @@ class Backend:
         """
         optimizer.apply(gradients, variables)
 
+    def dense(self, gradient):
+        """Returns a gradient as a tensor with one entry per weight."""
+        return gradient
+
     def squared_sum(self, gradient):
         """Computes the sum of the squares of a gradient, at least in float32."""
         dtype = keras.backend.standardize_dtype(gradient.dtype)

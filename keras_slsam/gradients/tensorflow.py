@@ -156,6 +156,9 @@ class TensorFlowBackend(Backend):
     def apply(self, optimizer, gradients, variables):
         optimizer.apply_gradients(zip(gradients, variables))
 
+    def dense(self, gradient):
+        return tf.convert_to_tensor(gradient)
+
     def squared_sum(self, gradient):
         dtype = keras.backend.result_type(gradient.dtype.name, "float32")
         if isinstance(gradient, tf.IndexedSlices):

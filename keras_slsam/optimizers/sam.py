@@ -3,6 +3,7 @@
 import keras
 
 from keras_slsam import arguments
+from keras_slsam import ascents
 from keras_slsam import samplers
 from keras_slsam.optimizers.sharpness_aware import SharpnessAware
 
@@ -38,6 +39,8 @@ class SAM(SharpnessAware):
             and BatchNormalization are those of the second pass, which sees the whole
             batch at the perturbed weights, and a step costs less: at 0.25,
             1.25 times the passes of the base optimizer.
+        ascent: `keras_slsam.ascents.Ascent`, the direction of the perturbation, or
+            `None` for the gradient of the batch.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -65,15 +68,21 @@ class SAM(SharpnessAware):
         name: str = "sam",
         *,
         ascent_fraction: float = 1.0,
+        ascent: ascents.Ascent | None = None,
     ) -> None:
         super().__init__(
             base_optimizer,
             rho=rho,
             adaptive=adaptive,
             sampler=samplers.All(),
+            ascent=ascent,
             ascent_fraction=ascent_fraction,
             name=name,
         )
 
     def get_config(self):
-        return {**super().get_config(), "ascent_fraction": self.ascent_fraction}
+        return {
+            **super().get_config(),
+            "ascent_fraction": self.ascent_fraction,
+            "ascent": keras.saving.serialize_keras_object(self.ascent),
+        }

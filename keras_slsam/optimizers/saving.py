@@ -16,8 +16,8 @@ _WAY_OUT = (
 
 # The arguments that may be objects or functions.
 _OBJECTS = {
-    *("active_fraction", "always_active", "arms", "base_optimizer", "probability"),
-    *("rho", "sampler"),
+    *("active_fraction", "always_active", "arms", "ascent", "base_optimizer"),
+    *("probability", "rho", "sampler"),
 }
 
 
@@ -136,7 +136,8 @@ class Stateful(keras.optimizers.Optimizer):
         """
         if saved is None:
             return
-        saved = {"always_active": [], **saved}  # which older files do not have
+        # What older files do not have. There, `SLSAM` had other state in a single step.
+        saved = {"always_active": [], "ascent": "Ascent", **saved}
         unlike = [
             f"{key}={saved.get(key)!r}, not {value!r}"
             for key, value in own.items()

@@ -8,6 +8,7 @@ import weakref
 
 import keras
 
+from keras_slsam import ascents
 from keras_slsam import grouping
 from keras_slsam import samplers
 from keras_slsam.base_step import BaseStep
@@ -22,8 +23,8 @@ from keras_slsam.selection import Selection
 
 # Attributes that cannot be replaced.
 _FIXED = {
-    *("active_fraction", "adaptive", "ascent_fraction", "base_optimizer", "sampler"),
-    *("always_active", "seed", "single_step"),
+    *("active_fraction", "adaptive", "always_active", "ascent", "ascent_fraction"),
+    *("base_optimizer", "sampler", "seed", "single_step"),
 }
 
 
@@ -49,8 +50,9 @@ class SharpnessAware(Readings, Stateful, Wrapper):
             hashable key.
         always_active: Regular expression or function of a variable that chooses arms
             that are not drawn but always active, or `None`.
-        single_step: bool, whether the ascent follows the gradient of the last step, so
-            that one pass is enough.
+        single_step: bool, whether the ascent is `LastApplied`, so that one pass is
+            enough.
+        ascent: `keras_slsam.ascents.Ascent`, or `None` for that of `single_step`.
         ascent_fraction: Float in (0, 1], the share of a batch's rows that the first
             pass sees.
         name: String, the optimizer's name.
@@ -69,17 +71,12 @@ class SharpnessAware(Readings, Stateful, Wrapper):
         arms="variable",
         always_active=None,
         single_step=False,
+        ascent=None,
         ascent_fraction=1.0,
         name=None,
     ):
         owner = type(self).__name__
         ascent_fraction = settings.check_fraction(owner, ascent_fraction)
-        if single_step and ascent_fraction < 1:
-            raise ValueError(
-                f"Argument `ascent_fraction` of `{owner}` must be 1 with "
-                "`single_step=True`: the ascent then takes no pass of its own. "
-                f"Received: ascent_fraction={ascent_fraction!r}"
-            )
         switches = {"adaptive": adaptive, "single_step": single_step}
         for argument, value in switches.items():
             if not isinstance(value, bool):
@@ -87,6 +84,14 @@ class SharpnessAware(Readings, Stateful, Wrapper):
                     f"Argument `{argument}` of `{owner}` must be True or False. "
                     f"Received: {argument}={value!r}"
                 )
+        ascent = _get_ascent(owner, ascent, single_step)
+        if ascent_fraction < 1 and not ascent.needs_gradient:
+            raise ValueError(
+                f"Argument `ascent_fraction` of `{owner}` must be 1 with "
+                f"`single_step={single_step!r}` and the ascent "
+                f"`{type(ascent).__name__}`, which takes no pass of its own. "
+                f"Received: ascent_fraction={ascent_fraction!r}"
+            )
         if isinstance(base_optimizer, SharpnessAware):
             raise ValueError(
                 f"Argument `base_optimizer` of `{owner}` is a `keras_slsam` optimizer "
@@ -104,6 +109,12 @@ class SharpnessAware(Readings, Stateful, Wrapper):
         self.adaptive = adaptive
         self.sampler = sampler
         self.single_step = single_step
+        self.ascent = ascent
+        # From which gradients the ascent learns, if it has state: those of its pass, or
+        # those that are applied.
+        self._remember = None
+        if ascents.learns(ascent) and not ascent.needs_gradient:
+            self._remember = ascent.update
         self.ascent_fraction = ascent_fraction
         self._grouping = arms
         self.always_active = always_active
@@ -116,7 +127,7 @@ class SharpnessAware(Readings, Stateful, Wrapper):
                 "Leave it out."
             )
         accumulates = bool(base_optimizer.gradient_accumulation_steps)
-        if not self._all_active or (single_step and accumulates):
+        if not self._all_active or (self._remember and accumulates):
             check_can_skip_arms(owner, base_optimizer)
 
     def __setattr__(self, name, value):
@@ -140,10 +151,10 @@ class SharpnessAware(Readings, Stateful, Wrapper):
                 built.
 
         Raises:
-            ValueError: if `base_optimizer` or the sampler is in use already, if `arms`
-            returns an unhashable key, if `always_active` chooses no arm or all, if a
-            weight is trained in float8, or if loaded
-            state does not fit.
+            ValueError: if `base_optimizer`, the sampler or the ascent is in use
+            already, if `arms` returns an unhashable key, if `always_active` chooses no
+            arm or all, if a weight is trained in float8, or if loaded state does not
+            fit.
         """
         if self.built or not variables:
             return
@@ -164,6 +175,11 @@ class SharpnessAware(Readings, Stateful, Wrapper):
                 f"Argument `sampler` of `{owner}` is used by a `samplers.Hold` or by "
                 f"another optimizer. Received: {self.sampler!r}. Create a new one for "
                 "each optimizer."
+            )
+        if self.ascent._in_use:
+            raise ValueError(
+                f"Argument `ascent` of `{owner}` is used by another optimizer. "
+                f"Received: {self.ascent!r}. Create a new one for each optimizer."
             )
         low = self.sampler.min_probability
         if not isinstance(low, numbers.Real) or not 0 <= low <= 1:
@@ -214,13 +230,14 @@ class SharpnessAware(Readings, Stateful, Wrapper):
             dtype,
             owner=self,
         )
+        self.ascent.build(self, variables)
+        self.ascent._in_use = True
         self._base_step = BaseStep(
             self.base_optimizer,
             variables,
             num_arms,
-            dtype,
             all_active=self._all_active,
-            remember=self.single_step,
+            remember=self._remember,
             owner=self,
         )
         # Save the sampler's state with the optimizer's. Keras has no public name for
@@ -235,7 +252,7 @@ class SharpnessAware(Readings, Stateful, Wrapper):
             "method": type(self).__name__,
             "base_optimizer": type(self.base_optimizer).__name__,
             "sampler": self.sampler._kind,
-            "single_step": self.single_step,
+            "ascent": type(self.ascent).__name__,
             "arms": self._selection.arm_of if self.built else None,
             "always_active": self._selection.always_active if self.built else None,
         }
@@ -296,19 +313,6 @@ class SharpnessAware(Readings, Stateful, Wrapper):
                 "a new optimizer."
             )
 
-    def _direction(self, arms):
-        """Returns the direction of the ascent, if it is known before the first pass.
-
-        Args:
-            arms: `ActiveArms`.
-
-        Returns:
-            `None` for the gradient of this batch, which needs its own pass. Else a
-            tuple of a list of tensors, one per variable, and a float scalar, the
-            squared norm over the active arms.
-        """
-        return self._base_step.applied(arms) if self.single_step else None
-
     def _draw_ascent(self):
         """Whether this step has an ascent, and its radius.
 
@@ -343,3 +347,19 @@ class SharpnessAware(Readings, Stateful, Wrapper):
             "rho": self._rho.get_config(),
             "adaptive": self.adaptive,
         }
+
+
+def _get_ascent(owner, ascent, single_step):
+    if ascent is None:
+        return ascents.LastApplied() if single_step else ascents.Ascent()
+    if not isinstance(ascent, ascents.Ascent):
+        raise ValueError(
+            f"Argument `ascent` of `{owner}` must be a `keras_slsam.ascents.Ascent` or "
+            f"None. Received: ascent={ascent!r}"
+        )
+    if single_step:
+        raise ValueError(
+            f"Argument `ascent` of `{owner}` is not allowed with `single_step=True`, "
+            f"which chooses `LastApplied`. Received: ascent={ascent!r}"
+        )
+    return ascent

@@ -6,6 +6,7 @@ from collections.abc import Hashable
 import keras
 
 from keras_slsam import arguments
+from keras_slsam import ascents
 from keras_slsam import samplers
 from keras_slsam.optimizers.sharpness_aware import SharpnessAware
 
@@ -72,6 +73,9 @@ class SLSAM(SharpnessAware):
             regular expression that is searched for in `variable.path`, or a function
             from a `keras.Variable` to a bool. An arm with a chosen variable is not
             drawn, and `active_fraction` is the share of the others. By default `None`.
+        ascent: `keras_slsam.ascents.Ascent`, the direction of the perturbation, or
+            `None` for the gradient of the batch, or with `single_step` the gradient
+            that was last applied. Not allowed with `single_step`.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -106,6 +110,7 @@ class SLSAM(SharpnessAware):
         *,
         ascent_fraction: float = 1.0,
         always_active: str | Callable[[keras.Variable], bool] | None = None,
+        ascent: ascents.Ascent | None = None,
     ) -> None:
         super().__init__(
             base_optimizer,
@@ -115,6 +120,7 @@ class SLSAM(SharpnessAware):
             arms=arms,
             always_active=always_active,
             single_step=single_step,
+            ascent=ascent,
             ascent_fraction=ascent_fraction,
             name=name,
         )
@@ -134,6 +140,7 @@ class SLSAM(SharpnessAware):
             "always_active": serialize(self.always_active),
             "single_step": self.single_step,
             "ascent_fraction": self.ascent_fraction,
+            "ascent": None if self.single_step else serialize(self.ascent),
             "seed": self.seed,
         }
 

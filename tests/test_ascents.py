@@ -1,0 +1,260 @@
+"""The direction of the ascent: SAM's, S2-SAM's, and those of a user."""
+
+import keras
+import numpy as np
+import pytest
+from directions import Friendly
+from directions import Momentum
+from directions import OnlyMatrices
+from keras import layers
+from keras import ops
+from replay import Replay
+from test_work import dense_chain
+from test_work import executed
+
+import keras_slsam
+from keras_slsam import ascents
+
+RATE, RHO, MOMENTUM = 0.1, 0.3, 0.9
+MASKS = [[True, False], [True, True], [False, True], [True, True], [True, False]]
+BATCHES = [
+    (rng.normal(size=(6, 3)), rng.normal(size=(6, 2)))
+    for rng in map(np.random.default_rng, range(5))
+]
+START = [np.random.default_rng(9).normal(size=shape) for shape in ((3, 2), (2,))]
+
+
+def by_hand(direction, masks, rho=None, start=START):
+    """Takes steps of SGD with momentum on a linear model with NumPy.
+
+    Args:
+        direction: Function of a dict from names to lists of arrays: `g`, the batch's
+            gradients, `mean` of the earlier ones, `velocity` of the weights, `applied`,
+            the gradients last applied.
+        masks: The active arms of each step.
+        rho: The radius of each step.
+    """
+    w = [v.copy() for v in start]
+    state = {k: [0 * v for v in w] for k in ("mean", "velocity", "applied")}
+    for (x, y), mask, radius in zip(BATCHES, masks, rho or [RHO] * len(masks)):
+
+        def gradients(weights, x=x, y=y):
+            error = x @ weights[0] + weights[1] - y
+            return [x.T @ error * 2 / error.size, error.sum(0) * 2 / error.size]
+
+        g = gradients(w)
+        d = [v * on for v, on in zip(direction({"g": g, **state}), mask)]
+        norm = np.sqrt(sum((v**2).sum() for v in d))
+        h = gradients([v + radius * e / (norm + 1e-12) for v, e in zip(w, d)])
+        for i in np.flatnonzero(mask):
+            if radius:
+                state["mean"][i] = 0.9 * state["mean"][i] + 0.1 * g[i]
+            state["applied"][i] = h[i]
+            state["velocity"][i] = MOMENTUM * state["velocity"][i] - RATE * h[i]
+            w[i] = w[i] + state["velocity"][i]
+    return w, state
+
+
+def linear(optimizer):
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, layers.Dense(2)(inputs))
+    model.set_weights(START)
+    model = keras_slsam.sharpness_aware(model)
+    model.compile(optimizer=optimizer, loss="mse")
+    return model
+
+
+def train(optimizer, batches=BATCHES):
+    model = linear(optimizer)
+    for batch in batches:
+        model.train_on_batch(*(a.astype("float32") for a in batch))
+    return model.get_weights()
+
+
+def sgd(**kwargs):
+    return keras.optimizers.SGD(RATE, momentum=MOMENTUM, **kwargs)
+
+
+def sparse(**kwargs):
+    return keras_slsam.SLSAM(sgd(), RHO, sampler=Replay(MASKS), **kwargs)
+
+
+DIRECTIONS = {
+    "gradient": (ascents.Ascent, lambda s: s["g"]),
+    "last applied": (ascents.LastApplied, lambda s: s["applied"]),
+    "friendly": (Friendly, lambda s: [g - m for g, m in zip(s["g"], s["mean"])]),
+    "momentum": (Momentum, lambda s: [-v for v in s["velocity"]]),
+    "matrices": (OnlyMatrices, lambda s: [s["g"][0], 0 * s["g"][1]]),
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [*(("slsam", name) for name in DIRECTIONS), ("sam", "friendly")],
+)
+def test_steps_match_the_formula(method, name):
+    ascent, formula = DIRECTIONS[name]
+    if method == "sam":
+        found = train(keras_slsam.SAM(sgd(), RHO, ascent=ascent()))
+        expected, _ = by_hand(formula, [[True, True]] * 5)
+    else:
+        found = train(sparse(ascent=ascent()))
+        expected, _ = by_hand(formula, MASKS)
+    for got, wanted in zip(found, expected):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_adaptive_scales_any_direction():
+    found = train(keras_slsam.SAM(sgd(), RHO, True, ascent=OnlyMatrices()), BATCHES[:1])
+    # |w| d instead of d in the norm, and w^2 d as the ascent.
+    w, (x, y) = START, BATCHES[0]
+    error = x @ w[0] + w[1] - y
+    d = x.T @ error * 2 / error.size
+    perturbed = w[0] + RHO * w[0] ** 2 * d / np.linalg.norm(w[0] * d)
+    error = x @ perturbed + w[1] - y
+    h = x.T @ error * 2 / error.size, error.sum(0) * 2 / error.size
+    for got, start, gradient in zip(found, w, h):
+        np.testing.assert_allclose(got, start - RATE * gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_last_applied_is_the_ascent_of_a_single_step(single):
+    def make(**kwargs):
+        if single:
+            return sparse(**kwargs or {"single_step": True})
+        kwargs = {"rho": RHO, **kwargs}
+        return (keras_slsam.SAM if "ascent" in kwargs else keras_slsam.S2SAM)(
+            sgd(), **kwargs
+        )
+
+    found = train(make(ascent=ascents.LastApplied()))
+    for got, expected in zip(found, train(make())):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_an_ascent_learns_only_from_steps_that_have_one():
+    radii = [0.3, 0.0, 0.3, 0.0, 0.3]
+
+    def rho(step):
+        return ops.take(ops.convert_to_tensor(radii), step)
+
+    optimizer = keras_slsam.SAM(sgd(), rho=rho, ascent=Friendly())
+    formula = DIRECTIONS["friendly"][1]
+    expected, state = by_hand(formula, [[True, True]] * 5, radii)
+    for got, wanted in zip(train(optimizer), expected):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+    for mean, wanted in zip(optimizer.ascent.mean, state["mean"]):
+        np.testing.assert_allclose(ops.convert_to_numpy(mean), wanted, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_an_ascent_does_not_learn_from_a_step_that_is_skipped(fraction):
+    optimizer = keras_slsam.SAM(sgd(), ascent_fraction=fraction, ascent=Friendly())
+    x, y = BATCHES[0]
+    train(optimizer, [BATCHES[0], (x * np.inf, y)])
+    assert int(optimizer.skipped_steps) == 1
+    for mean in optimizer.ascent.mean:
+        assert np.isfinite(ops.convert_to_numpy(mean)).all()
+        assert np.any(ops.convert_to_numpy(mean))
+
+
+def test_an_ascent_learns_from_part_of_a_batch():
+    x, y = BATCHES[0]
+    optimizer = keras_slsam.SAM(sgd(), ascent_fraction=0.5, ascent=Friendly())
+    train(optimizer, [(x, y)])
+    error = x[:3] @ START[0] + START[1] - y[:3]
+    mean = ops.convert_to_numpy(optimizer.ascent.mean[0])
+    np.testing.assert_allclose(mean, 0.1 * x[:3].T @ error * 2 / error.size, rtol=1e-5)
+
+
+def test_what_is_applied_is_the_mean_of_a_window():
+    learned = []
+
+    class Records(ascents.LastApplied):
+        def update(self, index, gradient):
+            super().update(index, gradient)
+            learned.append(index)
+
+    optimizer = keras_slsam.SAM(
+        keras.optimizers.SGD(RATE, gradient_accumulation_steps=2),
+        rho=0.0,
+        ascent=Records(),
+    )
+    found = train(optimizer, BATCHES[:2])
+    assert learned
+    for got, start, variable in zip(found, START, optimizer.ascent._gradients):
+        applied = ops.convert_to_numpy(variable)
+        np.testing.assert_allclose(got, start - RATE * applied, rtol=1e-5, atol=1e-6)
+
+
+def test_an_ascent_without_a_gradient_costs_one_pass():
+    model, products, x = dense_chain()
+    everything = products.flops({v.path for v in model.trainable_variables})
+    base = keras.optimizers.SGD(momentum=0.9)
+    assert executed(model, keras_slsam.SAM(base, ascent=Momentum()), x) == everything
+
+    model, products, x = dense_chain()
+    everything = products.flops({v.path for v in model.trainable_variables})
+    optimizer = keras_slsam.SAM("sgd", ascent=Friendly())
+    assert executed(model, optimizer, x) == 2 * everything
+
+
+def test_state_and_arguments_are_saved(tmp_path):
+    model = linear(sparse(ascent=Friendly(0.8)))
+    for batch in BATCHES[:2]:
+        model.train_on_batch(*batch)
+    model.save(tmp_path / "model.keras")
+    restored = keras_slsam.sharpness_aware(
+        keras.saving.load_model(tmp_path / "model.keras")
+    )
+    assert restored.optimizer.ascent.momentum == 0.8
+    for each in (model, restored):
+        for batch in BATCHES[2:]:
+            each.train_on_batch(*batch)
+    for got, expected in zip(restored.get_weights(), model.get_weights()):
+        np.testing.assert_array_equal(got, expected)
+
+    model.save_weights(tmp_path / "model.weights.h5")
+    with pytest.raises(ValueError, match="ascent='Friendly', not 'Ascent'"):
+        linear(sparse()).load_weights(tmp_path / "model.weights.h5")
+
+
+class Wrong(ascents.Ascent):
+    def __init__(self, found):
+        self.found = found
+
+    def direction(self, index, gradient):
+        return self.found(gradient)
+
+
+@pytest.mark.parametrize(
+    "found",
+    [lambda g: None, lambda g: 1.0, lambda g: g[:1], lambda g: [g]],
+    ids=["nothing", "number", "part", "list"],
+)
+def test_a_direction_must_have_the_shape_of_the_variable(found):
+    with pytest.raises(ValueError, match=r"`direction\(\)` of `Wrong`.*\(3, 2\)"):
+        train(keras_slsam.SAM("sgd", ascent=Wrong(found)))
+
+
+@pytest.mark.parametrize("value", ["friendly", Friendly, 1, lambda: None])
+def test_what_is_no_ascent_is_refused(value):
+    with pytest.raises(ValueError, match="`ascent` of `SAM`.*Ascent.*Received"):
+        keras_slsam.SAM("sgd", ascent=value)
+
+
+def test_what_does_not_go_together_is_refused():
+    with pytest.raises(ValueError, match="`ascent` of `SLSAM`.*single_step=True"):
+        keras_slsam.SLSAM("sgd", single_step=True, ascent=Friendly())
+    with pytest.raises(ValueError, match="`ascent_fraction`.*`Momentum`"):
+        keras_slsam.SAM("sgd", ascent_fraction=0.5, ascent=Momentum())
+    optimizer = keras_slsam.SAM("sgd", ascent=Friendly())
+    with pytest.raises(ValueError, match="`ascent` of `SAM` cannot be replaced"):
+        optimizer.ascent = Momentum()
+
+
+def test_an_ascent_serves_one_optimizer():
+    ascent = Friendly()
+    train(keras_slsam.SAM("sgd", ascent=ascent))
+    with pytest.raises(ValueError, match="`ascent` of `SAM` is used by another"):
+        train(keras_slsam.SAM("sgd", ascent=ascent))
