@@ -20,8 +20,8 @@ class Ascent:
     `needs_gradient = False`, and a step then has one pass.
 
     The methods run inside the compiled step, so they must use `keras.ops`. They are
-    called for variables of active arms only. The optimizer scales the directions to the
-    radius `rho`.
+    called for variables of active arms only, and with `all_arms` `direction` for all.
+    The optimizer scales the directions to the radius `rho`.
 
     Example:
 
@@ -49,6 +49,10 @@ class Ascent:
 
     #: Whether `direction` depends on the gradient of the batch, which takes a pass.
     needs_gradient: bool = True
+
+    #: Whether inactive arms are perturbed too. Not allowed with `needs_gradient`: a
+    #: pass computes the gradients of active arms only.
+    all_arms: bool = False
 
     # Whether an optimizer has it already.
     _in_use = False
@@ -110,18 +114,32 @@ class LastApplied(Ascent):
     `S2SAM` and `SLSAM(single_step=True)` have it. A variable to which no gradient was
     applied yet is not perturbed.
 
+    Args:
+        all_arms: bool, whether inactive arms are perturbed too, along the gradients of
+            the steps in which they were active. The norm is then that over all arms.
+
+    Raises:
+        ValueError: if `all_arms` is not a bool.
+
     Example:
 
     >>> import keras_slsam
-    >>> optimizer = keras_slsam.SAM("adamw", ascent=keras_slsam.ascents.LastApplied())
-    >>> optimizer.ascent.needs_gradient
-    False
+    >>> ascent = keras_slsam.ascents.LastApplied(all_arms=True)
+    >>> optimizer = keras_slsam.SLSAM("adamw", rho=0.05, ascent=ascent)
 
     Reference:
-        Ji et al., NeurIPS 2024.
+        Ji et al., NeurIPS 2024. With `all_arms` the rule is this package's.
     """
 
     needs_gradient = False
+
+    def __init__(self, all_arms: bool = False) -> None:
+        if not isinstance(all_arms, bool):
+            raise ValueError(
+                "Argument `all_arms` of `LastApplied` must be True or False. "
+                f"Received: all_arms={all_arms!r}"
+            )
+        self.all_arms = all_arms
 
     def build(self, optimizer, variables):
         self._gradients = optimizer.add_optimizer_variables(
@@ -133,6 +151,9 @@ class LastApplied(Ascent):
 
     def update(self, index, gradient):
         self._gradients[index].assign(gradient)
+
+    def get_config(self):
+        return {"all_arms": self.all_arms}
 
 
 class Directions:

@@ -3,8 +3,8 @@
     e = rho * g / (||g|| + eps)                   SAM (Foret et al., 2010.01412)
     e = rho * w^2 * g / (|| |w| g || + eps)       adaptive (ASAM, 2102.11600)
 
-The norm is taken over all active weights. Inactive weights are not perturbed. The
-optimizer chooses the direction g.
+The norm is taken over all active weights. Inactive weights are not perturbed. An
+`Ascent` chooses the direction g, and may perturb all weights as if they were active.
 """
 
 from keras import ops
@@ -22,7 +22,7 @@ def perturb(weights, directions, squared_norm, arms, rho, adaptive=False):
         directions: List of tensors like `weights`, g, or `Directions`. Ignored where
             inactive, and may be `None` there.
         squared_norm: Float scalar, the squared norm of all active directions.
-        arms: `ActiveArms`.
+        arms: `ActiveArms` to perturb.
         rho: Float scalar, the radius.
         adaptive: bool, whether e is scaled by the squares of the weights.
 

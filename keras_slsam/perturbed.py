@@ -125,15 +125,16 @@ class Perturbed:
 
     def _perturb(self, gradients=None, squares=None):
         ascent = self._optimizer.ascent
+        arms = self._arms.all() if ascent.all_arms else self._arms
         directions = gradients
         if type(ascent).direction is not ascents.Ascent.direction:
             directions = ascents.Directions(ascent, self._weights, gradients)
-            squares = self._arms.squared_norms(directions)
+            squares = arms.squared_norms(directions)
         return perturbation.perturb(
             self._weights,
             directions,
             sum(squares),
-            self._arms,
+            arms,
             self._rho,
             self._optimizer.adaptive,
         )

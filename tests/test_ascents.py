@@ -24,7 +24,7 @@ BATCHES = [
 START = [np.random.default_rng(9).normal(size=shape) for shape in ((3, 2), (2,))]
 
 
-def by_hand(direction, masks, rho=None, start=START):
+def by_hand(direction, masks, rho=None, all_arms=False):
     """Takes steps of SGD with momentum on a linear model with NumPy.
 
     Args:
@@ -33,8 +33,9 @@ def by_hand(direction, masks, rho=None, start=START):
             the gradients last applied.
         masks: The active arms of each step.
         rho: The radius of each step.
+        all_arms: Whether inactive arms are perturbed too.
     """
-    w = [v.copy() for v in start]
+    w = [v.copy() for v in START]
     state = {k: [0 * v for v in w] for k in ("mean", "velocity", "applied")}
     for (x, y), mask, radius in zip(BATCHES, masks, rho or [RHO] * len(masks)):
 
@@ -43,7 +44,8 @@ def by_hand(direction, masks, rho=None, start=START):
             return [x.T @ error * 2 / error.size, error.sum(0) * 2 / error.size]
 
         g = gradients(w)
-        d = [v * on for v, on in zip(direction({"g": g, **state}), mask)]
+        d = direction({"g": g, **state})
+        d = [v * (on or all_arms) for v, on in zip(d, mask)]
         norm = np.sqrt(sum((v**2).sum() for v in d))
         h = gradients([v + radius * e / (norm + 1e-12) for v, e in zip(w, d)])
         for i in np.flatnonzero(mask):
@@ -100,6 +102,14 @@ def test_steps_match_the_formula(method, name):
     else:
         found = train(sparse(ascent=ascent()))
         expected, _ = by_hand(formula, MASKS)
+    for got, wanted in zip(found, expected):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_all_arms_are_perturbed_along_what_was_applied_to_them():
+    found = train(sparse(ascent=ascents.LastApplied(all_arms=True)))
+    formula = DIRECTIONS["last applied"][1]
+    expected, _ = by_hand(formula, MASKS, all_arms=True)
     for got, wanted in zip(found, expected):
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
 
@@ -194,7 +204,13 @@ def test_an_ascent_without_a_gradient_costs_one_pass():
     assert executed(model, keras_slsam.SAM(base, ascent=Momentum()), x) == everything
 
     model, products, x = dense_chain()
-    everything = products.flops({v.path for v in model.trainable_variables})
+    mask = [arm % 3 == 1 for arm in range(len(model.trainable_variables))]
+    active = {v.path for v, on in zip(model.trainable_variables, mask) if on}
+    ascent = ascents.LastApplied(all_arms=True)
+    optimizer = keras_slsam.SLSAM("sgd", sampler=Replay([mask]), ascent=ascent)
+    assert executed(model, optimizer, x) == products.flops(active)
+
+    model, products, x = dense_chain()
     optimizer = keras_slsam.SAM("sgd", ascent=Friendly())
     assert executed(model, optimizer, x) == 2 * everything
 
@@ -246,6 +262,14 @@ def test_what_is_no_ascent_is_refused(value):
 def test_what_does_not_go_together_is_refused():
     with pytest.raises(ValueError, match="`ascent` of `SLSAM`.*single_step=True"):
         keras_slsam.SLSAM("sgd", single_step=True, ascent=Friendly())
+    with pytest.raises(ValueError, match="`all_arms` of `LastApplied`.*all_arms=1"):
+        ascents.LastApplied(1)
+
+    class Both(ascents.Ascent):
+        all_arms = True
+
+    with pytest.raises(ValueError, match="`ascent` of `SLSAM` perturbs all arms"):
+        keras_slsam.SLSAM("sgd", ascent=Both())
     with pytest.raises(ValueError, match="`ascent_fraction`.*`Momentum`"):
         keras_slsam.SAM("sgd", ascent_fraction=0.5, ascent=Momentum())
     optimizer = keras_slsam.SAM("sgd", ascent=Friendly())

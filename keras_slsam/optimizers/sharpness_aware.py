@@ -357,6 +357,12 @@ def _get_ascent(owner, ascent, single_step):
             f"Argument `ascent` of `{owner}` must be a `keras_slsam.ascents.Ascent` or "
             f"None. Received: ascent={ascent!r}"
         )
+    if ascent.all_arms and ascent.needs_gradient:
+        raise ValueError(
+            f"Argument `ascent` of `{owner}` perturbs all arms (`all_arms`), and needs "
+            "the gradient of the batch (`needs_gradient`), which a step computes for "
+            f"active arms only. Received: ascent={ascent!r}"
+        )
     if single_step:
         raise ValueError(
             f"Argument `ascent` of `{owner}` is not allowed with `single_step=True`, "
