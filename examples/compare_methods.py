@@ -368,6 +368,8 @@ def main():
     add("--image-size", type=int, default=32, help="of EfficientNet's input")
     add("--limit", type=int, help="examples to train on, chosen at random")
     args = parser.parse_args()
+    if args.shifted and not args.robust:
+        parser.error("--shifted needs --robust")
     args.length = args.length or (64 if args.data else 16)
     args.folder.mkdir(parents=True, exist_ok=True)
 

@@ -82,7 +82,8 @@ def results(record, seconds):
         for name, some in (("", points), (" at equal time", in_time or points[:1])):
             best = max(some, key=lambda point: point["validation"])
             found[f"best by validation{name}"] = best["accuracy"]
-            found[f"Matthews by validation{name}"] = best["matthews"]
+            if "matthews" in best:
+                found[f"Matthews by validation{name}"] = best["matthews"]
         found["memorised"] = points[-1]["memorised"]
     found["training loss"] = points[-1]["training_loss"]
     found.update(record.get("robustness", {}))

@@ -41,10 +41,6 @@ class ActiveArms:
         active = [backend.both(on, condition) for on in self.active]
         return ActiveArms(self.members, active, self.dtype)
 
-    def all(self):
-        """Returns all arms, as if they were active."""
-        return ActiveArms(self.members, [True] * len(self.members), self.dtype)
-
     def map(self, function, values):
         """Applies a function to the values of the active arms.
 

@@ -1,14 +1,15 @@
 """Ascents: the directions in which a step perturbs the weights.
 
 `Ascent` follows the gradient of the batch, which takes a pass of its own. `LastApplied`
-follows the gradient that the base optimizer applied last, which takes none. You can
-write your own.
+follows the gradient that was applied last, which takes none. You can write your own.
 """
 
 import keras
 from keras import ops
 
 from keras_slsam.gradients import backend
+
+__all__ = ["Ascent", "LastApplied"]
 
 
 @keras.saving.register_keras_serializable("keras_slsam")
@@ -19,14 +20,13 @@ class Ascent:
     `update`. If it does not need the gradient of the batch, it sets
     `needs_gradient = False`, and a step then has one pass.
 
-    The methods run inside the compiled step, so they must use `keras.ops`. They are
-    called for variables of active arms only, and with `all_arms` `direction` for all.
-    The optimizer scales the directions to the radius `rho`.
+    The methods run inside the compiled step, so they must use `keras.ops`. Inactive
+    arms have no direction. The optimizer scales the directions to the radius `rho`.
 
     Example:
 
-    The ascent of F-SAM, along the part of the gradient that is not in its running mean
-    (Li et al., CVPR 2024).
+    The ascent of F-SAM: along the gradient without its running mean (Li et al., CVPR
+    2024).
 
     >>> import keras, keras_slsam
     >>> class Friendly(keras_slsam.ascents.Ascent):
@@ -47,12 +47,8 @@ class Ascent:
         Foret et al., arXiv 2010.01412, equation 2.
     """
 
-    #: Whether `direction` depends on the gradient of the batch, which takes a pass.
+    #: Whether `direction` needs the gradient of the batch, which takes a pass.
     needs_gradient: bool = True
-
-    #: Whether inactive arms are perturbed too. Not allowed with `needs_gradient`: a
-    #: pass computes the gradients of active arms only.
-    all_arms: bool = False
 
     # Whether an optimizer has it already.
     _in_use = False
@@ -60,10 +56,11 @@ class Ascent:
     def build(
         self, optimizer: keras.optimizers.Optimizer, variables: list[keras.Variable]
     ) -> None:
-        """Creates the state, with `optimizer.add_optimizer_variables`.
+        """Creates the state.
 
         Args:
-            optimizer: `keras.optimizers.Optimizer`, which saves the state. The base
+            optimizer: `keras.optimizers.Optimizer`, which saves the state. Create it
+                with its methods `add_optimizer_variables` and `add_variable`. The base
                 optimizer, `optimizer.base_optimizer`, is built already.
             variables: List of `keras.Variable`s, the model's trainable ones.
         """
@@ -71,12 +68,13 @@ class Ascent:
     def direction(self, index, gradient):
         """Returns the direction in which a variable is perturbed, of any length.
 
-        It may be called several times in a step, and must not assign to variables.
+        It is called several times in a step, so it must not change state or draw random
+        numbers.
 
         Args:
             index: int, the place of the variable in the list given to `build`.
-            gradient: Tensor with the shape of the variable, the gradient of the batch,
-                or `None` if `needs_gradient` is false.
+            gradient: Tensor with the shape of the variable, the gradient of the batch.
+                `None` if `needs_gradient` is false.
 
         Returns:
             Tensor with the shape of the variable.
@@ -84,17 +82,18 @@ class Ascent:
         return gradient
 
     def update(self, index, gradient):
-        """Learns from a step, for one variable. Does nothing by default.
+        """Learns from a step, for one variable of an active arm.
 
-        It is not called if the step is skipped, nor, with `needs_gradient`, if the step
-        has no ascent because `rho` is 0.
+        Does nothing by default. It is called before the base optimizer's step. It is
+        not called if the step is skipped. If `needs_gradient` is true, it is not called
+        if `rho` is 0 either, because the step then has no ascent.
 
         Args:
             index: int, as for `direction`.
-            gradient: Tensor with the shape of the variable. If `needs_gradient`, the
-                gradient of the batch that `direction` got, else the gradient that the
-                base optimizer applies. With `gradient_accumulation_steps` the former is
-                that of a micro-batch, and the latter the mean of a window.
+            gradient: Tensor with the shape of the variable. If `needs_gradient` is
+                true, the gradient that `direction` got. Otherwise the gradient that is
+                applied, before clipping. With `gradient_accumulation_steps` this is the
+                mean of a window, and `update` is called at its end.
         """
 
     def get_config(self) -> dict:
@@ -114,32 +113,17 @@ class LastApplied(Ascent):
     `S2SAM` and `SLSAM(single_step=True)` have it. A variable to which no gradient was
     applied yet is not perturbed.
 
-    Args:
-        all_arms: bool, whether inactive arms are perturbed too, along the gradients of
-            the steps in which they were active. The norm is then that over all arms.
-
-    Raises:
-        ValueError: if `all_arms` is not a bool.
-
     Example:
 
     >>> import keras_slsam
-    >>> ascent = keras_slsam.ascents.LastApplied(all_arms=True)
-    >>> optimizer = keras_slsam.SLSAM("adamw", rho=0.05, ascent=ascent)
+    >>> ascent = keras_slsam.ascents.LastApplied()
+    >>> optimizer = keras_slsam.SAM("adamw", ascent=ascent)  # as `S2SAM("adamw")`
 
     Reference:
-        Ji et al., NeurIPS 2024. With `all_arms` the rule is this package's.
+        Ji et al., NeurIPS 2024.
     """
 
     needs_gradient = False
-
-    def __init__(self, all_arms: bool = False) -> None:
-        if not isinstance(all_arms, bool):
-            raise ValueError(
-                "Argument `all_arms` of `LastApplied` must be True or False. "
-                f"Received: all_arms={all_arms!r}"
-            )
-        self.all_arms = all_arms
 
     def build(self, optimizer, variables):
         self._gradients = optimizer.add_optimizer_variables(
@@ -152,14 +136,11 @@ class LastApplied(Ascent):
     def update(self, index, gradient):
         self._gradients[index].assign(gradient)
 
-    def get_config(self):
-        return {"all_arms": self.all_arms}
-
 
 class Directions:
-    """The directions of an ascent, computed when they are read.
+    """The directions of an ascent, each computed where it is read.
 
-    So a condition around an arm includes them, and they need no memory.
+    In a compiled step a condition around an arm then includes its directions.
 
     Args:
         ascent: `Ascent`.
@@ -184,6 +165,76 @@ class Directions:
         return ops.cast(direction, weight.dtype)
 
 
+def follows_batch(ascent):
+    """Returns whether the direction is the gradient of the batch itself."""
+    return type(ascent).direction is Ascent.direction
+
+
 def learns(ascent):
-    """Returns whether an ascent has state that it updates."""
+    """Returns whether the ascent has an `update`."""
     return type(ascent).update is not Ascent.update
+
+
+def learn(ascent, gradients, indices):
+    """Calls `update` for some variables.
+
+    Args:
+        ascent: `Ascent`, or `None`.
+        gradients: List of tensors, one per variable.
+        indices: Iterable of int, the variables.
+    """
+    if ascent is not None:
+        for i in indices:
+            ascent.update(i, backend.dense(gradients[i]))
+
+
+def get(owner, ascent, single_step):
+    """Returns the ascent that the arguments `ascent` and `single_step` ask for.
+
+    Args:
+        owner: String, the optimizer's class.
+        ascent: `Ascent`, or `None`.
+        single_step: bool, whether the ascent is `LastApplied`.
+
+    Raises:
+        ValueError: if `ascent` is something else, or cannot be used.
+    """
+    if ascent is None:
+        return LastApplied() if single_step else Ascent()
+    if not isinstance(ascent, Ascent):
+        raise ValueError(
+            f"Argument `ascent` of `{owner}` must be a `keras_slsam.ascents.Ascent` or "
+            f"None. Received: ascent={ascent!r}"
+        )
+    if single_step:
+        raise ValueError(
+            f"Argument `ascent` of `{owner}` is not allowed with `single_step=True`, "
+            f"which chooses `LastApplied`. Received: ascent={ascent!r}"
+        )
+    if follows_batch(ascent) and not ascent.needs_gradient:
+        raise ValueError(
+            f"Argument `ascent` of `{owner}` has `needs_gradient=False`, so it must "
+            f"override `direction`. Received: ascent={ascent!r}"
+        )
+    return ascent
+
+
+def build(ascent, optimizer, variables):
+    """Creates the state of an ascent, and checks that the optimizer saves it.
+
+    Raises:
+        ValueError: if the ascent has a variable that the optimizer does not know.
+    """
+    ascent.build(optimizer, variables)
+    known = {id(v) for v in [*optimizer.variables, *variables]}
+    for name, value in vars(ascent).items():
+        for part in keras.tree.flatten(value):
+            drawn = isinstance(part, keras.random.SeedGenerator)
+            own = isinstance(part, keras.Variable) and id(part) not in known
+            if drawn or own:
+                raise ValueError(
+                    f"`{name}` of the ascent `{type(ascent).__name__}` is state that "
+                    f"the optimizer would not save. Received: {part!r}. Create it in "
+                    "`build` with `optimizer.add_optimizer_variables` or "
+                    "`optimizer.add_variable`. Random directions are not supported."
+                )

@@ -2,8 +2,8 @@
 
 `Staged` delays assignments until everything that may raise has been computed.
 `put_back_metrics` restores the metrics. `hold_back_interrupt` delays Ctrl-C until the
-step ends. If the update of the base optimizer raises, weights and moments stay as Keras
-leaves them.
+step ends. If the update of the base optimizer or of an `Ascent` raises, the weights and
+their state stay as it left them.
 
 This applies to steps that Python runs. A compiled step is one call, which Python can
 interrupt only before or after.

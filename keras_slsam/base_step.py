@@ -11,6 +11,7 @@ import contextlib
 import keras
 from keras import ops
 
+from keras_slsam import ascents
 from keras_slsam.gradients import backend
 
 
@@ -25,17 +26,14 @@ class BaseStep:
         variables: List of `keras.Variable`s for which it was built.
         num_arms: int, the number of arms.
         all_active: bool, whether all arms are active in every step.
-        remember: Function of the index of a variable and the gradient that is applied
-            to it, or `None`.
+        ascent: `Ascent` that learns from the gradients that are applied, or `None`.
         owner: `keras.optimizers.Optimizer`, which creates and holds the state.
 
     Attributes:
         skipped_steps: `keras.Variable`, the number of skipped steps.
     """
 
-    def __init__(
-        self, base_optimizer, variables, num_arms, all_active, remember, owner
-    ):
+    def __init__(self, base_optimizer, variables, num_arms, all_active, ascent, owner):
         self._base = base_optimizer
         self._variables = variables
         self._all_active = all_active
@@ -44,7 +42,7 @@ class BaseStep:
         def add(name, dtype, initializer="zeros"):
             return owner.add_variable((num_arms,), initializer, dtype, name=name)
 
-        self._remember = remember
+        self._ascent = ascent
         if not all_active:
             self._own_iterations = add(
                 "own_iterations", base_optimizer._iterations.dtype
@@ -67,7 +65,7 @@ class BaseStep:
         if finite is not True:
             skipped = ops.cast(ops.logical_not(finite), self.skipped_steps.dtype)
             self.skipped_steps.assign_add(skipped)
-        if self._all_active and not (steps and self._remember):
+        if self._all_active and not (steps and self._ascent):
             backend.select(finite, lambda: self._apply(gradients))
             return
         # A skipped step is a step without active arms.
@@ -87,13 +85,8 @@ class BaseStep:
         backend.when(finite, lambda: base._iterations.assign_add(1))
 
     def _apply(self, gradients):
+        ascents.learn(self._ascent, gradients, range(len(gradients)))
         backend.apply(self._base, gradients, self._variables)
-        self._remember_all(gradients, range(len(gradients)))
-
-    def _remember_all(self, gradients, indices):
-        if self._remember:
-            for i in indices:
-                self._remember(i, backend.dense(gradients[i]))
 
     def _constrain(self, arms):
         # As in Keras, constraints come last, and apply in each step of a window.
@@ -190,9 +183,9 @@ class BaseStep:
                 base._backend_update_step(
                     [clipped[i] for i in indices], variables, learning_rate
                 )
-                self._remember_all(gradients, indices)
 
             def update(arm):
+                ascents.learn(self._ascent, gradients, arms.members[arm])
                 for count, own, _ in own_counts:
                     count.assign(own[arm])
                 try:
@@ -203,7 +196,12 @@ class BaseStep:
 
             if self._all_active:  # in one update: Nadam counts updates
                 everything = range(len(self._variables))
-                backend.when(arms.active[0], lambda: update_variables(everything))
+
+                def update_all():
+                    ascents.learn(self._ascent, gradients, everything)
+                    update_variables(everything)
+
+                backend.when(arms.active[0], update_all)
             else:
                 arms.when(update)
         return counts_after

@@ -12,7 +12,7 @@ from keras_slsam.gradients import backend
 from keras_slsam.loss import Loss
 from keras_slsam.loss import call
 from keras_slsam.optimizers.sharpness_aware import SharpnessAware
-from keras_slsam.perturbed import Perturbed
+from keras_slsam.uphill import UphillGradients
 
 
 def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
@@ -80,15 +80,15 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
         with atomic.Staged() as drawn:
             ascends, rho = optimizer._draw_ascent()
             arms, ascends = selection.draw(is_first, ascends)
-        perturbed = Perturbed(model, optimizer, arms, rho, scale)
+        uphill = UphillGradients(model, optimizer, arms, rho, scale)
         if not optimizer.ascent.needs_gradient:
-            found = perturbed.one_pass(loss)
+            found = uphill.one_pass(loss)
         elif optimizer.ascent_fraction < 1:
             part = loss.part(optimizer.ascent_fraction)
-            found = perturbed.two_passes_of_part(part, loss, ascends)
+            found = uphill.two_passes_of_part(part, loss, ascends)
         else:
-            found = perturbed.two_passes(loss, ascends)
-        outputs, gradients, squares, norms = found
+            found = uphill.two_passes(loss, ascends)
+        outputs, gradients, squares, norms, first = found
         # The square root keeps XLA from repeating the sum over the arms at each use.
         finite = ops.isfinite(ops.sqrt(sum(norms)))
         (finite,) = backend.concrete(ops.reshape(finite, (1,)))
@@ -105,7 +105,7 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
                     atomic.assign_if(
                         finite, lambda: selection.learn(squares, position, is_last)
                     )
-                perturbed.learn(backend.both(finite, ascends))
+                uphill.learn(first, backend.both(finite, ascends))
                 # The base optimizer's step from w, with h.
                 base_step(gradients, arms, is_last, finite)
                 drawn.commit()

@@ -9,11 +9,10 @@ import sys
 
 import keras
 import numpy as np
-from directions import Friendly
 from keras import layers
+from user_ascents import Friendly
 
 import keras_slsam
-from keras_slsam import ascents
 from keras_slsam import samplers
 
 STEPS = 20
@@ -37,10 +36,6 @@ KINDS = {
         "seed": None,
     },
     "ascent of the user": {"sampler": "uniform", "ascent": Friendly},
-    "all arms perturbed": {
-        "sampler": "proportional",
-        "ascent": lambda: ascents.LastApplied(all_arms=True),
-    },
 }
 # Together these two kinds have all state of the optimizers and of samplers that learn.
 CHECKPOINTS = {"proportional": "model.keras", "bandit, single step": "model.weights.h5"}

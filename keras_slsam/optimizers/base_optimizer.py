@@ -77,11 +77,11 @@ def check_can_skip_arms(owner, base_optimizer):
                 f"Argument `base_optimizer` of `{owner}`, a "
                 f"`{type(base_optimizer).__name__}`, overrides `{name}`, which is not "
                 "called: `update_step` is called for each active variable instead. "
-                "Override `update_step`, or use `SAM`, `S2SAM` or `RST`."
+                "Override `update_step`, or use `SAM` or `RST` without `ascent`."
             )
     if type(base_optimizer).update_step is keras.optimizers.Optimizer.update_step:
         raise ValueError(
             f"Argument `base_optimizer` of `{owner}` must update one variable at a "
             f"time (`update_step`). `{type(base_optimizer).__name__}` does not, so it "
-            "cannot skip the inactive variables. Use another optimizer, or `SAM`."
+            "cannot skip variables. Use another optimizer, or `SAM` without `ascent`."
         )

@@ -39,8 +39,8 @@ class SAM(SharpnessAware):
             and BatchNormalization are those of the second pass, which sees the whole
             batch at the perturbed weights, and a step costs less: at 0.25,
             1.25 times the passes of the base optimizer.
-        ascent: `keras_slsam.ascents.Ascent`, the direction of the perturbation, or
-            `None` for the gradient of the batch.
+        ascent: `keras_slsam.ascents.Ascent`, the direction of the perturbation. By
+            default the gradient of the batch.
 
     Raises:
         ValueError: if an argument is out of its range.

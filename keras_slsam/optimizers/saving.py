@@ -136,8 +136,9 @@ class Stateful(keras.optimizers.Optimizer):
         """
         if saved is None:
             return
-        # What older files do not have. There, `SLSAM` had other state in a single step.
-        saved = {"always_active": [], "ascent": "Ascent", **saved}
+        # What older files do not have. Their state for a single step had another form.
+        before = "an older LastApplied" if saved.get("single_step") else "Ascent"
+        saved = {"always_active": [], "ascent": before, **saved}
         unlike = [
             f"{key}={saved.get(key)!r}, not {value!r}"
             for key, value in own.items()

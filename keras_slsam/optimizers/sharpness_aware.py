@@ -52,7 +52,7 @@ class SharpnessAware(Readings, Stateful, Wrapper):
             that are not drawn but always active, or `None`.
         single_step: bool, whether the ascent is `LastApplied`, so that one pass is
             enough.
-        ascent: `keras_slsam.ascents.Ascent`, or `None` for that of `single_step`.
+        ascent: `keras_slsam.ascents.Ascent`, or `None` to leave it to `single_step`.
         ascent_fraction: Float in (0, 1], the share of a batch's rows that the first
             pass sees.
         name: String, the optimizer's name.
@@ -84,12 +84,12 @@ class SharpnessAware(Readings, Stateful, Wrapper):
                     f"Argument `{argument}` of `{owner}` must be True or False. "
                     f"Received: {argument}={value!r}"
                 )
-        ascent = _get_ascent(owner, ascent, single_step)
+        ascent = ascents.get(owner, ascent, single_step)
         if ascent_fraction < 1 and not ascent.needs_gradient:
+            chosen = "single_step=True" if single_step else f"ascent={ascent!r}"
             raise ValueError(
-                f"Argument `ascent_fraction` of `{owner}` must be 1 with "
-                f"`single_step={single_step!r}` and the ascent "
-                f"`{type(ascent).__name__}`, which takes no pass of its own. "
+                f"Argument `ascent_fraction` of `{owner}` must be 1 with `{chosen}`: "
+                "the ascent then takes no pass of its own. "
                 f"Received: ascent_fraction={ascent_fraction!r}"
             )
         if isinstance(base_optimizer, SharpnessAware):
@@ -110,11 +110,8 @@ class SharpnessAware(Readings, Stateful, Wrapper):
         self.sampler = sampler
         self.single_step = single_step
         self.ascent = ascent
-        # From which gradients the ascent learns, if it has state: those of its pass, or
-        # those that are applied.
-        self._remember = None
-        if ascents.learns(ascent) and not ascent.needs_gradient:
-            self._remember = ascent.update
+        learns_from_applied = ascents.learns(ascent) and not ascent.needs_gradient
+        self._learner = ascent if learns_from_applied else None
         self.ascent_fraction = ascent_fraction
         self._grouping = arms
         self.always_active = always_active
@@ -127,7 +124,7 @@ class SharpnessAware(Readings, Stateful, Wrapper):
                 "Leave it out."
             )
         accumulates = bool(base_optimizer.gradient_accumulation_steps)
-        if not self._all_active or (self._remember and accumulates):
+        if not self._all_active or (self._learner and accumulates):
             check_can_skip_arms(owner, base_optimizer)
 
     def __setattr__(self, name, value):
@@ -230,14 +227,14 @@ class SharpnessAware(Readings, Stateful, Wrapper):
             dtype,
             owner=self,
         )
-        self.ascent.build(self, variables)
+        ascents.build(self.ascent, self, variables)
         self.ascent._in_use = True
         self._base_step = BaseStep(
             self.base_optimizer,
             variables,
             num_arms,
             all_active=self._all_active,
-            remember=self._remember,
+            ascent=self._learner,
             owner=self,
         )
         # Save the sampler's state with the optimizer's. Keras has no public name for
@@ -347,25 +344,3 @@ class SharpnessAware(Readings, Stateful, Wrapper):
             "rho": self._rho.get_config(),
             "adaptive": self.adaptive,
         }
-
-
-def _get_ascent(owner, ascent, single_step):
-    if ascent is None:
-        return ascents.LastApplied() if single_step else ascents.Ascent()
-    if not isinstance(ascent, ascents.Ascent):
-        raise ValueError(
-            f"Argument `ascent` of `{owner}` must be a `keras_slsam.ascents.Ascent` or "
-            f"None. Received: ascent={ascent!r}"
-        )
-    if ascent.all_arms and ascent.needs_gradient:
-        raise ValueError(
-            f"Argument `ascent` of `{owner}` perturbs all arms (`all_arms`), and needs "
-            "the gradient of the batch (`needs_gradient`), which a step computes for "
-            f"active arms only. Received: ascent={ascent!r}"
-        )
-    if single_step:
-        raise ValueError(
-            f"Argument `ascent` of `{owner}` is not allowed with `single_step=True`, "
-            f"which chooses `LastApplied`. Received: ascent={ascent!r}"
-        )
-    return ascent

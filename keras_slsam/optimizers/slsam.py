@@ -73,9 +73,8 @@ class SLSAM(SharpnessAware):
             regular expression that is searched for in `variable.path`, or a function
             from a `keras.Variable` to a bool. An arm with a chosen variable is not
             drawn, and `active_fraction` is the share of the others. By default `None`.
-        ascent: `keras_slsam.ascents.Ascent`, the direction of the perturbation, or
-            `None` for the gradient of the batch, or with `single_step` the gradient
-            that was last applied. Not allowed with `single_step`.
+        ascent: `keras_slsam.ascents.Ascent`, the direction of the perturbation. By
+            default the gradient of the batch. Leave it out with `single_step`.
 
     Raises:
         ValueError: if an argument is out of its range.

@@ -1,7 +1,7 @@
 """The gradients that a step applies: h, at the perturbed weights `w + e`.
 
-The direction of e is known before the first pass, or it depends on the gradient of the
-batch, or of part of it, which takes a pass.
+If the ascent needs the gradient of the batch, or of its first rows, a pass computes it
+first.
 """
 
 from keras import ops
@@ -12,13 +12,16 @@ from keras_slsam import perturbation
 from keras_slsam.gradients import backend
 
 
-class Perturbed:
-    """Computes gradients at the perturbed weights.
+class UphillGradients:
+    """Computes the gradients at the perturbed weights.
 
-    The methods for one and two passes return a tuple: what the `Loss` returned for the
-    metrics and the state, the list of the gradients h, the list of the arms' squared
-    norms from which the sampler learns, and a list of scalars that are finite if all
-    gradients are.
+    The methods for one and two passes return a tuple:
+
+    - what the `Loss` returned for the metrics and the state,
+    - the list of the gradients h,
+    - the list of the arms' squared norms from which the sampler learns,
+    - a list of scalars that are finite if all gradients are,
+    - the list of the gradients from which the ascent learns, empty if there are none.
 
     Args:
         model: `keras.Model`.
@@ -32,7 +35,7 @@ class Perturbed:
         self._model, self._optimizer, self._arms = model, optimizer, arms
         self._rho, self._scale = rho, scale
         self._weights = [backend.read(v) for v in model.trainable_variables]  # w
-        self._first = []  # g, if the ascent learns from it
+        self._ascent = optimizer.ascent
 
     def one_pass(self, loss):
         """One pass, where the ascent does not need the gradient of the batch.
@@ -42,7 +45,7 @@ class Perturbed:
         """
         passes = self._passes(loss, twice=False)
         outputs, h, squares = self._differentiate(passes, self._perturb())
-        return outputs, h, squares, squares
+        return outputs, h, squares, squares, []
 
     def two_passes_of_part(self, part, loss, ascends):
         """A first pass on part of the batch, and a second on the whole.
@@ -57,18 +60,18 @@ class Perturbed:
         def ascend():
             passes = self._passes(part, twice=False)
             _, g, squares = self._differentiate(passes, self._weights)
-            first = [v if v is None else backend.dense(v) for v in g]
-            first = self._to_learn_from(first)
-            return self._perturb(g, squares), sum(squares), first
+            # The other branch has tensors.
+            known = [v if v is None else backend.dense(v) for v in self._kept(g)]
+            return self._perturb(g, squares), sum(squares), known
 
         def stay():
             zero = ops.zeros((), self._arms.dtype)
-            return self._weights, zero, self._to_learn_from(self._weights)
+            return self._weights, zero, self._kept(self._weights)
 
-        perturbed, first, self._first = backend.cond(ascends, ascend, stay)
+        perturbed, first, kept = backend.cond(ascends, ascend, stay)
         passes = self._passes(loss, twice=False)
         outputs, h, squares = self._differentiate(passes, perturbed)
-        return outputs, h, squares, [*squares, first]
+        return outputs, h, squares, [*squares, first], kept
 
     def two_passes(self, loss, ascends):
         """A first pass, g = grad(w), and a second pass, h = grad(w + e).
@@ -80,7 +83,6 @@ class Perturbed:
         """
         passes = self._passes(loss, twice=True)
         outputs, g, squares = self._differentiate(passes, self._weights)
-        self._first = self._to_learn_from(g)
 
         def second():
             h = passes.second(self._perturb(g, squares))
@@ -88,25 +90,26 @@ class Perturbed:
             return h, squares + self._arms.squared_norms(h)
 
         h, norms = backend.cond(ascends, second, lambda: (g, squares + squares))
-        return outputs, h, squares, norms
+        return outputs, h, squares, norms, self._kept(g)
 
-    def learn(self, condition):
-        """Lets an ascent that has state learn from the gradients of the first pass.
+    def learn(self, gradients, condition):
+        """Lets the ascent learn from the gradients of a pass of its own.
 
         Args:
+            gradients: The last entry of what the methods above return.
             condition: bool or scalar boolean tensor, whether the step had an ascent and
                 is not skipped.
         """
-        if self._first:
+        if gradients:
             self._arms.where(condition).when(
-                lambda arm: [
-                    self._optimizer.ascent.update(i, backend.dense(self._first[i]))
-                    for i in self._arms.members[arm]
-                ]
+                lambda arm: ascents.learn(
+                    self._ascent, gradients, self._arms.members[arm]
+                )
             )
 
-    def _to_learn_from(self, gradients):
-        return gradients if ascents.learns(self._optimizer.ascent) else []
+    def _kept(self, gradients):
+        """Returns the gradients of the first pass if the ascent learns from them."""
+        return gradients if ascents.learns(self._ascent) else []
 
     def _passes(self, loss, twice):
         return backend.Passes(
@@ -124,17 +127,15 @@ class Perturbed:
         return outputs, gradients, self._arms.squared_norms(gradients)
 
     def _perturb(self, gradients=None, squares=None):
-        ascent = self._optimizer.ascent
-        arms = self._arms.all() if ascent.all_arms else self._arms
         directions = gradients
-        if type(ascent).direction is not ascents.Ascent.direction:
-            directions = ascents.Directions(ascent, self._weights, gradients)
-            squares = arms.squared_norms(directions)
+        if not ascents.follows_batch(self._ascent):
+            directions = ascents.Directions(self._ascent, self._weights, gradients)
+            squares = None
         return perturbation.perturb(
             self._weights,
             directions,
-            sum(squares),
-            arms,
+            squares,
+            self._arms,
             self._rho,
             self._optimizer.adaptive,
         )
