@@ -20,10 +20,11 @@ weights of 8 and 4 bits, and on disturbed images or the texts of `--shifted`.
 A folder holds one experiment: runs with the same model, data and sizes. Each run writes
 a separate file, `--parts` times per epoch. If a run is killed, give the command again:
 the run resumes where it stopped, with the same result. A complete run is not repeated,
-but with more `--epochs` it starts from the beginning. The script makes `results.csv`, a
-table and `results.svg` from all complete runs in the folder. In the table, `at equal
-time` is the accuracy at the time when the shortest run on this backend ended,
-interpolated between the evaluations before and after.
+but with more `--epochs` it starts from the beginning. From all complete runs in the
+folder the script makes `results.csv`, the picture `results.svg`, and the page
+`results.md` with a table, which it also prints. In the table, `at equal time` is the
+accuracy at the time when the shortest run on this backend ended, interpolated between
+the evaluations before and after.
 """
 
 import argparse
@@ -392,8 +393,10 @@ def main():
             run(method, rate, rho, fraction, seed, train, test, args)
     groups = comparison.read_all(args.folder, experiment(args))
     comparison.write_csv(groups, args.folder / "results.csv")
-    comparison.print_table(groups)
     comparison.draw(groups, args.folder / "results.svg")
+    comparison.write_page(
+        groups, args.folder / "results.md", args.folder / "results.svg"
+    )
 
 
 if __name__ == "__main__":

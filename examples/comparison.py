@@ -91,8 +91,14 @@ def results(record, seconds):
     return found
 
 
-def print_table(groups):
-    """Prints the means over the seeds, with their standard errors."""
+def write_page(groups, file, picture):
+    """Writes, and prints, a table of the means over the seeds and their errors.
+
+    Args:
+        groups: What `read_all` returned.
+        file: Path of the page, in Markdown.
+        picture: Path of the picture that it shows.
+    """
     shortest = {}
     for (backend, *_), records in groups.items():
         seconds = [record["points"][-1]["seconds"] for record in records]
@@ -105,13 +111,17 @@ def print_table(groups):
         steps = records[0]["points"][-1]["step"]
         rows.append({**settings, "seeds": len(records), "steps": steps, **means})
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    table = [columns]
-    for row in rows:
-        cells = (row.get(name) for name in columns)
-        table.append(["-" if cell is None else str(cell) for cell in cells])
-    widths = [max(map(len, column)) for column in zip(*table)]
-    for row in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    cells = [[row.get(name) for name in columns] for row in rows]
+    cells = [["" if cell is None else str(cell) for cell in row] for row in cells]
+    widths = [max(map(len, column)) for column in zip(columns, *cells)]
+    table = [columns, ["-" * width for width in widths], *cells]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |"
+        for row in table
+    ]
+    page = "\n".join([*lines, "", f"![Test accuracy]({picture.name})", ""])
+    file.write_text(page)
+    print(page)
 
 
 def draw(groups, file):
