@@ -82,6 +82,7 @@ SPARSE = {
     "slsam-quarter": sparse("proportional", ascent_fraction=0.25),
     "slsam-uniform": sparse("uniform"),
     "sl+s2": sparse("proportional", single_step=True),
+    "asl+s2": sparse("proportional", single_step=True, adaptive=True),
 }
 METHODS = {**CONTROLS, **DENSE, **SPARSE}
 WITHOUT_RADIUS = {*CONTROLS, "sparse-adamw"}
