@@ -73,6 +73,8 @@ DENSE = {
     "sam-quarter": dense(keras_slsam.SAM, ascent_fraction=0.25),
     "s2sam": dense(keras_slsam.S2SAM),
     "as2sam": dense(keras_slsam.S2SAM, adaptive=True),
+    "s2sam-ema": dense(keras_slsam.S2SAM),
+    "as2sam-ema": dense(keras_slsam.S2SAM, adaptive=True),
     "rst": lambda base, rho, _, seed: keras_slsam.RST(base, seed=seed, **rho),
 }
 SPARSE = {
@@ -280,7 +282,7 @@ def run(method, rate, rho, fraction, seed, train, test, args):
     classes = int(max(y.max(), test[1].max())) + 1
     model = MODELS[args.model][1](args, classes, x.shape[1:])
     model = keras_slsam.sharpness_aware(model)
-    ema = {"use_ema": True, "ema_momentum": 0.99} if method == "adamw-ema" else {}
+    ema = {"use_ema": True, "ema_momentum": 0.99} if method.endswith("-ema") else {}
     base = keras.optimizers.AdamW(rate, **ema)
     smoothing = 0.1 if method == "adamw-smoothing" else 0.0
     model.compile(
