@@ -124,7 +124,9 @@ def _prepare(model, optimizer, x):
     if not isinstance(model, keras.Model) or not model.compiled:
         raise ValueError(
             "Argument `model` must be a `keras.Model` that was compiled with a loss. "
-            f"Received: model={model!r}. Call `model.compile(loss=...)` first."
+            f"Received: model={model!r}. Call `model.compile(loss=...)` first. Of a "
+            "model inside a `DistributedDataParallel` pass `model.module`: the step "
+            "averages the gradients itself."
         )
     if not is_sharpness_aware(optimizer):
         raise ValueError(
@@ -162,6 +164,9 @@ def _prepare(model, optimizer, x):
         with backend.init_scope():
             unbuilt.build(model.trainable_variables)
     inner._check_variables(model.trainable_variables)
+    if not inner._started and model.trainable_variables:
+        backend.start(model, inner)
+        inner._started = True
 
 
 def _update_metrics(model, x, y, sample_weight, loss, y_pred):

@@ -85,8 +85,7 @@ class UphillGradients:
         outputs, g, squares = self._differentiate(passes, self._weights)
 
         def second():
-            h = passes.second(self._perturb(g, squares))
-            h = loss_scale.unscale(h, self._arms, self._scale)
+            h = self._finish(passes.second(self._perturb(g, squares)))
             return h, squares + self._arms.squared_norms(h)
 
         h, norms = backend.cond(ascends, second, lambda: (g, squares + squares))
@@ -123,8 +122,13 @@ class UphillGradients:
 
     def _differentiate(self, passes, weights):
         (_, outputs), gradients = passes.first(weights)
-        gradients = loss_scale.unscale(gradients, self._arms, self._scale)
+        gradients = self._finish(gradients)
         return outputs, gradients, self._arms.squared_norms(gradients)
+
+    def _finish(self, gradients):
+        """Averages gradients over processes, and divides them by the loss scale."""
+        gradients = backend.average(gradients)
+        return loss_scale.unscale(gradients, self._arms, self._scale)
 
     def _perturb(self, gradients=None, squares=None):
         directions = gradients

@@ -409,25 +409,6 @@ def test_modules_and_generators_are_restored_if_a_step_raises(call):
     step(model)
 
 
-def test_a_process_group_of_more_than_one_is_refused():
-    from torch import distributed
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    model = compiled(nn.Linear(5, 5))
-    for size in (1, 2):
-        distributed.init_process_group(
-            "fake", store=FakeStore(), rank=0, world_size=size
-        )
-        try:
-            if size == 1:
-                step(model)
-                continue
-            with pytest.raises(ValueError, match="process group.*2 processes"):
-                step(model)
-        finally:
-            distributed.destroy_process_group()
-
-
 def test_a_layer_may_have_the_same_name_as_a_generator():
     class Generator(nn.Linear):
         pass

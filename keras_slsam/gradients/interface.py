@@ -31,6 +31,26 @@ class Backend:
     def check_devices(self):
         """Raises a `ValueError` if the process is one of several, or has replicas."""
 
+    def start(self, model, optimizer):
+        """Prepares the first step with an optimizer, where there are several processes.
+
+        Args:
+            model: `keras.Model`.
+            optimizer: `keras.optimizers.Optimizer`, built for it.
+
+        Raises:
+            ValueError: if the processes do not start alike.
+        """
+
+    def average(self, gradients):
+        """Returns the averages of gradients over several processes.
+
+        Args:
+            gradients: List of tensors, or `None` for inactive weights, which are not
+                exchanged.
+        """
+        return gradients
+
     def no_grad(self):
         """Context in which nothing is recorded for differentiation."""
         return contextlib.nullcontext()

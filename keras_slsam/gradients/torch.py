@@ -14,6 +14,7 @@ from torch.autograd.graph import _engine_run_backward
 from keras_slsam.gradients import passes
 from keras_slsam.gradients import torch_modules
 from keras_slsam.gradients import torch_prefix
+from keras_slsam.gradients import torch_processes
 from keras_slsam.gradients.generators import Generators
 from keras_slsam.gradients.interface import Backend
 
@@ -118,17 +119,8 @@ class TorchBackend(Backend):
     # `torch.compile` would compile again for each new mask.
     can_compile = False
     own_parameters = staticmethod(torch_modules.own_parameters)
-
-    def check_devices(self):
-        distributed = torch.distributed
-        if distributed.is_available() and distributed.is_initialized():
-            processes = distributed.get_world_size()
-            if processes > 1:
-                raise ValueError(
-                    "Sharpness-aware steps in a `torch.distributed` process group are "
-                    f"not supported yet. Received: {processes} processes. Train in one "
-                    "process."
-                )
+    start = staticmethod(torch_processes.start)
+    average = staticmethod(torch_processes.average)
 
     def no_grad(self):
         return torch.no_grad()

@@ -1,0 +1,200 @@
+"""One of several processes that train together, on parts of the same batches.
+
+python processes.py SCENARIO FOLDER, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT
+"""
+
+import contextlib
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+from keras import layers
+
+import keras_slsam
+
+BATCH, STEPS = 16, 20
+METHODS = {
+    "sam": lambda base: keras_slsam.SAM(base, rho=0.1),
+    "slsam": lambda base: keras_slsam.SLSAM(
+        base, rho=0.1, active_fraction=0.4, sampler="proportional"
+    ),
+    "sl+s2": lambda base: keras_slsam.SLSAM(
+        base, rho=0.1, active_fraction=0.4, sampler="bandit", single_step=True
+    ),
+}
+RANK = int(os.environ.get("RANK", 0))
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def make_model(method):
+    tokens = keras.Input((6,), dtype="int32")
+    x = layers.Embedding(13, 8)(tokens)
+    x = layers.LayerNormalization()(x + layers.MultiHeadAttention(2, 4)(x, x))
+    x = layers.GlobalAveragePooling1D()(layers.Dense(8, activation="gelu")(x))
+    model = keras_slsam.sharpness_aware(keras.Model(tokens, layers.Dense(3)(x)))
+    rng = np.random.default_rng(0)
+    for variable in model.trainable_variables:
+        variable.assign(rng.normal(size=variable.shape) / np.sqrt(variable.shape[0]))
+    keras.utils.set_random_seed(RANK)  # a sampler without a seed draws one
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    base = keras.optimizers.AdamW(1e-3)
+    model.compile(optimizer=METHODS[method](base), loss=loss)
+    return model
+
+
+def part_of_batch(step):
+    rng = np.random.default_rng(step)
+    x, y = rng.integers(0, 13, (BATCH, 6)), rng.integers(0, 3, BATCH)
+    rows = slice(RANK * BATCH // PROCESSES, (RANK + 1) * BATCH // PROCESSES)
+    return x[rows], y[rows]
+
+
+def train(model, first=0, steps=STEPS):
+    """Returns the masks, and the final weights as one vector."""
+    masks = []
+    for step in range(first, first + steps):
+        model.train_on_batch(*part_of_batch(step))
+        masks.append(keras.ops.convert_to_numpy(model.optimizer.active))
+    weights = np.concatenate([w.ravel() for w in model.get_weights()])
+    return {"masks": np.stack(masks), "weights": weights}
+
+
+def launch(scenario, folder, processes, timeout=120):
+    """Runs a scenario. Returns the finished processes, with their errors as text."""
+    environment = dict(os.environ, MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    environment["MASTER_PORT"] = str(_free_port())
+    environment["WORLD_SIZE"] = str(processes)
+    command = [sys.executable, __file__, scenario, str(folder)]
+    running = [
+        subprocess.Popen(
+            command,
+            env={**environment, "RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+    try:
+        return [(each.communicate(timeout=timeout)[1], each) for each in running]
+    finally:
+        for each in running:
+            each.kill()
+
+
+def _free_port():
+    import socket
+
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def write(folder, name, values):
+    np.savez(folder / f"{name}-{RANK}.npz", **values)
+
+
+def scenario_train(folder):
+    from torch import distributed
+
+    exchanged, exchange = [], distributed.all_reduce
+
+    def counted(tensor, **kwargs):
+        exchanged.append(tensor.numel() * tensor.element_size())
+        return exchange(tensor, **kwargs)
+
+    distributed.all_reduce = counted
+    for method in METHODS:
+        exchanged.clear()
+        model = make_model(method)
+        # The first process' state counts, so all draw the same arms.
+        found = train(model)
+        arms = model.optimizer.arms
+        sizes = [4 * sum(int(np.prod(v.shape)) for v in arm) for arm in arms]
+        found.update(exchanged=sum(exchanged), sizes=sizes)
+        write(folder, method, found)
+    distributed.all_reduce = exchange
+
+
+def scenario_float64(folder):
+    from keras.src.backend.common import dtypes
+
+    dtypes.BIT64_TO_BIT32_DTYPE["float64"] = "float64"
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    for method in METHODS:
+        write(folder, f"{method}64", train(make_model(method)))
+
+
+def scenario_refused(folder):
+    errors = {}
+
+    def refused(name, model, error=ValueError):
+        try:
+            train(model, steps=1)
+        except error as raised:
+            errors[name] = str(raised)
+
+    model = make_model("sam")
+    if RANK == 1:
+        model.trainable_variables[2].assign(model.trainable_variables[2] + 1e-3)
+    refused("weights", model)
+
+    model = make_model("sam")
+    model.optimizer.rho = 0.1 * (1 + RANK)
+    refused("rho", model)
+
+    refused("method", make_model("slsam" if RANK else "sam"))
+
+    import torch
+
+    model = make_model("sam")
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    batch = [torch.as_tensor(a) for a in part_of_batch(0)]
+    try:
+        keras_slsam.step(wrapped, model.optimizer, tuple(batch))
+    except ValueError as raised:
+        errors["wrapped"] = str(raised)
+
+    from torch.distributed.fsdp import fully_shard
+
+    model = make_model("sam")
+    fully_shard(model)
+    refused("sharded", model)
+    write(folder, "errors", errors)
+
+
+def scenario_all(folder):
+    scenario_train(folder)
+    scenario_refused(folder)
+    scenario_float64(folder)
+
+
+def scenario_killed(folder):
+    model = make_model("slsam")
+    train(model, steps=5)
+    if RANK == 0:
+        model.save(folder / "model.keras")
+        (folder / "killed").write_text(str(time.time()))
+    train(model, 5, 2)
+    if RANK == 1:
+        os.kill(os.getpid(), 9)
+    train(model, 7, 100)
+
+
+def scenario_resumed(folder):
+    model = keras.saving.load_model(folder / "model.keras")
+    write(folder, "resumed", train(keras_slsam.sharpness_aware(model), 5, STEPS - 5))
+    write(folder, "whole", train(make_model("slsam")))
+
+
+if __name__ == "__main__":
+    from torch import distributed
+
+    distributed.init_process_group("gloo")
+    globals()[f"scenario_{sys.argv[1]}"](pathlib.Path(sys.argv[2]))
+    distributed.destroy_process_group()

@@ -1,0 +1,87 @@
+"""Several processes of PyTorch take the steps of one with the whole batch."""
+
+import keras
+import numpy as np
+import processes
+import pytest
+
+if keras.config.backend() != "torch":
+    pytest.skip("processes of PyTorch", allow_module_level=True)
+
+
+def run(scenario, folder, count):
+    for errors, process in processes.launch(scenario, folder, count):
+        assert process.returncode == 0, errors
+
+
+def alone(method):
+    model = processes.make_model(method)
+    return processes.train(model)
+
+
+def of(folder, name, count):
+    return [dict(np.load(folder / f"{name}-{rank}.npz")) for rank in range(count)]
+
+
+def assert_same(found, expected, tolerance):
+    np.testing.assert_array_equal(found["masks"], expected["masks"])
+    np.testing.assert_allclose(
+        found["weights"], expected["weights"], rtol=0, atol=tolerance
+    )
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    run("all", folder, 2)
+    return folder
+
+
+def assert_steps_of_one(folder, count):
+    for method in processes.METHODS:
+        expected = alone(method)
+        for found in of(folder, method, count):
+            assert_same(found, expected, 1e-5)
+            # Only gradients of active arms are exchanged, once per pass.
+            passes = 1 if method == "sl+s2" else 2
+            active = (found["masks"] * found["sizes"]).sum()
+            assert found["exchanged"] == passes * active
+            everything = found["sizes"].sum() * len(found["masks"])
+            assert (active < everything) == (method != "sam")
+
+
+def test_two_processes_take_the_steps_of_one(two):
+    assert_steps_of_one(two, 2)
+
+
+def test_four_processes_take_the_steps_of_one(tmp_path):
+    run("train", tmp_path, 4)
+    assert_steps_of_one(tmp_path, 4)
+
+
+def test_in_float64(two, float64):
+    for method in processes.METHODS:
+        expected = alone(method)
+        for found in of(two, f"{method}64", 2):
+            assert_same(found, expected, 1e-10)
+
+
+def test_what_would_drift_apart_is_refused(two):
+    for errors in of(two, "errors", 2):
+        errors = {name: str(error) for name, error in errors.items()}
+        assert "weight 2" in errors["weights"] and "process 1" in errors["weights"]
+        assert "the optimizer" in errors["rho"] and "0.2" in errors["rho"]
+        assert "slsam" in errors["method"]
+        assert "`model.module`" in errors["wrapped"]
+        assert "fully_shard" in errors["sharded"]
+
+
+def test_a_killed_process_ends_the_others_and_training_resumes(tmp_path):
+    started = processes.launch("killed", tmp_path, 2, timeout=60)
+    assert [process.returncode for _, process in started][1] == -9
+    errors, first = started[0]
+    assert first.returncode == 1 and "RuntimeError" in errors
+    run("resumed", tmp_path, 2)
+    for resumed, whole in zip(of(tmp_path, "resumed", 2), of(tmp_path, "whole", 2)):
+        np.testing.assert_array_equal(resumed["masks"], whole["masks"][5:])
+        np.testing.assert_allclose(resumed["weights"], whole["weights"], atol=1e-6)
