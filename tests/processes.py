@@ -34,7 +34,8 @@ def make_model(method):
     tokens = keras.Input((6,), dtype="int32")
     x = layers.Embedding(13, 8)(tokens)
     x = layers.LayerNormalization()(x + layers.MultiHeadAttention(2, 4)(x, x))
-    x = layers.GlobalAveragePooling1D()(layers.Dense(8, activation="gelu")(x))
+    x = layers.Dense(8, activation="gelu", name="hidden")(x)
+    x = layers.GlobalAveragePooling1D()(x)
     model = keras_slsam.sharpness_aware(keras.Model(tokens, layers.Dense(3)(x)))
     rng = np.random.default_rng(0)
     for variable in model.trainable_variables:

@@ -62,13 +62,6 @@ class JaxBackend(Backend):
 
     Passes = Passes
 
-    def check_devices(self):
-        if jax.process_count() > 1:
-            raise ValueError(
-                "Sharpness-aware steps in several processes of JAX are not supported "
-                f"yet. Received: {jax.process_count()} processes. Train in one process."
-            )
-
     def collect_state(self, model):
         model.jax_state_sync()
 
