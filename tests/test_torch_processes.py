@@ -1,5 +1,11 @@
 """Several processes of PyTorch take the steps of one with the whole batch."""
 
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import processes
@@ -85,3 +91,19 @@ def test_a_killed_process_ends_the_others_and_training_resumes(tmp_path):
     for resumed, whole in zip(of(tmp_path, "resumed", 2), of(tmp_path, "whole", 2)):
         np.testing.assert_array_equal(resumed["masks"], whole["masks"][5:])
         np.testing.assert_allclose(resumed["weights"], whole["weights"], atol=1e-6)
+
+
+def test_the_example():
+    example = pathlib.Path(__file__).parents[1] / "examples/several_processes.py"
+    launcher = "torch.distributed.run --standalone --nproc-per-node 2".split()
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
+    found = subprocess.run(
+        [sys.executable, "-m", *launcher, str(example)],
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        check=True,
+        text=True,
+    ).stdout
+    accuracies = re.findall(r"process \d of 2: test accuracy (0\.\d+)", found)
+    assert len(accuracies) == 2 and len(set(accuracies)) == 1
+    assert float(accuracies[0]) > 0.8

@@ -193,8 +193,8 @@ def _check_can_be_given(wrapper):
         ):
             raise ValueError(
                 f"{where} is a `{type(module).__name__}`, whose replicas would not see "
-                "the perturbed weights. Sharpness-aware steps on several devices are "
-                f"not supported yet. Wrap the module inside it, `module.module`."
+                "the perturbed weights. Wrap the module inside it, `module.module`. In "
+                "several processes the step averages the gradients itself."
             )
         if isinstance(module, torch.jit.ScriptModule) and (
             list(module.buffers()) or any(p.requires_grad for p in module.parameters())
