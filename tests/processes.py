@@ -8,7 +8,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import time
 
 import keras
 import numpy as np
@@ -64,24 +63,35 @@ def train(model, first=0, steps=STEPS):
     return {"masks": np.stack(masks), "weights": weights}
 
 
-def launch(scenario, folder, processes, timeout=120):
-    """Runs a scenario. Returns the finished processes, with their errors as text."""
+def launch(processes, *arguments, timeout=120):
+    """Runs a script in several processes.
+
+    Args:
+        processes: int.
+        *arguments: The path of the script, and its arguments.
+        timeout: Seconds.
+
+    Returns:
+        List of tuples of the return code and the output of each process.
+    """
     environment = dict(os.environ, MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     environment["MASTER_PORT"] = str(_free_port())
     environment["WORLD_SIZE"] = str(processes)
-    command = [sys.executable, __file__, scenario, str(folder)]
+    command = [sys.executable, *map(str, arguments)]
     running = [
         subprocess.Popen(
             command,
             env={**environment, "RANK": str(rank)},
-            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
         )
         for rank in range(processes)
     ]
     try:
-        return [(each.communicate(timeout=timeout)[1], each) for each in running]
+        outputs = [each.communicate(timeout=timeout)[0] for each in running]
+        return [(each.returncode, text) for each, text in zip(running, outputs)]
     finally:
         for each in running:
             each.kill()
@@ -180,7 +190,6 @@ def scenario_killed(folder):
     train(model, steps=5)
     if RANK == 0:
         model.save(folder / "model.keras")
-        (folder / "killed").write_text(str(time.time()))
     train(model, 5, 2)
     if RANK == 1:
         os.kill(os.getpid(), 9)

@@ -1,11 +1,6 @@
 """Several devices of JAX take the steps of one."""
 
-import contextlib
-import os
 import pathlib
-import socket
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -24,19 +19,9 @@ RANKS = {"devices": 1, "processes": 2}
 def folder(tmp_path_factory):
     """Starts all processes, and returns the folder with what they found."""
     folder = tmp_path_factory.mktemp("devices")
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     for kind, count in RANKS.items():
-        environment = dict(os.environ, MASTER_PORT=str(port), WORLD_SIZE=str(count))
-        environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-        command = [sys.executable, str(SCRIPT), str(folder), kind]
-        running = [
-            subprocess.Popen(command, env={**environment, "RANK": str(rank)})
-            for rank in range(count)
-        ]
-        for process in running:
-            assert process.wait(timeout=300) == 0
+        for code, output in processes.launch(count, SCRIPT, folder, kind, timeout=300):
+            assert code == 0, output
     return folder
 
 

@@ -1,10 +1,7 @@
 """Several processes of PyTorch take the steps of one with the whole batch."""
 
-import os
 import pathlib
 import re
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -15,9 +12,15 @@ if keras.config.backend() != "torch":
     pytest.skip("processes of PyTorch", allow_module_level=True)
 
 
-def run(scenario, folder, count):
-    for errors, process in processes.launch(scenario, folder, count):
-        assert process.returncode == 0, errors
+EXAMPLE = pathlib.Path(__file__).parents[1] / "examples/several_processes.py"
+
+
+def run(count, *arguments):
+    """Runs a script to its end. Returns the outputs of the processes."""
+    found = processes.launch(count, *arguments)
+    for code, output in found:
+        assert code == 0, output
+    return [output for _, output in found]
 
 
 def alone(method):
@@ -39,7 +42,7 @@ def assert_same(found, expected, tolerance):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    run("all", folder, 2)
+    run(2, processes.__file__, "all", folder)
     return folder
 
 
@@ -61,7 +64,7 @@ def test_two_processes_take_the_steps_of_one(two):
 
 
 def test_four_processes_take_the_steps_of_one(tmp_path):
-    run("train", tmp_path, 4)
+    run(4, processes.__file__, "train", tmp_path)
     assert_steps_of_one(tmp_path, 4)
 
 
@@ -83,27 +86,18 @@ def test_what_would_drift_apart_is_refused(two):
 
 
 def test_a_killed_process_ends_the_others_and_training_resumes(tmp_path):
-    started = processes.launch("killed", tmp_path, 2, timeout=60)
-    assert [process.returncode for _, process in started][1] == -9
-    errors, first = started[0]
-    assert first.returncode == 1 and "RuntimeError" in errors
-    run("resumed", tmp_path, 2)
+    first, killed = processes.launch(
+        2, processes.__file__, "killed", tmp_path, timeout=60
+    )
+    assert killed[0] == -9
+    assert first[0] == 1 and "RuntimeError" in first[1]
+    run(2, processes.__file__, "resumed", tmp_path)
     for resumed, whole in zip(of(tmp_path, "resumed", 2), of(tmp_path, "whole", 2)):
         np.testing.assert_array_equal(resumed["masks"], whole["masks"][5:])
         np.testing.assert_allclose(resumed["weights"], whole["weights"], atol=1e-6)
 
 
 def test_the_example():
-    example = pathlib.Path(__file__).parents[1] / "examples/several_processes.py"
-    launcher = "torch.distributed.run --standalone --nproc-per-node 2".split()
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
-    found = subprocess.run(
-        [sys.executable, "-m", *launcher, str(example)],
-        env={**environment, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        check=True,
-        text=True,
-    ).stdout
-    accuracies = re.findall(r"process \d of 2: test accuracy (0\.\d+)", found)
-    assert len(accuracies) == 2 and len(set(accuracies)) == 1
-    assert float(accuracies[0]) > 0.8
+    pattern = r"process \d of 2: test accuracy (0\.\d+)"
+    accuracies = [re.search(pattern, output)[1] for output in run(2, EXAMPLE)]
+    assert len(set(accuracies)) == 1 and float(accuracies[0]) > 0.8
