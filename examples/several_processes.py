@@ -23,10 +23,10 @@ BATCH, EPOCHS = 64, 5
 
 def main():
     gpus = torch.cuda.is_available()
-    distributed.init_process_group("nccl" if gpus else "gloo")
-    rank, processes = distributed.get_rank(), distributed.get_world_size()
     if gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("nccl" if gpus else "gloo")
+    rank, processes = distributed.get_rank(), distributed.get_world_size()
     x, y = (torch.as_tensor(each) for each in load_digits(return_X_y=True))
     x = x.float() / 16
     train, test = slice(0, 1280), slice(1280, None)
@@ -42,6 +42,7 @@ def main():
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
+    keras.utils.set_random_seed(rank)  # other noise in each, if there is dropout
     rows = data.TensorDataset(x[train], y[train])
     sampler = data.DistributedSampler(rows)
     loader = data.DataLoader(rows, BATCH // processes, sampler=sampler)

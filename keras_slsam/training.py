@@ -80,6 +80,7 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
         with atomic.Staged() as drawn:
             ascends, rho = optimizer._draw_ascent()
             arms, ascends = selection.draw(is_first, ascends)
+        backend.agree(optimizer, arms, ascends, rho)
         uphill = UphillGradients(model, optimizer, arms, rho, scale)
         if not optimizer.ascent.needs_gradient:
             found = uphill.one_pass(loss)
@@ -164,9 +165,10 @@ def _prepare(model, optimizer, x):
         with backend.init_scope():
             unbuilt.build(model.trainable_variables)
     inner._check_variables(model.trainable_variables)
-    if not inner._started and model.trainable_variables:
-        backend.start(model, inner)
-        inner._started = True
+    processes = backend.processes()
+    if inner._processes != processes and model.trainable_variables:
+        backend.start(model, optimizer)
+        inner._processes = processes
 
 
 def _update_metrics(model, x, y, sample_weight, loss, y_pred):

@@ -115,7 +115,8 @@ def scenario_train(folder):
     exchanged, exchange = [], distributed.all_reduce
 
     def counted(tensor, **kwargs):
-        exchanged.append(tensor.numel() * tensor.element_size())
+        if "op" not in kwargs:  # a sum, of gradients
+            exchanged.append(tensor.numel() * tensor.element_size())
         return exchange(tensor, **kwargs)
 
     distributed.all_reduce = counted
@@ -141,46 +142,119 @@ def scenario_float64(folder):
         write(folder, f"{method}64", train(make_model(method)))
 
 
+class Scalar(layers.Layer):
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(), initializer="ones", dtype="bfloat16")
+
+    def call(self, x):
+        return x * keras.ops.cast(self.scale, x.dtype)
+
+
+def small_model(optimizer, *hidden):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((4,)), *hidden, layers.Dense(1)])
+    model = keras_slsam.sharpness_aware(model)
+    model.compile(optimizer=optimizer, loss="mse")
+    return model
+
+
+def small_part(step):
+    rng = np.random.default_rng(step)
+    x, y = rng.normal(size=(8, 4)), rng.normal(size=(8, 1))
+    rows = slice(RANK * 8 // PROCESSES, (RANK + 1) * 8 // PROCESSES)
+    return x[rows], y[rows]
+
+
+def take_small_steps(model, steps=3, broken=None):
+    for step in range(steps):
+        x, y = small_part(step)
+        if step == broken and RANK == PROCESSES - 1:
+            x = x * np.inf
+        model.train_on_batch(x, y)
+    return np.concatenate([w.astype("float32").ravel() for w in model.get_weights()])
+
+
+def small(kind):
+    """Takes steps that need more than gradients of trained weights to be the same."""
+    keras.utils.set_random_seed(0)
+    sgd = keras.optimizers.SGD
+    if kind == "scaled":  # a gradient that is not finite in one process
+        scaler = keras.optimizers.LossScaleOptimizer(keras_slsam.SAM(sgd(0.1)))
+        model = small_model(scaler, layers.Dense(3))
+        weights = take_small_steps(model, broken=1)
+        scale = keras.ops.convert_to_numpy(scaler.dynamic_scale)
+        return np.append(weights, scale)
+    if kind == "scalar":
+        return take_small_steps(small_model(keras_slsam.SAM(sgd(0.1)), Scalar()))
+    if kind == "accumulated":
+        base = sgd(0.1, gradient_accumulation_steps=2)
+        return take_small_steps(small_model(keras_slsam.S2SAM(base), layers.Dense(3)))
+    if kind == "random":
+        optimizer = keras_slsam.RST(sgd(0.1), probability=0.5, seed=3)
+        return take_small_steps(small_model(optimizer, layers.Dense(3)), 6)
+    if kind == "frozen":
+        frozen = layers.Dense(3, trainable=False)
+        model = small_model(keras_slsam.SAM(sgd(0.1)), frozen)
+        if RANK == 1:
+            frozen.kernel.assign(frozen.kernel * 3)
+        return take_small_steps(model)
+    raise ValueError(kind)
+
+
+SMALL = ("scaled", "scalar", "accumulated", "random", "frozen")
+
+
+def scenario_small(folder):
+    write(folder, "small", {kind: small(kind) for kind in SMALL})
+
+
 def scenario_refused(folder):
+    import torch
+    from torch.distributed.fsdp import fully_shard
+
     errors = {}
 
-    def refused(name, model, error=ValueError):
+    def refused(name, call, *arguments):
         try:
-            train(model, steps=1)
-        except error as raised:
+            call(*arguments)
+        except ValueError as raised:
             errors[name] = str(raised)
 
     model = make_model("sam")
     if RANK == 1:
         model.trainable_variables[2].assign(model.trainable_variables[2] + 1e-3)
-    refused("weights", model)
+    refused("weights", train, model, 0, 1)
 
     model = make_model("sam")
     model.optimizer.rho = 0.1 * (1 + RANK)
-    refused("rho", model)
+    refused("rho", train, model, 0, 1)
 
-    refused("method", make_model("slsam" if RANK else "sam"))
+    refused("method", train, make_model("slsam" if RANK else "sam"), 0, 1)
 
-    import torch
+    model = make_model("sam")
+    train(model, 0, 1)
+    model.optimizer.rho = 0.1 if RANK else 0.0
+    refused("rho later", train, model, 1, 1)
+
+    scaler = keras.optimizers.LossScaleOptimizer(
+        keras_slsam.SAM("sgd"), initial_scale=2.0 ** (3 + RANK)
+    )
+    refused("scale", take_small_steps, small_model(scaler))
 
     model = make_model("sam")
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
-    batch = [torch.as_tensor(a) for a in part_of_batch(0)]
-    try:
-        keras_slsam.step(wrapped, model.optimizer, tuple(batch))
-    except ValueError as raised:
-        errors["wrapped"] = str(raised)
-
-    from torch.distributed.fsdp import fully_shard
+    batch = tuple(torch.as_tensor(part) for part in part_of_batch(0))
+    refused("wrapped", keras_slsam.step, wrapped, model.optimizer, batch)
 
     model = make_model("sam")
     fully_shard(model)
-    refused("sharded", model)
+    refused("sharded", train, model, 0, 1)
     write(folder, "errors", errors)
 
 
 def scenario_all(folder):
     scenario_train(folder)
+    scenario_small(folder)
     scenario_refused(folder)
     scenario_float64(folder)
 

@@ -75,12 +75,21 @@ def test_in_float64(two, float64):
             assert_same(found, expected, 1e-10)
 
 
+@pytest.mark.parametrize("kind", processes.SMALL)
+def test_other_state_is_the_same(kind, two):
+    expected = processes.small(kind)
+    for found in of(two, "small", 2):
+        np.testing.assert_allclose(found[kind], expected, rtol=1e-5, atol=1e-6)
+
+
 def test_what_would_drift_apart_is_refused(two):
     for errors in of(two, "errors", 2):
         errors = {name: str(error) for name, error in errors.items()}
         assert "weight 2" in errors["weights"] and "process 1" in errors["weights"]
-        assert "the optimizer" in errors["rho"] and "0.2" in errors["rho"]
-        assert "slsam" in errors["method"]
+        assert "`rho` is 0.2 in process 1, 0.1 in process 0" in errors["rho"]
+        assert "`name` is 'slsam' in process 1" in errors["method"]
+        assert "`rho`, whether there is an ascent" in errors["rho later"]
+        assert "16.0" in errors["scale"]
         assert "`model.module`" in errors["wrapped"]
         assert "fully_shard" in errors["sharded"]
 

@@ -394,8 +394,8 @@ def test_random_numbers_of_python_and_numpy():
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="others: test_torch_modules, test_errors")
-def test_several_processes_are_refused(monkeypatch):
+@pytest.mark.skipif(BACKEND != "jax", reason="others: test_errors")
+def test_several_processes_without_a_distribution_are_refused(monkeypatch):
     import jax
 
     model, x, y = compiled("dense", keras_slsam.SAM("sgd"))

@@ -29,10 +29,14 @@ class Backend:
     can_compile = True
 
     def check_devices(self):
-        """Raises a `ValueError` if the process is one of several, or has replicas."""
+        """Raises a `ValueError` if a step would not be that of all devices."""
+
+    def processes(self):
+        """Returns the number of processes that must be kept alike, usually 1."""
+        return 1
 
     def start(self, model, optimizer):
-        """Prepares the first step with an optimizer, where there are several processes.
+        """Checks and shares the state of several processes before their first step.
 
         Args:
             model: `keras.Model`.
@@ -40,6 +44,19 @@ class Backend:
 
         Raises:
             ValueError: if the processes do not start alike.
+        """
+
+    def agree(self, optimizer, arms, ascends, rho):
+        """Checks that several processes are about to take the same step.
+
+        Args:
+            optimizer: `SharpnessAware`, built.
+            arms: `ActiveArms`.
+            ascends: Whether the step has an ascent.
+            rho: Scalar tensor, the radius of the perturbation.
+
+        Raises:
+            ValueError: if they are not.
         """
 
     def average(self, gradients):

@@ -14,6 +14,7 @@ recomputation.
 
 import jax
 import jax.numpy as jnp
+import keras
 import numpy as np
 from jax.extend import core
 
@@ -61,6 +62,14 @@ class JaxBackend(Backend):
     """JAX, traced under `jit` or with a known mask."""
 
     Passes = Passes
+
+    def check_devices(self):
+        if jax.process_count() > 1 and keras.distribution.distribution() is None:
+            raise ValueError(
+                "Several processes of JAX must share a distribution, or each would "
+                f"train alone. Received: {jax.process_count()} processes. Call "
+                "`keras.distribution.set_distribution` before you create the model."
+            )
 
     def collect_state(self, model):
         model.jax_state_sync()

@@ -119,7 +119,9 @@ class TorchBackend(Backend):
     # `torch.compile` would compile again for each new mask.
     can_compile = False
     own_parameters = staticmethod(torch_modules.own_parameters)
+    processes = staticmethod(torch_processes.count)
     start = staticmethod(torch_processes.start)
+    agree = staticmethod(torch_processes.agree)
     average = staticmethod(torch_processes.average)
 
     def no_grad(self):

@@ -6,15 +6,13 @@ step. Gradients of inactive weights are not exchanged.
 """
 
 import hashlib
-import importlib.metadata
-import json
+import warnings
 
+import keras
 import torch
 from torch import distributed
 
 _BUCKET = 25 * 2**20  # bytes per exchange, as in `DistributedDataParallel`
-
-_PACKAGES = ("keras-slsam", "keras", "torch")
 
 
 def count():
@@ -63,9 +61,10 @@ def _buckets(gradients):
 
 
 def start(model, optimizer):
-    """Checks that all processes start alike, and shares the optimizer's state.
+    """Checks that all processes start alike, and shares the other state.
 
-    The state of the first process counts, because each process may have drawn its own
+    Trained weights must be equal. The state of the optimizer, other weights and buffers
+    are those of the first process. For example, each process may have drawn its own
     seed.
 
     Args:
@@ -74,48 +73,94 @@ def start(model, optimizer):
 
     Raises:
         ValueError: in all processes, if versions, arguments or weights differ, or if
-        the model is sharded.
+        a weight is sharded.
     """
-    if distributed.is_available():
-        _check_is_whole(model)
-    if count() == 1:
-        return
-    weights = model.trainable_variables
-    own = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    own["the optimizer"] = json.dumps(optimizer.get_config(), default=repr)
-    own["the number of weights"] = len(weights)
-    for i, variable in enumerate(weights):
-        value = variable.value.detach().cpu().contiguous()
-        digest = hashlib.sha256(value.view(torch.uint8).numpy().tobytes())
-        own[f"weight {i}, {variable.path!r}"] = digest.hexdigest()[:16]
+    try:
+        own = _facts(model, optimizer)
+    except Exception as error:  # so that the others do not wait
+        own = {"preparing the first step": str(error)}
     every = [None] * count()
     distributed.all_gather_object(every, own)
-    first = every[0]
-    unlike = [
-        f"{name} is {facts.get(name)} in process {rank}, {first.get(name)} in process 0"
-        for rank, facts in enumerate(every)
-        for name in dict.fromkeys([*first, *facts])
-        if facts.get(name) != first.get(name)
-    ]
-    if unlike:
+    first, lines = every[0], []
+    for rank, facts in enumerate(every):
+        for name in dict.fromkeys([*first, *facts]):
+            one, other = facts.get(name), first.get(name)
+            if one != other:
+                lines.append(f"{name} is {one} in process {rank}, {other} in process 0")
+    failed = first.get("preparing the first step")
+    if lines or failed:
         raise ValueError(
-            "All processes must start with the same versions, optimizers and weights. "
-            f"Received: {'; '.join(unlike[:3])}"
-            + (f"; and {len(unlike) - 3} more differences" if unlike[3:] else "")
+            "All processes must start with the same versions, arguments and weights. "
+            f"Received: {failed or '; '.join(lines[:3])}"
+            + (f"; and {len(lines) - 3} more differences" if lines[3:] else "")
             + ". Call `keras.utils.set_random_seed(seed)` with the same seed before "
             "you create the model, or load the same file in each process."
         )
-    for variable in optimizer.variables:
-        distributed.broadcast(variable.value.data, src=0)
+    trained = {id(v) for v in model.trainable_variables}
+    others = [v for v in model.weights if id(v) not in trained]
+    with torch.no_grad():
+        for variable in optimizer.variables + others:
+            distributed.broadcast(variable.value, src=0)
+        for buffer in model.buffers():
+            distributed.broadcast(buffer, src=0)
 
 
-def _check_is_whole(model):
+def _facts(model, optimizer):
+    """Returns what must be equal, a dict from what it is to a string."""
+    config = optimizer.get_config()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Keras, about lambdas
+        arguments = keras.saving.serialize_keras_object(config)
+    facts = {"Keras": keras.version(), "PyTorch": torch.__version__}
+    facts |= {f"`{name}`": repr(value) for name, value in arguments.items()}
     from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
-    if any(isinstance(module, FSDPModule) for module in model.modules()):
+    sharded = [isinstance(module, FSDPModule) for module in model.modules()]
+    sharded += [isinstance(v.value.data, DTensor) for v in model.weights]
+    if any(sharded):
         raise ValueError(
-            "Weights that are sharded by `fully_shard` are not supported, because a "
-            f"Keras variable holds a whole weight. Received: model={model!r}. Leave "
-            "out `fully_shard`: each process then has all weights, and a step averages "
-            "the gradients of active weights."
+            "weights that are sharded, for example by `fully_shard`, which are not "
+            "supported"
+        )
+    for i, variable in enumerate(model.trainable_variables):
+        value = variable.value.detach()
+        data = value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest = hashlib.sha256(data.tobytes()).hexdigest()[:8]
+        facts[f"weight {i}"] = f"{tuple(value.shape)} {value.dtype}, sha256 {digest}"
+    return facts
+
+
+def agree(optimizer, arms, ascends, rho):
+    """Checks that all processes are about to take the same step.
+
+    Args:
+        optimizer: `SharpnessAware`, built.
+        arms: `ActiveArms`.
+        ascends: bool, whether the step has an ascent.
+        rho: Scalar tensor, the radius of the perturbation.
+
+    Raises:
+        ValueError: in all processes, if they are not.
+    """
+    if count() == 1:
+        return
+    facts = {
+        "`iterations`": optimizer.iterations,
+        "`learning_rate`": optimizer.learning_rate,
+        "`rho`": rho,
+        "whether there is an ascent": ascends,
+        **{f"arm {arm}": active for arm, active in enumerate(arms.active)},
+    }
+    values = [float(value) for value in facts.values()]
+    own = torch.tensor(values, dtype=torch.float64, device=rho.device)
+    largest = torch.cat([own, -own])
+    distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
+    differs = (largest[: len(own)] != -largest[len(own) :]).tolist()
+    unlike = [name for name, differs in zip(facts, differs) if differs]
+    if unlike:
+        raise ValueError(
+            "All processes must take the same step. Received: different values of "
+            f"{', '.join(unlike[:3])}. Set learning rate, `rho` and state to the same "
+            "values in each process, at the same step."
         )

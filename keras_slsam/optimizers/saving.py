@@ -108,6 +108,7 @@ class Stateful(keras.optimizers.Optimizer):
 
     def _restore(self, values, layout=None):
         self._check_layout(layout, self._layout())
+        self._processes = 1  # other processes may have loaded something else
         if not self.built:
             self._restored = [ops.convert_to_numpy(v) for v in values], layout
             return

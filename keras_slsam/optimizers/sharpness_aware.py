@@ -106,7 +106,7 @@ class SharpnessAware(Readings, Stateful, Wrapper):
         check = functools.partial(settings.check_rho, owner)
         self._rho = settings.Setting(self, "rho", rho, check)
         self._trained_model = None  # a weak reference, once there is one
-        self._started = False  # whether it has taken a step in this process
+        self._processes = 1  # that are known to have the same state
         self.adaptive = adaptive
         self.sampler = sampler
         self.single_step = single_step
