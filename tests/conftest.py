@@ -4,6 +4,9 @@ import keras
 import pytest
 from keras.src.backend.common import dtypes
 
+# A program, which changes the settings of JAX.
+collect_ignore = ["jax_devices.py"]
+
 
 @pytest.fixture
 def float64(monkeypatch):

@@ -1,7 +1,6 @@
-"""Trains on several devices of JAX.
+"""Trains on four virtual devices of JAX.
 
-python jax_devices.py FOLDER             four virtual devices in one process
-python jax_devices.py FOLDER processes   one of two processes, with RANK, MASTER_PORT
+python jax_devices.py FOLDER
 """
 
 import os
@@ -9,11 +8,8 @@ import pathlib
 import re
 import sys
 
-FOLDER, PROCESSES = pathlib.Path(sys.argv[1]), "processes" in sys.argv
-RANK = int(os.environ.get("RANK", 0))
 os.environ["XLA_FLAGS"] = (
-    f"--xla_force_host_platform_device_count={1 if PROCESSES else 4} "
-    "--xla_backend_optimization_level=0"
+    "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
 )
 
 import jax  # noqa: E402
@@ -24,13 +20,6 @@ from jax.sharding import PartitionSpec  # noqa: E402
 from keras import distribution  # noqa: E402
 
 import keras_slsam  # noqa: E402
-
-
-def initialize():
-    """Makes this one of two processes."""
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    address = f"127.0.0.1:{os.environ['MASTER_PORT']}"
-    distribution.initialize(f"{address},{address}", 2, RANK)
 
 
 def distribute(kind):
@@ -88,12 +77,10 @@ def reduced_bytes(model, mesh):
     return totals[True], totals[False]
 
 
-def train(kind, methods):
+def train(folder, kind, methods):
     mesh = distribute(kind)
     for method in methods:
-        processes.RANK = 0  # the same seeds in each process
         model = processes.make_model(method)
-        processes.RANK = RANK
         found = processes.train(model)
         sharded = [
             variable.path
@@ -102,15 +89,12 @@ def train(kind, methods):
         ]
         if kind == "data 2":
             found["reduced"] = reduced_bytes(model, mesh)
-        name = f"{kind}-{method}-{RANK}.npz"
-        np.savez(FOLDER / name, sharded=sharded, size=model.count_params(), **found)
+        name = f"{kind}-{method}.npz"
+        np.savez(folder / name, sharded=sharded, size=model.count_params(), **found)
 
 
 if __name__ == "__main__":
-    if PROCESSES:
-        initialize()
-        train("processes", ["slsam"])
-    else:
-        train("data 2", processes.METHODS)
-        train("model", ["slsam", "sl+s2"])
-        train("data 4", ["slsam"])
+    folder = pathlib.Path(sys.argv[1])
+    train(folder, "data 2", processes.METHODS)
+    train(folder, "model", ["slsam", "sl+s2"])
+    train(folder, "data 4", ["slsam"])

@@ -39,13 +39,6 @@ def assert_same(found, expected, tolerance):
     )
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    run(2, processes.__file__, "all", folder)
-    return folder
-
-
 def assert_steps_of_one(folder, count):
     for method in processes.METHODS:
         expected = alone(method)
@@ -59,8 +52,17 @@ def assert_steps_of_one(folder, count):
             assert (active < everything) == (method != "sam")
 
 
-def test_two_processes_take_the_steps_of_one(two):
-    assert_steps_of_one(two, 2)
+# One test, because starting processes takes longer than the steps.
+def test_two_processes(tmp_path, request):
+    run(2, processes.__file__, "all", tmp_path)
+    assert_steps_of_one(tmp_path, 2)
+    assert_other_state_is_the_same(tmp_path)
+    assert_what_would_drift_apart_is_refused(tmp_path)
+    request.getfixturevalue("float64")
+    for method in processes.METHODS:
+        expected = alone(method)
+        for found in of(tmp_path, f"{method}64", 2):
+            assert_same(found, expected, 1e-10)
 
 
 def test_four_processes_take_the_steps_of_one(tmp_path):
@@ -68,22 +70,15 @@ def test_four_processes_take_the_steps_of_one(tmp_path):
     assert_steps_of_one(tmp_path, 4)
 
 
-def test_in_float64(two, float64):
-    for method in processes.METHODS:
-        expected = alone(method)
-        for found in of(two, f"{method}64", 2):
-            assert_same(found, expected, 1e-10)
+def assert_other_state_is_the_same(folder):
+    for kind in processes.SMALL:
+        expected = processes.small(kind)
+        for found in of(folder, "small", 2):
+            np.testing.assert_allclose(found[kind], expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", processes.SMALL)
-def test_other_state_is_the_same(kind, two):
-    expected = processes.small(kind)
-    for found in of(two, "small", 2):
-        np.testing.assert_allclose(found[kind], expected, rtol=1e-5, atol=1e-6)
-
-
-def test_what_would_drift_apart_is_refused(two):
-    for errors in of(two, "errors", 2):
+def assert_what_would_drift_apart_is_refused(folder):
+    for errors in of(folder, "errors", 2):
         errors = {name: str(error) for name, error in errors.items()}
         assert "weight 2" in errors["weights"] and "process 1" in errors["weights"]
         assert "`rho` is 0.2 in process 1, 0.1 in process 0" in errors["rho"]

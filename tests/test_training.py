@@ -395,7 +395,7 @@ def test_random_numbers_of_python_and_numpy():
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="others: test_errors")
-def test_several_processes_without_a_distribution_are_refused(monkeypatch):
+def test_several_processes_are_refused(monkeypatch):
     import jax
 
     model, x, y = compiled("dense", keras_slsam.SAM("sgd"))

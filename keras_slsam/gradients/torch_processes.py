@@ -107,12 +107,23 @@ def start(model, optimizer):
 
 def _facts(model, optimizer):
     """Returns what must be equal, a dict from what it is to a string."""
+    _check_is_whole(model)
     config = optimizer.get_config()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Keras, about lambdas
         arguments = keras.saving.serialize_keras_object(config)
     facts = {"Keras": keras.version(), "PyTorch": torch.__version__}
     facts |= {f"`{name}`": repr(value) for name, value in arguments.items()}
+    for i, variable in enumerate(model.trainable_variables):
+        value = variable.value.detach()
+        data = value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest = hashlib.sha256(data.tobytes()).hexdigest()[:8]
+        facts[f"weight {i}"] = f"{tuple(value.shape)} {value.dtype}, sha256 {digest}"
+    return facts
+
+
+def _check_is_whole(model):
+    # Not every build of PyTorch has them.
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
@@ -123,12 +134,6 @@ def _facts(model, optimizer):
             "weights that are sharded, for example by `fully_shard`, which are not "
             "supported"
         )
-    for i, variable in enumerate(model.trainable_variables):
-        value = variable.value.detach()
-        data = value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        digest = hashlib.sha256(data.tobytes()).hexdigest()[:8]
-        facts[f"weight {i}"] = f"{tuple(value.shape)} {value.dtype}, sha256 {digest}"
-    return facts
 
 
 def agree(optimizer, arms, ascends, rho):
