@@ -68,8 +68,8 @@ class JaxBackend(Backend):
         if jax.process_count() > 1:
             raise ValueError(
                 "Sharpness-aware steps in several processes of JAX are not supported "
-                f"yet. Received: {jax.process_count()} processes. Train in one process, "
-                "on all of its devices."
+                f"yet. Received: {jax.process_count()} processes. Train in one "
+                "process, on all of its devices."
             )
 
     def collect_state(self, model):
