@@ -73,7 +73,6 @@ DENSE = {
     "sam-quarter": dense(keras_slsam.SAM, ascent_fraction=0.25),
     "s2sam": dense(keras_slsam.S2SAM),
     "as2sam": dense(keras_slsam.S2SAM, adaptive=True),
-    "s2sam-ema": dense(keras_slsam.S2SAM),
     "as2sam-ema": dense(keras_slsam.S2SAM, adaptive=True),
     "rst": lambda base, rho, _, seed: keras_slsam.RST(base, seed=seed, **rho),
 }
@@ -84,7 +83,6 @@ SPARSE = {
     "slsam-quarter": sparse("proportional", ascent_fraction=0.25),
     "slsam-uniform": sparse("uniform"),
     "sl+s2": sparse("proportional", single_step=True),
-    "asl+s2": sparse("proportional", single_step=True, adaptive=True),
 }
 METHODS = {**CONTROLS, **DENSE, **SPARSE}
 WITHOUT_RADIUS = {*CONTROLS, "sparse-adamw"}

@@ -24,7 +24,8 @@ def assert_inactive_arms_are_not_exchanged(method, found):
     gradients = 4 * found["size"] * (1 if method == "sl+s2" else 2)
     if method == "sam":
         inside, outside = outside - inside, 0
-    # In a condition, which skips them. Besides them, only the loss is exchanged.
+    # The all-reduce of a gradient is inside the conditional of its arm, so it is not
+    # executed for an inactive arm. Only that of the loss is outside.
     assert gradients <= inside <= gradients + 8 and outside <= 8
 
 
