@@ -28,7 +28,6 @@ the evaluations before and after.
 """
 
 import argparse
-import contextlib
 import itertools
 import json
 import pathlib
@@ -169,6 +168,21 @@ class Seeds(keras.callbacks.Callback):
                 variable.assign(np.full(variable.shape, self.seed))
 
 
+class OwnWeights(keras.callbacks.Callback):
+    """The weights after an epoch, without the moving average.
+
+    With `use_ema=True`, Keras replaces them by their average at the end of `fit`.
+    """
+
+    def on_epoch_end(self, epoch, logs=None):
+        variables = self.model.trainable_variables
+        self._weights = [keras.ops.convert_to_numpy(v).copy() for v in variables]
+
+    def put_back(self):
+        for variable, value in zip(self.model.trainable_variables, self._weights):
+            variable.assign(value)
+
+
 class StepTimes(keras.callbacks.Callback):
     """The seconds of each step."""
 
@@ -225,22 +239,18 @@ def hold_out(train, args, seed):
 
 
 def scores_of(model, data, test, validation, wrong):
-    """Evaluates a model, with the moving average of its weights if there is one."""
-    averaged = model.optimizer.use_ema
-    with robustness.restored_weights(model) if averaged else contextlib.nullcontext():
-        if averaged:
-            model.optimizer.finalize_variable_values(model.trainable_variables)
-        logits = model.predict(test[0], batch_size=128, verbose=0)
-        predicted = logits.argmax(axis=-1)
-        found = {
-            "accuracy": float(np.mean(predicted == test[1])),
-            "matthews": float(sklearn.metrics.matthews_corrcoef(test[1], predicted)),
-            "loss": float(model.loss(test[1], logits)),
-        }
-        if validation is not None:
-            x, y = data
-            found["validation"] = robustness.accuracy(model, *validation)
-            found["memorised"] = robustness.accuracy(model, x[wrong], y[wrong])
+    """Evaluates a model."""
+    logits = model.predict(test[0], batch_size=128, verbose=0)
+    predicted = logits.argmax(axis=-1)
+    found = {
+        "accuracy": float(np.mean(predicted == test[1])),
+        "matthews": float(sklearn.metrics.matthews_corrcoef(test[1], predicted)),
+        "loss": float(model.loss(test[1], logits)),
+    }
+    if validation is not None:
+        x, y = data
+        found["validation"] = robustness.accuracy(model, *validation)
+        found["memorised"] = robustness.accuracy(model, x[wrong], y[wrong])
     return found
 
 
@@ -299,14 +309,14 @@ def run(method, rate, rho, fraction, seed, train, test, args):
         order = np.random.default_rng([seed, epoch]).permutation(len(x))
         first, last = (steps * (place + k) // args.parts for k in (0, 1))
         rows = order[first * args.batch_size : last * args.batch_size]
-        times = StepTimes()
+        times, weights = StepTimes(), OwnWeights()
         history = model.fit(
             x[rows],
             y[rows],
             batch_size=args.batch_size,
             shuffle=False,
             verbose=0,
-            callbacks=[Seeds(1000 * seed + part), times],
+            callbacks=[Seeds(1000 * seed + part), times, weights],
         ).history
         before = points[-1] if points else {"step": 0, "seconds": 0.0}
         points.append(
@@ -319,8 +329,6 @@ def run(method, rate, rho, fraction, seed, train, test, args):
         )
         record["complete"] = len(points) == parts
         if record["complete"] and args.robust:
-            if model.optimizer.use_ema:
-                model.optimizer.finalize_variable_values(model.trainable_variables)
             record["robustness"] = {
                 **robustness.under_weight_noise(model, *test),
                 **robustness.after_rounding(model, *test),
@@ -331,6 +339,7 @@ def run(method, rate, rho, fraction, seed, train, test, args):
                 shifted = data.read_texts(args.shifted)
                 record["robustness"]["shifted"] = robustness.accuracy(model, *shifted)
         if not record["complete"]:
+            weights.put_back()
             model.save_weights(checkpoint(len(points)))
         partial = file.with_suffix(".partial")  # a kill must not leave half a file
         partial.write_text(json.dumps(record, indent=1))

@@ -63,6 +63,7 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
     with (
         atomic.hold_back_interrupt(),
         backend.no_grad(),
+        backend.as_one_device(model, scaler or optimizer),
         backend.generators(model),
     ):
         scale = loss_scale.read(scaler)
@@ -80,7 +81,15 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
         with atomic.Staged() as drawn:
             ascends, rho = optimizer._draw_ascent()
             arms, ascends = selection.draw(is_first, ascends)
-        backend.agree(optimizer, arms, ascends, rho)
+        backend.agree(
+            lambda: {
+                "`iterations`": optimizer.iterations,
+                "`learning_rate`": optimizer.learning_rate,
+                "`rho`": rho,
+                "whether there is an ascent": ascends,
+                **{f"arm {arm}": active for arm, active in enumerate(arms.active)},
+            }
+        )
         uphill = UphillGradients(model, optimizer, arms, rho, scale)
         if not optimizer.ascent.needs_gradient:
             found = uphill.one_pass(loss)
@@ -143,7 +152,7 @@ def _prepare(model, optimizer, x):
             "or set `model.jit_compile = False` on a loaded model."
         )
     if model.trainable_variables:
-        backend.check_devices()
+        backend.check_devices(model, optimizer)
     for layer in model._flatten_layers():
         # Keras has no public name for the layers at any depth.
         if isinstance(layer, keras.layers.TFSMLayer) and layer.trainable_variables:

@@ -127,7 +127,7 @@ class UphillGradients:
 
     def _finish(self, gradients):
         """Averages gradients over processes, and divides them by the loss scale."""
-        gradients = backend.average(gradients)
+        gradients = backend.average(gradients, self._arms)
         return loss_scale.unscale(gradients, self._arms, self._scale)
 
     def _perturb(self, gradients=None, squares=None):

@@ -5,7 +5,7 @@ import pytest
 from keras.src.backend.common import dtypes
 
 # A program, which changes the settings of JAX.
-collect_ignore = ["jax_devices.py"]
+collect_ignore = ["jax_devices.py", "tensorflow_replicas.py"]
 
 
 @pytest.fixture

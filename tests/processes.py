@@ -46,10 +46,10 @@ def make_model(method):
     return model
 
 
-def part_of_batch(step):
+def part_of_batch(step, rank=RANK, processes=PROCESSES):
     rng = np.random.default_rng(step)
     x, y = rng.integers(0, 13, (BATCH, 6)), rng.integers(0, 3, BATCH)
-    rows = slice(RANK * BATCH // PROCESSES, (RANK + 1) * BATCH // PROCESSES)
+    rows = slice(rank * BATCH // processes, (rank + 1) * BATCH // processes)
     return x[rows], y[rows]
 
 
@@ -76,7 +76,8 @@ def launch(processes, *arguments, timeout=120):
     """
     environment = dict(os.environ, MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    environment["MASTER_PORT"] = str(_free_port())
+    ports = [str(_free_port()) for _ in range(processes)]
+    environment["MASTER_PORT"], environment["PORTS"] = ports[0], " ".join(ports)
     environment["WORLD_SIZE"] = str(processes)
     command = [sys.executable, *map(str, arguments)]
     running = [
@@ -132,12 +133,16 @@ def scenario_train(folder):
     distributed.all_reduce = exchange
 
 
-def scenario_float64(folder):
+def use_float64():
     from keras.src.backend.common import dtypes
 
     dtypes.BIT64_TO_BIT32_DTYPE["float64"] = "float64"
     keras.config.set_floatx("float64")
     keras.config.set_dtype_policy("float64")
+
+
+def scenario_float64(folder):
+    use_float64()
     for method in METHODS:
         write(folder, f"{method}64", train(make_model(method)))
 
@@ -158,47 +163,47 @@ def small_model(optimizer, *hidden):
     return model
 
 
-def small_part(step):
+def small_part(step, broken=None, rank=RANK, processes=PROCESSES):
+    """Returns a part of a batch. In the last part of a step, x may be infinite."""
     rng = np.random.default_rng(step)
     x, y = rng.normal(size=(8, 4)), rng.normal(size=(8, 1))
-    rows = slice(RANK * 8 // PROCESSES, (RANK + 1) * 8 // PROCESSES)
-    return x[rows], y[rows]
+    rows = slice(rank * 8 // processes, (rank + 1) * 8 // processes)
+    scale = np.inf if step == broken and rank == processes - 1 else 1.0
+    return x[rows] * scale, y[rows]
 
 
 def take_small_steps(model, steps=3, broken=None):
     for step in range(steps):
-        x, y = small_part(step)
-        if step == broken and RANK == PROCESSES - 1:
-            x = x * np.inf
-        model.train_on_batch(x, y)
-    return np.concatenate([w.astype("float32").ravel() for w in model.get_weights()])
+        model.train_on_batch(*small_part(step, broken))
 
 
-def small(kind):
+def small(kind, take_steps=take_small_steps):
     """Takes steps that need more than gradients of trained weights to be the same."""
     keras.utils.set_random_seed(0)
     sgd = keras.optimizers.SGD
+    steps, broken, hidden = 3, None, layers.Dense(3)
+    optimizer = keras_slsam.SAM(sgd(0.1))
     if kind == "scaled":  # a gradient that is not finite in one process
-        scaler = keras.optimizers.LossScaleOptimizer(keras_slsam.SAM(sgd(0.1)))
-        model = small_model(scaler, layers.Dense(3))
-        weights = take_small_steps(model, broken=1)
-        scale = keras.ops.convert_to_numpy(scaler.dynamic_scale)
-        return np.append(weights, scale)
-    if kind == "scalar":
-        return take_small_steps(small_model(keras_slsam.SAM(sgd(0.1)), Scalar()))
-    if kind == "accumulated":
+        optimizer, broken = keras.optimizers.LossScaleOptimizer(optimizer), 1
+    elif kind == "scalar":
+        hidden = Scalar()
+    elif kind == "accumulated":
         base = sgd(0.1, gradient_accumulation_steps=2)
-        return take_small_steps(small_model(keras_slsam.S2SAM(base), layers.Dense(3)))
-    if kind == "random":
+        optimizer = keras_slsam.S2SAM(base)
+    elif kind == "random":
         optimizer = keras_slsam.RST(sgd(0.1), probability=0.5, seed=3)
-        return take_small_steps(small_model(optimizer, layers.Dense(3)), 6)
-    if kind == "frozen":
-        frozen = layers.Dense(3, trainable=False)
-        model = small_model(keras_slsam.SAM(sgd(0.1)), frozen)
-        if RANK == 1:
-            frozen.kernel.assign(frozen.kernel * 3)
-        return take_small_steps(model)
-    raise ValueError(kind)
+        steps = 6
+    elif kind == "frozen":
+        hidden.trainable = False
+    model = small_model(optimizer, hidden)
+    if kind == "frozen" and RANK == 1:
+        hidden.kernel.assign(hidden.kernel * 3)
+    take_steps(model, steps, broken)
+    found = [w.astype("float32").ravel() for w in model.get_weights()]
+    if kind == "scaled":
+        scale = keras.ops.convert_to_numpy(optimizer.dynamic_scale)
+        found.append([scale])
+    return np.concatenate(found)
 
 
 SMALL = ("scaled", "scalar", "accumulated", "random", "frozen")

@@ -28,8 +28,22 @@ class Backend:
     Scope = keras.StatelessScope
     can_compile = True
 
-    def check_devices(self):
-        """Raises a `ValueError` if a step would not be that of all devices."""
+    def check_devices(self, model, optimizer):
+        """Raises a `ValueError` if a step on these devices is not supported.
+
+        Args:
+            model: `keras.Model`.
+            optimizer: `keras.optimizers.Optimizer`, which may not be built yet.
+        """
+
+    def as_one_device(self, model, optimizer):
+        """Context in which a replica of TensorFlow takes the step of one device.
+
+        Args:
+            model: `keras.Model`.
+            optimizer: `keras.optimizers.Optimizer`, built for it.
+        """
+        return contextlib.nullcontext()
 
     def processes(self):
         """Returns the number of processes that must be kept alike, usually 1."""
@@ -46,25 +60,24 @@ class Backend:
             ValueError: if the processes do not start alike.
         """
 
-    def agree(self, optimizer, arms, ascends, rho):
+    def agree(self, facts):
         """Checks that several processes are about to take the same step.
 
         Args:
-            optimizer: `SharpnessAware`, built.
-            arms: `ActiveArms`.
-            ascends: Whether the step has an ascent.
-            rho: Scalar tensor, the radius of the perturbation.
+            facts: Function that returns a dict from what must be equal to numbers.
 
         Raises:
-            ValueError: if they are not.
+            ValueError: if something differs. In a compiled step it is the error of the
+            framework.
         """
 
-    def average(self, gradients):
-        """Returns the averages of gradients over several processes.
+    def average(self, gradients, arms):
+        """Returns the averages of gradients over several processes or replicas.
 
         Args:
             gradients: List of tensors, or `None` for inactive weights, which are not
                 exchanged.
+            arms: `ActiveArms`.
         """
         return gradients
 

@@ -62,7 +62,7 @@ class JaxBackend(Backend):
 
     Passes = Passes
 
-    def check_devices(self):
+    def check_devices(self, model, optimizer):
         # XLA may execute exchanges in different conditions in another order in each
         # process. On a CPU, gloo then pairs the wrong ones.
         if jax.process_count() > 1:

@@ -19,6 +19,7 @@ from keras_slsam.gradients import passes
 from keras_slsam.gradients import tensorflow_build
 from keras_slsam.gradients import tensorflow_graph
 from keras_slsam.gradients import tensorflow_names as names
+from keras_slsam.gradients import tensorflow_replicas
 from keras_slsam.gradients import tensorflow_scope
 from keras_slsam.gradients.interface import Backend
 
@@ -109,18 +110,10 @@ class TensorFlowBackend(Backend):
     build_first = staticmethod(tensorflow_build.build_first)
     only_builds = staticmethod(tensorflow_build.only_builds)
 
-    def check_devices(self):
-        strategy = tf.distribute.get_strategy()
-        replicas = strategy.num_replicas_in_sync
-        one_device = isinstance(strategy, tf.distribute.OneDeviceStrategy)
-        # Other strategies cannot assign to their variables inside a condition.
-        if replicas > 1 or (tf.distribute.has_strategy() and not one_device):
-            raise ValueError(
-                "Sharpness-aware steps under a `tf.distribute` strategy are not "
-                f"supported yet. Received: {replicas} replicas of a "
-                f"{type(strategy).__name__}. Train on one device, without a strategy "
-                "or under `tf.distribute.OneDeviceStrategy`."
-            )
+    check_devices = staticmethod(tensorflow_replicas.check)
+    as_one_device = staticmethod(tensorflow_replicas.as_one_device)
+    average = staticmethod(tensorflow_replicas.average)
+    agree = staticmethod(tensorflow_replicas.agree)
 
     def init_scope(self):
         return tf.init_scope()

@@ -22,11 +22,12 @@ def count():
     return distributed.get_world_size()
 
 
-def average(gradients):
+def average(gradients, arms):
     """Returns the averages over the processes.
 
     Args:
-        gradients: List of tensors, or `None` where there is no gradient.
+        gradients: List of tensors, or `None` where inactive.
+        arms: `ActiveArms`.
     """
     processes = count()
     if processes == 1:
@@ -136,29 +137,20 @@ def _check_is_whole(model):
         )
 
 
-def agree(optimizer, arms, ascends, rho):
+def agree(facts):
     """Checks that all processes are about to take the same step.
 
     Args:
-        optimizer: `SharpnessAware`, built.
-        arms: `ActiveArms`.
-        ascends: bool, whether the step has an ascent.
-        rho: Scalar tensor, the radius of the perturbation.
+        facts: Function that returns a dict from what must be equal to numbers.
 
     Raises:
-        ValueError: in all processes, if they are not.
+        ValueError: in all processes, if something differs.
     """
     if count() == 1:
         return
-    facts = {
-        "`iterations`": optimizer.iterations,
-        "`learning_rate`": optimizer.learning_rate,
-        "`rho`": rho,
-        "whether there is an ascent": ascends,
-        **{f"arm {arm}": active for arm, active in enumerate(arms.active)},
-    }
+    facts = facts()
     values = [float(value) for value in facts.values()]
-    own = torch.tensor(values, dtype=torch.float64, device=rho.device)
+    own = torch.tensor(values, dtype=torch.float64, device=facts["`rho`"].device)
     largest = torch.cat([own, -own])
     distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
     differs = (largest[: len(own)] != -largest[len(own) :]).tolist()

@@ -1,0 +1,222 @@
+"""Training on the replicas of a `tf.distribute` strategy.
+
+In a replica, TensorFlow does not assign to mirrored variables inside conditions. So
+each replica takes the step of one device, on its own copies of all variables. The
+copies stay equal, because the replicas average their gradients. Gradients of inactive
+arms are not exchanged.
+"""
+
+import contextlib
+import contextvars
+import functools
+import itertools
+import zlib
+
+import keras
+import tensorflow as tf
+
+# The `_Copies` of the replica that takes a step.
+_replica = contextvars.ContextVar("replica", default=None)
+
+_WORKERS = tf.distribute.MultiWorkerMirroredStrategy
+
+# Groups of collective operations have numbers. Those of strategies are small.
+_GROUP = 1_000_000
+
+
+def check(model, optimizer):
+    """Refuses what does not work under the current strategy.
+
+    Args:
+        model: `keras.Model`.
+        optimizer: `keras.optimizers.Optimizer`.
+
+    Raises:
+        ValueError: naming what is not supported.
+    """
+    strategy = tf.distribute.get_strategy()
+    if not _has_replicas():
+        return
+    supported = (
+        tf.distribute.MirroredStrategy,
+        tf.distribute.MultiWorkerMirroredStrategy,
+    )
+    if not isinstance(strategy, supported):
+        raise ValueError(
+            "Sharpness-aware steps support `MirroredStrategy`, "
+            "`MultiWorkerMirroredStrategy` and `OneDeviceStrategy` of `tf.distribute`. "
+            f"Received: a `{type(strategy).__name__}`."
+        )
+    if tf.executing_eagerly() or model.jit_compile:
+        raise ValueError(
+            f"Under a `{type(strategy).__name__}` a sharpness-aware step must run in a "
+            "`tf.function` that XLA does not compile. "
+            f"Received: run_eagerly={model.run_eagerly}, "
+            f"jit_compile={model.jit_compile}. Set both to False in `model.compile`."
+        )
+    if tf.distribute.in_cross_replica_context():
+        raise ValueError(
+            "`keras_slsam.step` must be called in a replica. Call it with "
+            "`strategy.run`."
+        )
+    if not optimizer.built or not model.built:
+        raise ValueError(
+            f"Under a `{type(strategy).__name__}` model and optimizer must be built "
+            "before the first step. Call `optimizer.build(model.trainable_variables)` "
+            "in the scope of the strategy."
+        )
+    for variable in _variables(model, optimizer):
+        if not isinstance(variable.value, tf.distribute.DistributedValues):
+            raise ValueError(
+                f"The variable {variable.path!r} was created outside of the scope of "
+                f"the `{type(strategy).__name__}`. Create the model, its optimizer and "
+                "its metrics, and compile it, in `with strategy.scope():`."
+            )
+
+
+def as_one_device(model, optimizer):
+    """Returns a context in which a replica computes on its own copies of variables.
+
+    Args:
+        model: `keras.Model`.
+        optimizer: `keras.optimizers.Optimizer`, built.
+    """
+    if not _has_replicas():
+        return contextlib.nullcontext()
+    return _Copies(_variables(model, optimizer), optimizer.variables[0])
+
+
+def average(gradients, arms):
+    """Returns the averages over the replicas, of the gradients of active arms.
+
+    The exchanges are in conditions, where `ReplicaContext.all_reduce` does not work.
+
+    Args:
+        gradients: List of tensors, one per variable.
+        arms: `ActiveArms`.
+    """
+    replica = _replica.get()
+    if replica is None:
+        return gradients
+    result = list(gradients)
+    for active, indices in zip(arms.active, arms.members):
+        own = [tf.convert_to_tensor(gradients[i]) for i in indices]
+        exchange = functools.partial(_average_together, own, replica)
+        if active is not True:
+            exchange = functools.partial(tf.cond, active, exchange, lambda own=own: own)
+        for i, gradient in zip(indices, exchange()):
+            result[i] = gradient
+    return result
+
+
+def _average_together(gradients, replica):
+    """Averages gradients in one exchange for each dtype."""
+    result = list(gradients)
+    for dtype in dict.fromkeys(g.dtype for g in gradients):
+        places = [i for i, gradient in enumerate(gradients) if gradient.dtype == dtype]
+        # Divided first, because a sum may overflow in float16.
+        share = tf.constant(1 / replica.strategy.num_replicas_in_sync, dtype)
+        flat = tf.concat([tf.reshape(gradients[i], [-1]) * share for i in places], 0)
+        sizes = [gradients[i].shape.num_elements() for i in places]
+        for i, part in zip(places, tf.split(replica.reduce(flat, "Add"), sizes)):
+            result[i] = tf.reshape(part, gradients[i].shape)
+    return result
+
+
+def agree(facts):
+    """Checks that all processes are about to take the same step.
+
+    Args:
+        facts: Function that returns a dict from what must be equal to scalar tensors.
+    """
+    replica = _replica.get()
+    if replica is None or not isinstance(replica.strategy, _WORKERS):
+        return
+    facts = facts()
+    own = tf.stack([tf.cast(value, "float64") for value in facts.values()])
+    largest, negated = tf.split(replica.reduce(tf.concat([own, -own], 0), "Max"), 2)
+    unlike = tf.boolean_mask(tf.constant(list(facts)), largest != -negated)
+    message = (
+        "All processes must take the same step. Set learning rate, `rho` and state to "
+        "the same values in each process, at the same step. Received: different values "
+        "of"
+    )
+    tf.debugging.Assert(tf.size(unlike) == 0, [message, unlike])
+
+
+def _has_replicas():
+    one_device = isinstance(
+        tf.distribute.get_strategy(), tf.distribute.OneDeviceStrategy
+    )
+    return tf.distribute.has_strategy() and not one_device
+
+
+def _variables(model, optimizer):
+    return model.variables + model.metrics_variables + optimizer.variables
+
+
+class _Copies(keras.StatelessScope):
+    """Scope in which Keras reads and assigns the copies of one replica.
+
+    Args:
+        variables: List of the `keras.Variable`s that a step may assign.
+        token: One of them, by which TensorFlow keeps the exchanges in order.
+
+    Attributes:
+        strategy: `tf.distribute.Strategy`.
+    """
+
+    def __init__(self, variables, token):
+        super().__init__()
+        replica = tf.distribute.get_replica_context()
+        place = tf.get_static_value(replica.replica_id_in_sync_group)
+        self.strategy = replica.strategy
+        for variable in variables:
+            copies = self.strategy.experimental_local_results(variable.value)
+            self.state_mapping[id(variable)] = copies[place % len(copies)]
+        self._token = self.state_mapping[id(token)]
+        self._exchanges = itertools.count()
+        # Keras asks for the strategy where it updates variables.
+        alone = tf.distribute.OneDeviceStrategy(self._token.device)
+        self._alone = tf.distribute.ReplicaContext(alone, 0)
+
+    def __enter__(self):
+        self._before = _replica.set(self)
+        self._alone.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *args):
+        super().__exit__(*args)
+        self._alone.__exit__(*args)
+        _replica.reset(self._before)
+
+    def add_update(self, update):
+        variable, value = update
+        if id(variable) not in self.state_mapping:
+            raise ValueError(
+                f"The variable {variable.path!r} belongs to neither model nor "
+                "optimizer, so a step cannot assign to it in a replica."
+            )
+        self.state_mapping[id(variable)].assign(value)
+
+    def reduce(self, tensor, merge):
+        """Reduces a tensor over all replicas.
+
+        Args:
+            tensor: Tensor of known shape.
+            merge: String, `"Add"` or `"Max"`.
+        """
+        replicas = self.strategy.num_replicas_in_sync
+        exchange = f"{next(self._exchanges)} {merge} {tensor.dtype} {tensor.shape}"
+        return tf.raw_ops.CollectiveReduceV2(
+            input=tensor,
+            group_size=replicas,
+            group_key=_GROUP + replicas,
+            # The replicas know an exchange by its number. A number has one shape and
+            # one dtype in the whole program.
+            instance_key=zlib.crc32(exchange.encode()) >> 1,
+            # Without it, the operations wait for ever.
+            ordering_token=[self._token.handle],
+            merge_op=merge,
+            final_op="Id",
+        )

@@ -1,0 +1,198 @@
+"""Trains on the replicas of a `tf.distribute` strategy.
+
+python tensorflow_replicas.py SCENARIO FOLDER, with RANK, WORLD_SIZE and PORTS
+"""
+
+import json
+import os
+import pathlib
+import sys
+
+RANK, WORKERS = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+if WORKERS > 1:
+    workers = [f"127.0.0.1:{port}" for port in os.environ["PORTS"].split()]
+    task = {"type": "worker", "index": RANK}
+    os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": workers}, "task": task})
+
+import keras  # noqa: E402
+import numpy as np  # noqa: E402
+import processes  # noqa: E402
+import tensorflow as tf  # noqa: E402
+
+import keras_slsam  # noqa: E402
+
+DEVICES = [f"CPU:{i}" for i in range(4)]
+SMALL = ("scaled", "scalar", "accumulated", "random")
+
+
+def mirrored(count):
+    return tf.distribute.MirroredStrategy(DEVICES[:count])
+
+
+def built(strategy, method):
+    with strategy.scope():
+        model = processes.make_model(method)
+        model.optimizer.build(model.trainable_variables)
+    return model
+
+
+class Masks(keras.callbacks.Callback):
+    """The masks of all steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.masks = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        active = self.model.optimizer.active
+        self.masks.append(keras.ops.convert_to_numpy(active))
+
+
+def fit(model, batches):
+    """Returns what `processes.train` returns."""
+    x, y = (np.concatenate(each) for each in zip(*batches))
+    masks = Masks()
+    size = len(x) // len(batches)
+    model.fit(x, y, size, shuffle=False, verbose=0, callbacks=[masks])
+    return found(model, masks.masks)
+
+
+def found(model, masks):
+    weights = np.concatenate([w.ravel() for w in model.get_weights()])
+    return {"masks": np.stack(masks), "weights": weights}
+
+
+def whole_batches(steps=processes.STEPS):
+    return [processes.part_of_batch(step, 0, 1) for step in range(steps)]
+
+
+def fit_small(model, steps, broken):
+    def whole(step):
+        parts = [processes.small_part(step, broken, rank, 2) for rank in range(2)]
+        return [np.concatenate(each) for each in zip(*parts)]
+
+    x, y = (np.concatenate(each) for each in zip(*map(whole, range(steps))))
+    model.fit(x, y, 8, shuffle=False, verbose=0)
+
+
+def take_steps(strategy, model, first=0, steps=processes.STEPS):
+    """Like `fit`, which Keras does not support with several workers."""
+
+    def one(data):
+        return keras_slsam.step(model, model.optimizer, data)
+
+    step = tf.function(lambda data: strategy.run(one, args=(data,)), autograph=False)
+    masks = []
+    for number in range(first, first + steps):
+        step(processes.part_of_batch(number))  # a process has one replica
+        masks.append(keras.ops.convert_to_numpy(model.optimizer.active))
+    return found(model, masks)
+
+
+def count_exchanges():
+    """Counts the bytes of exchanges of gradients, inside and outside of conditions."""
+    exchange, counts = tf.raw_ops.CollectiveReduceV2, {"inside": 0, "outside": 0}
+
+    def counted(input, **kwargs):
+        name = tf.compat.v1.get_default_graph().name
+        place = "inside" if "cond" in name else "outside"
+        if kwargs["merge_op"] == "Add":
+            counts[place] += input.shape.num_elements() * input.dtype.size
+        return exchange(input=input, **kwargs)
+
+    tf.raw_ops.CollectiveReduceV2 = counted
+    return counts
+
+
+def error_of(call, *arguments):
+    try:
+        call(*arguments)
+    except (ValueError, tf.errors.InvalidArgumentError) as error:
+        return str(error)
+    return "no error"
+
+
+def write(folder, name, values):
+    np.savez(folder / f"{name}-{RANK}.npz", **values)
+
+
+def scenario_mirrored(folder):
+    counts = count_exchanges()
+    for replicas, method in ((4, "slsam"), *((2, m) for m in processes.METHODS)):
+        if replicas == 2:
+            processes.use_float64()
+        counts.update(inside=0, outside=0)
+        model = built(mirrored(replicas), method)
+        result = fit(model, whole_batches())
+        write(folder, f"{replicas}-{method}", {**result, **counts})
+        if replicas == 4:
+            model.save(folder / "model.keras")
+
+
+def scenario_small(folder):
+    strategy = mirrored(2)
+    with strategy.scope():
+        results = {kind: processes.small(kind, fit_small) for kind in SMALL}
+    write(folder, "small", results)
+
+    def outside():
+        optimizer = keras_slsam.SAM("sgd")
+        with strategy.scope():
+            model = processes.small_model(optimizer)
+        fit_small(model, 1, None)
+
+    def compiled(**kwargs):
+        with strategy.scope():
+            model = processes.small_model(keras_slsam.SAM("sgd"))
+            model.compile(keras_slsam.SAM("sgd"), "mse", **kwargs)
+        fit_small(model, 1, None)
+
+    def unbuilt():
+        with strategy.scope():
+            model = processes.make_model("sam")
+        take_steps(strategy, model, 0, 1)
+
+    def of_another_kind():
+        other = tf.distribute.experimental.CentralStorageStrategy(DEVICES[:2])
+        take_steps(other, built(other, "sam"), 0, 1)
+
+    errors = {
+        "outside": error_of(outside),
+        "eager": error_of(lambda: compiled(run_eagerly=True)),
+        "jit": error_of(lambda: compiled(jit_compile=True)),
+        "unbuilt": error_of(unbuilt),
+        "kind": error_of(of_another_kind),
+    }
+    write(folder, "errors", errors)
+
+
+def scenario_killed(folder):
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    for method in ("sl+s2", "slsam"):
+        model = built(strategy, method)
+        write(folder, f"workers-{method}", take_steps(strategy, model))
+    rate = model.optimizer.learning_rate.numpy()
+    model.optimizer.learning_rate = rate * (1 + RANK)
+    error = error_of(take_steps, strategy, model, 0, 1)
+    write(folder, "errors", {"rate": error})
+    model = built(strategy, "slsam")
+    take_steps(strategy, model, steps=5)
+    model.save(folder / f"model-{RANK}.keras")
+    if RANK == 1:
+        os.kill(os.getpid(), 9)
+    take_steps(strategy, model, 5, 100)
+
+
+def scenario_resumed(folder):
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    with strategy.scope():
+        model = keras.saving.load_model(folder / "model-0.keras")
+    write(folder, "resumed", take_steps(strategy, model, 5, processes.STEPS - 5))
+
+
+if __name__ == "__main__":
+    (cpu,) = tf.config.list_physical_devices("CPU")
+    if WORKERS == 1:
+        several = [tf.config.LogicalDeviceConfiguration() for _ in DEVICES]
+        tf.config.set_logical_device_configuration(cpu, several)
+    globals()[f"scenario_{sys.argv[1]}"](pathlib.Path(sys.argv[2]))

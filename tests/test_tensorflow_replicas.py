@@ -1,0 +1,90 @@
+"""Replicas of TensorFlow's strategies take the steps of one device."""
+
+import pathlib
+
+import keras
+import numpy as np
+import processes
+import pytest
+
+import keras_slsam
+
+if keras.config.backend() != "tensorflow":
+    pytest.skip("strategies of TensorFlow", allow_module_level=True)
+
+SCRIPT = pathlib.Path(__file__).with_name("tensorflow_replicas.py")
+
+
+def run(count, scenario, folder):
+    found = processes.launch(count, SCRIPT, scenario, folder, timeout=400)
+    for code, output in found:
+        assert code == 0, output
+
+
+def load(folder, name, rank=0):
+    return dict(np.load(folder / f"{name}-{rank}.npz"))
+
+
+def alone(method):
+    return processes.train(processes.make_model(method))
+
+
+def assert_same(found, expected, tolerance):
+    np.testing.assert_array_equal(found["masks"], expected["masks"])
+    np.testing.assert_allclose(
+        found["weights"], expected["weights"], rtol=0, atol=tolerance
+    )
+
+
+# Few tests, because starting processes takes longer than the steps.
+def test_mirrored_replicas(tmp_path, request):
+    run(1, "mirrored", tmp_path)
+    expected = alone("slsam")
+    assert_same(load(tmp_path, "4-slsam"), expected, 1e-5)
+    # The state of several replicas goes on with one.
+    model = keras.saving.load_model(tmp_path / "model.keras")
+    one = processes.train(keras_slsam.sharpness_aware(model), processes.STEPS, 5)
+    whole = processes.train(processes.make_model("slsam"), 0, processes.STEPS + 5)
+    np.testing.assert_array_equal(one["masks"], whole["masks"][processes.STEPS :])
+    np.testing.assert_allclose(one["weights"], whole["weights"], rtol=0, atol=1e-5)
+
+    request.getfixturevalue("float64")
+    for method in processes.METHODS:
+        found, expected = load(tmp_path, f"2-{method}"), alone(method)
+        assert_same(found, expected, 1e-10)
+        # A compiled step has the exchanges of all arms. Those of arms that may be
+        # inactive are in conditions.
+        passes = 1 if method == "sl+s2" else 2
+        everything = passes * 2 * found["weights"].nbytes  # of two replicas
+        inside, outside = found["inside"], found["outside"]
+        expected = (0, everything) if method == "sam" else (everything, 0)
+        assert (inside, outside) == expected
+
+
+def test_other_state_and_refusals(tmp_path):
+    run(1, "small", tmp_path)
+    for kind, found in load(tmp_path, "small").items():
+        tolerance = 1e-4 if kind == "scalar" else 1e-6  # it is in bfloat16
+        np.testing.assert_allclose(found, processes.small(kind), 1e-5, tolerance)
+    errors = {name: str(error) for name, error in load(tmp_path, "errors").items()}
+    assert "`with strategy.scope():`" in errors["outside"]
+    assert "run_eagerly=True" in errors["eager"]
+    assert "jit_compile=True" in errors["jit"]
+    assert "`optimizer.build(model.trainable_variables)`" in errors["unbuilt"]
+    assert "CentralStorageStrategy" in errors["kind"]
+
+
+def test_workers_and_a_killed_one(tmp_path):
+    first, killed = processes.launch(2, SCRIPT, "killed", tmp_path, timeout=400)
+    assert killed[0] == -9
+    assert first[0] == 1 and "UnavailableError" in first[1], first[1]
+    for rank in range(2):
+        for method in ("sl+s2", "slsam"):
+            expected = alone(method)
+            assert_same(load(tmp_path, f"workers-{method}", rank), expected, 1e-5)
+        error = str(load(tmp_path, "errors", rank)["rate"])
+        assert "different values of] [`learning_rate`]" in error
+    run(2, "resumed", tmp_path)
+    resumed = load(tmp_path, "resumed", 1)
+    np.testing.assert_array_equal(resumed["masks"], expected["masks"][5:])
+    np.testing.assert_allclose(resumed["weights"], expected["weights"], atol=1e-6)
