@@ -58,11 +58,13 @@ def sparse(sampler, **kwargs):
     return make
 
 
-# Controls: AdamW, and what else is said to help. They have no radius.
+# Controls: AdamW, and what else is said to help. They have no radius. "adamw-ema" keeps
+# a moving average of the weights, "adamw-ema-epoch" goes on from it after each epoch.
 CONTROLS = {
     "adamw": lambda base, *_: base,
     "adamw-smoothing": lambda base, *_: base,
     "adamw-ema": lambda base, *_: base,
+    "adamw-ema-epoch": lambda base, *_: base,
 }
 # Functions from a base optimizer, arguments with the radius, an active fraction and a
 # seed to an optimizer.
@@ -290,7 +292,7 @@ def run(method, rate, rho, fraction, seed, train, test, args):
     classes = int(max(y.max(), test[1].max())) + 1
     model = MODELS[args.model][1](args, classes, x.shape[1:])
     model = keras_slsam.sharpness_aware(model)
-    ema = {"use_ema": True, "ema_momentum": 0.99} if method.endswith("-ema") else {}
+    ema = {"use_ema": True, "ema_momentum": 0.99} if "-ema" in method else {}
     base = keras.optimizers.AdamW(rate, **ema)
     smoothing = 0.1 if method == "adamw-smoothing" else 0.0
     model.compile(
@@ -339,7 +341,8 @@ def run(method, rate, rho, fraction, seed, train, test, args):
                 shifted = data.read_texts(args.shifted)
                 record["robustness"]["shifted"] = robustness.accuracy(model, *shifted)
         if not record["complete"]:
-            weights.put_back()
+            if method != "adamw-ema-epoch":
+                weights.put_back()
             model.save_weights(checkpoint(len(points)))
         partial = file.with_suffix(".partial")  # a kill must not leave half a file
         partial.write_text(json.dumps(record, indent=1))
