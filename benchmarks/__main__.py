@@ -4,6 +4,7 @@ time      seconds per step of each method, executed FLOPs, seconds of the first 
 memory    the memory of each method, each in a separate process
 scale     6 to 48 layers: time, conditions, compilation, memory
 long      thousands of steps: whether memory and step time stay flat, the arms drawn
+gpu       tests, time, memory and the cost of conditions, on all backends at once
 report    writes the tables and the picture of docs/benchmarks.md from --json files
 """
 
@@ -27,6 +28,7 @@ if os.environ.get("KERAS_BACKEND") == "jax":
 
 def main(argv: list[str]) -> None:
     """Runs the command in `argv` with its flags."""
+    from benchmarks import gpu
     from benchmarks import models
     from benchmarks import report
 
@@ -60,7 +62,21 @@ def main(argv: list[str]) -> None:
             depths = [6, 12, 24, 48]
             add("--depths", type=_count, nargs="+", default=depths, help="layers")
     commands.add_parser("report").add_argument("files", nargs="+", type=pathlib.Path)
-    args = runner.parse_args(argv)
+    every = list(report.BACKENDS)
+    add = commands.add_parser(
+        "gpu", help="other flags are passed on", allow_abbrev=False
+    ).add_argument
+    add("--backends", nargs="+", choices=every, default=every)
+    add("--folder", type=pathlib.Path, default=pathlib.Path("gpu"))
+    add("--minutes", type=float, default=10.0, help="the time for everything")
+    args, others = runner.parse_known_args(argv)
+    if args.command == "gpu":
+        results = gpu.measure(args, others)
+        for name in ("time", "memory"):
+            print(report.section([r for r in results if r["command"] == name]))
+        return
+    if others:
+        runner.error(f"unrecognized arguments: {shlex.join(others)}")
     if args.command == "report":
         report.write(args.files)
         return

@@ -69,11 +69,15 @@ def write(files: list[pathlib.Path], page: pathlib.Path = PAGE) -> None:
         _, end, after = rest.partition(f"<!-- /{name} -->")
         if not end:
             raise SystemExit(f"The page has no <!-- {name} --> and <!-- /{name} -->.")
-        filled = [before + start, tables(found), _origins(found), end + after]
-        text = "\n\n".join(filled)
+        text = "\n\n".join([before + start, section(found), end + after])
         if name == "time":
             _draw(found, page.with_suffix(".svg"))
     page.write_text(text, "utf-8")
+
+
+def section(results: list[dict]) -> str:
+    """Formats the results of one command, and where they come from."""
+    return f"{tables(results)}\n\n{_origins(results)}"
 
 
 def tables(results: list[dict]) -> str:

@@ -113,9 +113,11 @@ def test_the_converted_network_equals_pytorch():
 def test_fine_tuning_from_the_converted_weights():
     keras.utils.set_random_seed(0)
     model = lite0.pretrained(num_classes=2, image_size=32)
+    for layer in model.layers[: len(model.layers) // 2]:
+        layer.trainable = False  # XLA compiles for half as long
     model = keras_slsam.sharpness_aware(model)
     optimizer = keras_slsam.SLSAM(
-        keras.optimizers.AdamW(1e-3), active_fraction=0.3, arms="block", seed=0
+        keras.optimizers.AdamW(3e-3), active_fraction=0.3, seed=0
     )
     model.compile(optimizer=optimizer)
     crops = photographs().reshape(2, 7, 32, 7, 32, 3).swapaxes(2, 3)
