@@ -73,7 +73,8 @@ def main(argv: list[str]) -> None:
     if args.command == "gpu":
         results = gpu.measure(args, others)
         for name in ("time", "memory"):
-            print(report.section([r for r in results if r["command"] == name]))
+            if found := [r for r in results if r["command"] == name]:
+                print(report.section(found))
         return
     if others:
         runner.error(f"unrecognized arguments: {shlex.join(others)}")

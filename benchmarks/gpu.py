@@ -15,6 +15,7 @@ import time
 
 # In float32 proper. Some GPUs round the factors of products to TensorFloat-32.
 PRECISE = {"NVIDIA_TF32_OVERRIDE": "0"}
+TEST = pathlib.Path(__file__).parents[1] / "tests" / "test_golden.py"
 SHORT = "--rounds 3 --steps 5"
 MEASUREMENTS = {
     "time": f"time {SHORT} --flop-steps 0",
@@ -37,9 +38,8 @@ def measure(args: argparse.Namespace, flags: list[str]) -> list[dict]:
     """
     args.folder.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * args.minutes
-    test = pathlib.Path(__file__).parents[1] / "tests" / "test_golden.py"
     for backend in args.backends:
-        _run(f"test on {backend}", ["pytest", "-q", str(test)], backend, end, **PRECISE)
+        _run(f"test on {backend}", ["pytest", "-q", str(TEST)], backend, end, **PRECISE)
     files = []
     for name, line in MEASUREMENTS.items():
         for backend in args.backends:

@@ -239,13 +239,10 @@ class BaseStep:
         base._update_model_variables_moving_average(variables)
         if base.ema_overwrite_frequency:
             due = (base.iterations + 1) % base.ema_overwrite_frequency == 0
-            averages = base._model_variables_moving_average
-
-            def overwrite():
-                for variable, average in zip(variables, averages):
-                    variable.assign(average)
-
-            backend.when(due, overwrite)
+            backend.when(
+                due,
+                lambda: base._overwrite_model_variables_with_average_value(variables),
+            )
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import pathlib
 import re
 import sys
 
@@ -9,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 
+from benchmarks import gpu
 from benchmarks import long_run
 from benchmarks import memory
 from benchmarks import models
@@ -211,3 +213,19 @@ def test_long(tmp_path, monkeypatch):
     assert max(row["drawn"]) <= 3 <= sum(row["drawn"])
     text, _ = reported(tmp_path, "long")
     assert f"| {name} |" in text
+
+
+def test_gpu_measures_until_the_time_is_over(tmp_path, monkeypatch, capsys):
+    line = "time --rounds 1 --steps 1 --flop-steps 0 --methods AdamW SAM"
+    monkeypatch.setattr(gpu, "MEASUREMENTS", {"time": line})
+    monkeypatch.setattr(gpu, "TEST", pathlib.Path(__file__).with_name("no_test.py"))
+    sizes = ["--model", "dense", "--layers", "2", "--width", "8", "--batch", "4"]
+    given = ["--backends", BACKEND, "--folder", str(tmp_path)]
+    main(["gpu", *given, *sizes])
+    printed = capsys.readouterr().out
+    assert f"test on {BACKEND}: FAILED" in printed
+    assert f"time on {BACKEND}: done" in printed
+    assert re.search(r"\| SAM +\| 0\.0", printed)
+    main(["gpu", *given, "--minutes", "0"])
+    printed = capsys.readouterr().out
+    assert f"time on {BACKEND}: out of time" in printed and "| SAM" not in printed

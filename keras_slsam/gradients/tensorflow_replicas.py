@@ -65,6 +65,20 @@ def check(model, optimizer):
             "before the first step. Call `optimizer.build(model.trainable_variables)` "
             "in the scope of the strategy."
         )
+    inner = getattr(optimizer, "inner_optimizer", optimizer)  # of a loss scaler
+    if inner.use_ema and inner.ema_overwrite_frequency:
+        raise ValueError(
+            "`ema_overwrite_frequency` does not work on several replicas, as in Keras' "
+            f"own step. Received: {inner.ema_overwrite_frequency}. Set it to None."
+        )
+    for layer in model._flatten_layers():
+        # Its exchange would be in the passes, where a replica is alone.
+        if getattr(layer, "synchronized", False):
+            raise ValueError(
+                f"The layer {layer.name!r} has `synchronized=True`, which a "
+                "sharpness-aware step does not support. Set it to False: each replica "
+                "then normalises with the statistics of its own rows."
+            )
     for variable in _variables(model, optimizer):
         if not isinstance(variable.value, tf.distribute.DistributedValues):
             raise ValueError(
