@@ -71,11 +71,11 @@ def main(argv: list[str]) -> None:
     add("--minutes", type=float, default=10.0, help="the time for everything")
     args, others = runner.parse_known_args(argv)
     if args.command == "gpu":
-        results = gpu.measure(args, others)
+        results, good = gpu.measure(args, others)
         for name in ("time", "memory"):
             if found := [r for r in results if r["command"] == name]:
                 print(report.section(found))
-        return
+        sys.exit(not good)
     if others:
         runner.error(f"unrecognized arguments: {shlex.join(others)}")
     if args.command == "report":

@@ -9,12 +9,13 @@ import json
 import os
 import pathlib
 import shlex
+import signal
 import subprocess
 import sys
 import time
 
 # In float32 proper. Some GPUs round the factors of products to TensorFloat-32.
-PRECISE = {"NVIDIA_TF32_OVERRIDE": "0"}
+PRECISE = {"NVIDIA_TF32_OVERRIDE": "0", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
 TEST = pathlib.Path(__file__).parents[1] / "tests" / "test_golden.py"
 SHORT = "--rounds 3 --steps 5"
 MEASUREMENTS = {
@@ -26,7 +27,7 @@ MEASUREMENTS = {
 }
 
 
-def measure(args: argparse.Namespace, flags: list[str]) -> list[dict]:
+def measure(args: argparse.Namespace, flags: list[str]) -> tuple[list[dict], bool]:
     """Runs everything on each backend, until the time is over.
 
     Args:
@@ -34,40 +35,45 @@ def measure(args: argparse.Namespace, flags: list[str]) -> list[dict]:
         flags: More flags for the measurements, such as `["--model", "dense"]`.
 
     Returns:
-        List of the results of the measurements.
+        Tuple of the list of the measurements' results, and whether nothing failed.
     """
     args.folder.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * args.minutes
+    files, good = [], []
     for backend in args.backends:
-        _run(f"test on {backend}", ["pytest", "-q", str(TEST)], backend, end, **PRECISE)
-    files = []
+        test = ["pytest", "-q", str(TEST)]
+        good.append(_run(f"test on {backend}", test, backend, end, **PRECISE))
     for name, line in MEASUREMENTS.items():
         for backend in args.backends:
             file = args.folder / f"{backend}-{name}.json"
             file.unlink(missing_ok=True)
             command = ["benchmarks", *shlex.split(line), *flags, "--json", str(file)]
-            _run(f"{name} on {backend}", command, backend, end)
+            good.append(_run(f"{name} on {backend}", command, backend, end))
             files += [file] if file.exists() else []
-    return [json.loads(file.read_text("utf-8")) for file in files]
+    return [json.loads(file.read_text("utf-8")) for file in files], all(good)
 
 
 def _run(title, module, backend, end, **environment):
-    """Runs a module, and prints how it ended."""
+    """Runs a module, prints how it ended, and returns whether it did not fail."""
     start = time.monotonic()
+    if start >= end:
+        print(f"{title}: out of time", flush=True)
+        return True
+    process = subprocess.Popen(
+        [sys.executable, "-m", *module],
+        env={**os.environ, **environment, "KERAS_BACKEND": backend},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # some measurements start processes of their own
+    )
     try:
-        found = subprocess.run(
-            [sys.executable, "-m", *module],
-            env={**os.environ, **environment, "KERAS_BACKEND": backend},
-            timeout=max(end - start, 0.0),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        last = found.stdout.strip().splitlines()[-1:]
-        ended = "done" if found.returncode == 0 else "FAILED"
-        ended = f"{ended}: {last[0]}" if last and module[0] == "pytest" else ended
-        if found.returncode:
-            print(found.stdout)
+        output, _ = process.communicate(timeout=end - start)
+        ended = "FAILED" if process.returncode else "done"
     except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
         ended = "out of time"
+    if ended == "FAILED":
+        print(output)
     print(f"{title}: {ended}, {time.monotonic() - start:.0f} s", flush=True)
+    return ended != "FAILED"

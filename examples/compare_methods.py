@@ -341,7 +341,7 @@ def run(method, rate, rho, fraction, seed, train, test, args):
                 shifted = data.read_texts(args.shifted)
                 record["robustness"]["shifted"] = robustness.accuracy(model, *shifted)
         if not record["complete"]:
-            if method != "adamw-ema-epoch":
+            if method != "adamw-ema-epoch" or place + 1 < args.parts:
                 weights.put_back()
             model.save_weights(checkpoint(len(points)))
         partial = file.with_suffix(".partial")  # a kill must not leave half a file

@@ -1,5 +1,6 @@
 """The active arms of a step, and operations on their variables only."""
 
+import numpy as np
 from keras import ops
 
 from keras_slsam.gradients import backend
@@ -31,6 +32,13 @@ class ActiveArms:
     def mask(self):
         """The mask, a boolean tensor of shape `(num_arms,)`."""
         return ops.convert_to_tensor(self.active, dtype="bool")
+
+    def fingerprint(self):
+        """Returns a float scalar that differs between masks, but for rare pairs."""
+        # Integers below 2 ** 24, whose sums are the same in any order in float64.
+        numbers = np.random.default_rng(0).integers(1, 2**24, len(self.members))
+        mask = ops.cast(self.mask, "float64")
+        return ops.sum(mask * ops.convert_to_tensor(numbers, mask.dtype))
 
     def where(self, condition):
         """Returns these arms if `condition` holds, else no active arms.

@@ -83,11 +83,12 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
             arms, ascends = selection.draw(is_first, ascends)
         backend.agree(
             lambda: {
-                "`iterations`": optimizer.iterations,
-                "`learning_rate`": optimizer.learning_rate,
-                "`rho`": rho,
+                "the number of arms": len(arms.members),
+                "which arms are active": arms.fingerprint(),
                 "whether there is an ascent": ascends,
-                **{f"arm {arm}": active for arm, active in enumerate(arms.active)},
+                "`rho`": rho,
+                "`learning_rate`": optimizer.learning_rate,
+                "`iterations`": optimizer.iterations,
             }
         )
         uphill = UphillGradients(model, optimizer, arms, rho, scale)
@@ -151,7 +152,7 @@ def _prepare(model, optimizer, x):
             "Received: jit_compile=True. Call `model.compile(..., jit_compile=False)`, "
             "or set `model.jit_compile = False` on a loaded model."
         )
-    if model.trainable_variables:
+    if model.trainable_variables or not model.built:
         backend.check_devices(model, optimizer)
     for layer in model._flatten_layers():
         # Keras has no public name for the layers at any depth.

@@ -126,7 +126,7 @@ class UphillGradients:
         return outputs, gradients, self._arms.squared_norms(gradients)
 
     def _finish(self, gradients):
-        """Averages gradients over processes, and divides them by the loss scale."""
+        """Averages gradients over processes or replicas, and unscales them."""
         gradients = backend.average(gradients, self._arms)
         return loss_scale.unscale(gradients, self._arms, self._scale)
 

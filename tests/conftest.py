@@ -4,7 +4,7 @@ import keras
 import pytest
 from keras.src.backend.common import dtypes
 
-# A program, which changes the settings of JAX.
+# Programs, which change the settings of JAX and TensorFlow.
 collect_ignore = ["jax_devices.py", "tensorflow_replicas.py"]
 
 

@@ -76,7 +76,7 @@ def launch(processes, *arguments, timeout=120):
     """
     environment = dict(os.environ, MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    ports = [str(_free_port()) for _ in range(processes)]
+    ports = _free_ports(processes)
     environment["MASTER_PORT"], environment["PORTS"] = ports[0], " ".join(ports)
     environment["WORLD_SIZE"] = str(processes)
     command = [sys.executable, *map(str, arguments)]
@@ -98,12 +98,14 @@ def launch(processes, *arguments, timeout=120):
             each.kill()
 
 
-def _free_port():
+def _free_ports(count):
     import socket
 
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [str(probe.getsockname()[1]) for probe in probes]
 
 
 def write(folder, name, values):
@@ -155,11 +157,11 @@ class Scalar(layers.Layer):
         return x * keras.ops.cast(self.scale, x.dtype)
 
 
-def small_model(optimizer, *hidden):
+def small_model(optimizer, *hidden, metrics=("mae",)):
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((4,)), *hidden, layers.Dense(1)])
     model = keras_slsam.sharpness_aware(model)
-    model.compile(optimizer=optimizer, loss="mse")
+    model.compile(optimizer=optimizer, loss="mse", metrics=list(metrics))
     return model
 
 
@@ -190,6 +192,10 @@ def small(kind, take_steps=take_small_steps):
     elif kind == "accumulated":
         base = sgd(0.1, gradient_accumulation_steps=2)
         optimizer = keras_slsam.S2SAM(base)
+    elif kind == "scheduled":  # the exchanges of an ascent are in a condition
+        rho = keras.optimizers.schedules.PiecewiseConstantDecay([1, 3], [0.0, 0.1, 0.0])
+        optimizer = keras_slsam.SLSAM(sgd(0.1), rho=rho, active_fraction=0.5, seed=1)
+        steps = 5
     elif kind == "random":
         optimizer = keras_slsam.RST(sgd(0.1), probability=0.5, seed=3)
         steps = 6
@@ -206,7 +212,7 @@ def small(kind, take_steps=take_small_steps):
     return np.concatenate(found)
 
 
-SMALL = ("scaled", "scalar", "accumulated", "random", "frozen")
+SMALL = ("scaled", "scalar", "accumulated", "scheduled", "random", "frozen")
 
 
 def scenario_small(folder):

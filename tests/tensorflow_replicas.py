@@ -22,7 +22,7 @@ import tensorflow as tf  # noqa: E402
 import keras_slsam  # noqa: E402
 
 DEVICES = [f"CPU:{i}" for i in range(4)]
-SMALL = ("scaled", "scalar", "accumulated", "random")
+SMALL = tuple(kind for kind in processes.SMALL if kind != "frozen")
 
 
 def mirrored(count):
@@ -75,18 +75,24 @@ def fit_small(model, steps, broken):
     model.fit(x, y, 8, shuffle=False, verbose=0)
 
 
-def take_steps(strategy, model, first=0, steps=processes.STEPS):
-    """Like `fit`, which Keras does not support with several workers."""
+def run(strategy, model, *batches):
+    """Takes steps like `fit`, which Keras does not support with several workers."""
 
     def one(data):
         return keras_slsam.step(model, model.optimizer, data)
 
     step = tf.function(lambda data: strategy.run(one, args=(data,)), autograph=False)
     masks = []
-    for number in range(first, first + steps):
-        step(processes.part_of_batch(number))  # a process has one replica
+    for batch in batches:
+        step(batch)
         masks.append(keras.ops.convert_to_numpy(model.optimizer.active))
     return found(model, masks)
+
+
+def take_steps(strategy, model, first=0, steps=processes.STEPS):
+    """Takes steps on this process' parts. It has one replica."""
+    parts = map(processes.part_of_batch, range(first, first + steps))
+    return run(strategy, model, *parts)
 
 
 def count_exchanges():
@@ -131,6 +137,8 @@ def scenario_mirrored(folder):
 
 def scenario_small(folder):
     strategy = mirrored(2)
+    one = tf.distribute.MirroredStrategy(DEVICES[3:])  # other devices work too
+    write(folder, "one", fit(built(one, "slsam"), whole_batches(3)))
     with strategy.scope():
         results = {kind: processes.small(kind, fit_small) for kind in SMALL}
     write(folder, "small", results)
@@ -147,6 +155,18 @@ def scenario_small(folder):
             model.compile(keras_slsam.SAM("sgd"), "mse", **kwargs)
         fit_small(model, 1, None)
 
+    def with_metric():
+        with strategy.scope():
+            model = processes.small_model(keras_slsam.SAM("sgd"))
+            model.optimizer.build(model.trainable_variables)
+        run(strategy, model, processes.small_part(0))
+
+    def synchronized():
+        layer = keras.layers.BatchNormalization(synchronized=True)
+        with strategy.scope():
+            model = processes.small_model(keras_slsam.SAM("sgd"), layer)
+        fit_small(model, 1, None)
+
     def unbuilt():
         with strategy.scope():
             model = processes.make_model("sam")
@@ -161,6 +181,8 @@ def scenario_small(folder):
         "eager": error_of(lambda: compiled(run_eagerly=True)),
         "jit": error_of(lambda: compiled(jit_compile=True)),
         "unbuilt": error_of(unbuilt),
+        "metric": error_of(with_metric),
+        "synchronized": error_of(synchronized),
         "kind": error_of(of_another_kind),
     }
     write(folder, "errors", errors)
@@ -168,6 +190,11 @@ def scenario_small(folder):
 
 def scenario_killed(folder):
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    with strategy.scope():
+        random = keras_slsam.RST(keras.optimizers.SGD(0.1))  # each draws its own seed
+        model = processes.small_model(random, metrics=())
+        model.optimizer.build(model.trainable_variables)
+    run(strategy, model, *map(processes.small_part, range(6)))
     for method in ("sl+s2", "slsam"):
         model = built(strategy, method)
         write(folder, f"workers-{method}", take_steps(strategy, model))

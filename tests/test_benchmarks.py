@@ -221,11 +221,13 @@ def test_gpu_measures_until_the_time_is_over(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "TEST", pathlib.Path(__file__).with_name("no_test.py"))
     sizes = ["--model", "dense", "--layers", "2", "--width", "8", "--batch", "4"]
     given = ["--backends", BACKEND, "--folder", str(tmp_path)]
-    main(["gpu", *given, *sizes])
+    with pytest.raises(SystemExit, match="1|True"):
+        main(["gpu", *given, *sizes])
     printed = capsys.readouterr().out
     assert f"test on {BACKEND}: FAILED" in printed
     assert f"time on {BACKEND}: done" in printed
     assert re.search(r"\| SAM +\| 0\.0", printed)
-    main(["gpu", *given, "--minutes", "0"])
+    with pytest.raises(SystemExit, match="0|False"):
+        main(["gpu", *given, "--minutes", "0"])
     printed = capsys.readouterr().out
     assert f"time on {BACKEND}: out of time" in printed and "| SAM" not in printed

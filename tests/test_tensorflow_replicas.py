@@ -66,7 +66,11 @@ def test_other_state_and_refusals(tmp_path):
     for kind, found in load(tmp_path, "small").items():
         tolerance = 1e-4 if kind == "scalar" else 1e-6  # it is in bfloat16
         np.testing.assert_allclose(found, processes.small(kind), 1e-5, tolerance)
+    few = processes.train(processes.make_model("slsam"), 0, 3)
+    assert_same(load(tmp_path, "one"), few, 1e-5)
     errors = {name: str(error) for name, error in load(tmp_path, "errors").items()}
+    assert "`model.test_on_batch(x, y)`" in errors["metric"]
+    assert "`synchronized=True`" in errors["synchronized"]
     assert "`with strategy.scope():`" in errors["outside"]
     assert "run_eagerly=True" in errors["eager"]
     assert "jit_compile=True" in errors["jit"]

@@ -64,7 +64,8 @@ class Backend:
         """Checks that several processes are about to take the same step.
 
         Args:
-            facts: Function that returns a dict from what must be equal to numbers.
+            facts: Function that returns a dict from the name of each fact to a number,
+                or to a scalar tensor.
 
         Raises:
             ValueError: if something differs. In a compiled step it is the error of the

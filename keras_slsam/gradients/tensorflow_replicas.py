@@ -15,13 +15,10 @@ import zlib
 import keras
 import tensorflow as tf
 
+_Workers = tf.distribute.MultiWorkerMirroredStrategy
+
 # The `_Copies` of the replica that takes a step.
 _replica = contextvars.ContextVar("replica", default=None)
-
-_WORKERS = tf.distribute.MultiWorkerMirroredStrategy
-
-# Groups of collective operations have numbers. Those of strategies are small.
-_GROUP = 1_000_000
 
 
 def check(model, optimizer):
@@ -34,34 +31,30 @@ def check(model, optimizer):
     Raises:
         ValueError: naming what is not supported.
     """
-    strategy = tf.distribute.get_strategy()
     if not _has_replicas():
         return
-    supported = (
-        tf.distribute.MirroredStrategy,
-        tf.distribute.MultiWorkerMirroredStrategy,
-    )
-    if not isinstance(strategy, supported):
+    strategy = tf.distribute.get_strategy()
+    kind = type(strategy).__name__
+    if not isinstance(strategy, (tf.distribute.MirroredStrategy, _Workers)):
         raise ValueError(
             "Sharpness-aware steps support `MirroredStrategy`, "
             "`MultiWorkerMirroredStrategy` and `OneDeviceStrategy` of `tf.distribute`. "
-            f"Received: a `{type(strategy).__name__}`."
+            f"Received: a `{kind}`."
         )
-    if tf.executing_eagerly() or model.jit_compile:
+    if model.run_eagerly or model.jit_compile:
         raise ValueError(
-            f"Under a `{type(strategy).__name__}` a sharpness-aware step must run in a "
-            "`tf.function` that XLA does not compile. "
+            f"Under a `{kind}` a sharpness-aware step must run in a graph without XLA. "
             f"Received: run_eagerly={model.run_eagerly}, "
             f"jit_compile={model.jit_compile}. Set both to False in `model.compile`."
         )
-    if tf.distribute.in_cross_replica_context():
+    if tf.distribute.in_cross_replica_context() or tf.executing_eagerly():
         raise ValueError(
-            "`keras_slsam.step` must be called in a replica. Call it with "
-            "`strategy.run`."
+            f"Under a `{kind}`, call `keras_slsam.step` in each replica with "
+            "`strategy.run`, inside a `tf.function`."
         )
     if not optimizer.built or not model.built:
         raise ValueError(
-            f"Under a `{type(strategy).__name__}` model and optimizer must be built "
+            f"Under a `{kind}` model and optimizer must be built "
             "before the first step. Call `optimizer.build(model.trainable_variables)` "
             "in the scope of the strategy."
         )
@@ -83,7 +76,7 @@ def check(model, optimizer):
         if not isinstance(variable.value, tf.distribute.DistributedValues):
             raise ValueError(
                 f"The variable {variable.path!r} was created outside of the scope of "
-                f"the `{type(strategy).__name__}`. Create the model, its optimizer and "
+                f"the `{kind}`. Create the model, its optimizer and "
                 "its metrics, and compile it, in `with strategy.scope():`."
             )
 
@@ -141,10 +134,10 @@ def agree(facts):
     """Checks that all processes are about to take the same step.
 
     Args:
-        facts: Function that returns a dict from what must be equal to scalar tensors.
+        facts: See `Backend.agree`.
     """
     replica = _replica.get()
-    if replica is None or not isinstance(replica.strategy, _WORKERS):
+    if replica is None or not isinstance(replica.strategy, _Workers):
         return
     facts = facts()
     own = tf.stack([tf.cast(value, "float64") for value in facts.values()])
@@ -181,16 +174,18 @@ class _Copies(keras.StatelessScope):
     """
 
     def __init__(self, variables, token):
-        super().__init__()
+        super().__init__(initialize_variables=False)
         replica = tf.distribute.get_replica_context()
-        place = tf.get_static_value(replica.replica_id_in_sync_group)
         self.strategy = replica.strategy
+        number = tf.get_static_value(replica.replica_id_in_sync_group)
         for variable in variables:
             copies = self.strategy.experimental_local_results(variable.value)
-            self.state_mapping[id(variable)] = copies[place % len(copies)]
+            # Each process has equally many replicas, with successive numbers.
+            self.state_mapping[id(variable)] = copies[number % len(copies)]
         self._token = self.state_mapping[id(token)]
         self._exchanges = itertools.count()
-        # Keras asks for the strategy where it updates variables.
+        # With a strategy of its own, Keras neither divides the loss by the number of
+        # replicas, nor exchanges gradients, nor leaves the replica to update variables.
         alone = tf.distribute.OneDeviceStrategy(self._token.device)
         self._alone = tf.distribute.ReplicaContext(alone, 0)
 
@@ -208,8 +203,11 @@ class _Copies(keras.StatelessScope):
         variable, value = update
         if id(variable) not in self.state_mapping:
             raise ValueError(
-                f"The variable {variable.path!r} belongs to neither model nor "
-                "optimizer, so a step cannot assign to it in a replica."
+                f"The variable {variable.path!r} is created in a step, or belongs to "
+                "neither model nor optimizer, so a replica cannot assign to it. If a "
+                "metric creates it, call `model.test_on_batch(x, y)` once before the "
+                "first step. If a layer with random numbers does, give the layer its "
+                "own `keras.random.SeedGenerator`."
             )
         self.state_mapping[id(variable)].assign(value)
 
@@ -220,17 +218,29 @@ class _Copies(keras.StatelessScope):
             tensor: Tensor of known shape.
             merge: String, `"Add"` or `"Max"`.
         """
-        replicas = self.strategy.num_replicas_in_sync
         exchange = f"{next(self._exchanges)} {merge} {tensor.dtype} {tensor.shape}"
         return tf.raw_ops.CollectiveReduceV2(
             input=tensor,
-            group_size=replicas,
-            group_key=_GROUP + replicas,
-            # The replicas know an exchange by its number. A number has one shape and
-            # one dtype in the whole program.
-            instance_key=zlib.crc32(exchange.encode()) >> 1,
-            # Without it, the operations wait for ever.
+            group_size=self.strategy.num_replicas_in_sync,
+            group_key=_number(self._group()),
+            # TensorFlow allows one shape and dtype for each number.
+            instance_key=_number(exchange),
+            # Makes the order of the exchanges the same in all replicas.
             ordering_token=[self._token.handle],
             merge_op=merge,
             final_op="Id",
         )
+
+    def _group(self):
+        """Returns a string that names the replicas, the same in all of them."""
+        if isinstance(self.strategy, _Workers):
+            return str(self.strategy.cluster_resolver.cluster_spec())
+        return str(self.strategy.extended.worker_devices)
+
+
+def _number(text):
+    """Returns a number by which TensorFlow knows a group or an exchange.
+
+    The numbers of strategies are small, so they differ from these.
+    """
+    return zlib.crc32(text.encode()) >> 1

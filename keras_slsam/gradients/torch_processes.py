@@ -141,7 +141,8 @@ def agree(facts):
     """Checks that all processes are about to take the same step.
 
     Args:
-        facts: Function that returns a dict from what must be equal to numbers.
+        facts: Function that returns a dict from the name of each fact to a number, or
+            to a scalar tensor.
 
     Raises:
         ValueError: in all processes, if something differs.
@@ -150,7 +151,8 @@ def agree(facts):
         return
     facts = facts()
     values = [float(value) for value in facts.values()]
-    own = torch.tensor(values, dtype=torch.float64, device=facts["`rho`"].device)
+    device = next(value.device for value in facts.values() if torch.is_tensor(value))
+    own = torch.tensor(values, dtype=torch.float64, device=device)
     largest = torch.cat([own, -own])
     distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
     differs = (largest[: len(own)] != -largest[len(own) :]).tolist()

@@ -71,8 +71,13 @@ class RST(SharpnessAware):
             self, "probability", probability, _check_probability
         )
         self.seed = None if seed is None else int(seed)
-        self._seed_state = self.add_variable((2,), dtype="int32", name="seed_state")
-        self._seed_state.assign([first_seed, 0])
+        # TensorFlow gives all workers the same initial values.
+        self._seed_state = self.add_variable(
+            (2,),
+            lambda shape, dtype: ops.convert_to_tensor([first_seed, 0], dtype),
+            dtype="int32",
+            name="seed_state",
+        )
 
     @property
     def probability(self):
