@@ -85,8 +85,8 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
             lambda: {
                 "the number of arms": len(arms.members),
                 "which arms are active": arms.fingerprint(),
-                "whether there is an ascent": ascends,
                 "`rho`": rho,
+                "whether there is an ascent": ascends,
                 "`learning_rate`": optimizer.learning_rate,
                 "`iterations`": optimizer.iterations,
             }
