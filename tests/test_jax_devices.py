@@ -1,6 +1,7 @@
 """Several devices of JAX take the steps of one."""
 
 import pathlib
+import re
 
 import keras
 import numpy as np
@@ -11,6 +12,7 @@ if keras.config.backend() != "jax":
     pytest.skip("devices of JAX", allow_module_level=True)
 
 
+EXAMPLE = pathlib.Path(__file__).parents[1] / "examples/several_devices.py"
 SCRIPT = pathlib.Path(__file__).with_name("jax_devices.py")
 KINDS = {
     "data 2": ["sam", "slsam", "sl+s2"],
@@ -55,3 +57,10 @@ def test_devices_take_the_steps_of_one(tmp_path):
                 assert_inactive_arms_are_not_exchanged(method, found)
             if kind == "model":
                 assert_state_is_sharded_like_its_weights(method, found)
+
+
+def test_the_example():
+    ((code, output),) = processes.launch(1, EXAMPLE)
+    assert code == 0, output
+    accuracy = float(re.search(r"2 devices: test accuracy (0\.\d+)", output)[1])
+    assert accuracy > 0.8

@@ -1,6 +1,7 @@
 """Replicas of TensorFlow's strategies take the steps of one device."""
 
 import pathlib
+import re
 
 import keras
 import numpy as np
@@ -12,6 +13,7 @@ import keras_slsam
 if keras.config.backend() != "tensorflow":
     pytest.skip("strategies of TensorFlow", allow_module_level=True)
 
+EXAMPLE = pathlib.Path(__file__).parents[1] / "examples/several_devices.py"
 SCRIPT = pathlib.Path(__file__).with_name("tensorflow_replicas.py")
 
 
@@ -92,3 +94,10 @@ def test_workers_and_a_killed_one(tmp_path):
     resumed = load(tmp_path, "resumed", 1)
     np.testing.assert_array_equal(resumed["masks"], expected["masks"][5:])
     np.testing.assert_allclose(resumed["weights"], expected["weights"], atol=1e-6)
+
+
+def test_the_example():
+    ((code, output),) = processes.launch(1, EXAMPLE)
+    assert code == 0, output
+    accuracy = float(re.search(r"2 devices: test accuracy (0\.\d+)", output)[1])
+    assert accuracy > 0.8
