@@ -195,19 +195,20 @@ def scenario_killed(folder):
         model = processes.small_model(random, metrics=())
         model.optimizer.build(model.trainable_variables)
     run(strategy, model, *map(processes.small_part, range(6)))
-    for method in ("sl+s2", "slsam"):
-        model = built(strategy, method)
-        write(folder, f"workers-{method}", take_steps(strategy, model))
+    model = built(strategy, "slsam")
+    early = take_steps(strategy, model, 0, 5)
+    model.save(folder / f"model-{RANK}.keras")
+    late = take_steps(strategy, model, 5, processes.STEPS - 5)
+    masks = np.concatenate([early["masks"], late["masks"]])
+    write(folder, "workers", {**late, "masks": masks})
     rate = model.optimizer.learning_rate.numpy()
     model.optimizer.learning_rate = rate * (1 + RANK)
     error = error_of(take_steps, strategy, model, 0, 1)
     write(folder, "errors", {"rate": error})
-    model = built(strategy, "slsam")
-    take_steps(strategy, model, steps=5)
-    model.save(folder / f"model-{RANK}.keras")
     if RANK == 1:
         os.kill(os.getpid(), 9)
-    take_steps(strategy, model, 5, 100)
+    model.optimizer.learning_rate = rate
+    take_steps(strategy, model, 0, 100)
 
 
 def scenario_resumed(folder):
