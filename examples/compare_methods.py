@@ -318,7 +318,7 @@ def run(method, rate, rho, fraction, seed, train, test, args):
             batch_size=args.batch_size,
             shuffle=False,
             verbose=0,
-            callbacks=[Seeds(1000 * seed + part), times, weights],
+            callbacks=[Seeds(1000 * seed + part), times, *([weights] if ema else [])],
         ).history
         before = points[-1] if points else {"step": 0, "seconds": 0.0}
         points.append(
@@ -341,7 +341,8 @@ def run(method, rate, rho, fraction, seed, train, test, args):
                 shifted = data.read_texts(args.shifted)
                 record["robustness"]["shifted"] = robustness.accuracy(model, *shifted)
         if not record["complete"]:
-            if method != "adamw-ema-epoch" or place + 1 < args.parts:
+            goes_on_from_it = method == "adamw-ema-epoch" and place + 1 == args.parts
+            if ema and not goes_on_from_it:
                 weights.put_back()
             model.save_weights(checkpoint(len(points)))
         partial = file.with_suffix(".partial")  # a kill must not leave half a file

@@ -98,6 +98,26 @@ def launch(processes, *arguments, timeout=120):
             each.kill()
 
 
+def run(count, *arguments, timeout=120):
+    """Runs a script to its end, like `launch`. Returns the outputs of the processes."""
+    found = launch(count, *arguments, timeout=timeout)
+    for code, output in found:
+        assert code == 0, output
+    return [output for _, output in found]
+
+
+def alone(method):
+    """Returns what `train` returns, of one process with the whole batches."""
+    return train(make_model(method))
+
+
+def assert_same(found, expected, tolerance):
+    np.testing.assert_array_equal(found["masks"], expected["masks"])
+    np.testing.assert_allclose(
+        found["weights"], expected["weights"], rtol=0, atol=tolerance
+    )
+
+
 def _free_ports(count):
     import socket
 

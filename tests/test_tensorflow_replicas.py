@@ -18,31 +18,18 @@ SCRIPT = pathlib.Path(__file__).with_name("tensorflow_replicas.py")
 
 
 def run(count, scenario, folder):
-    found = processes.launch(count, SCRIPT, scenario, folder, timeout=400)
-    for code, output in found:
-        assert code == 0, output
+    processes.run(count, SCRIPT, scenario, folder, timeout=400)
 
 
 def load(folder, name, rank=0):
     return dict(np.load(folder / f"{name}-{rank}.npz"))
 
 
-def alone(method):
-    return processes.train(processes.make_model(method))
-
-
-def assert_same(found, expected, tolerance):
-    np.testing.assert_array_equal(found["masks"], expected["masks"])
-    np.testing.assert_allclose(
-        found["weights"], expected["weights"], rtol=0, atol=tolerance
-    )
-
-
 # Few tests, because starting processes takes longer than the steps.
 def test_mirrored_replicas(tmp_path, request):
     run(1, "mirrored", tmp_path)
-    expected = alone("slsam")
-    assert_same(load(tmp_path, "4-slsam"), expected, 1e-5)
+    expected = processes.alone("slsam")
+    processes.assert_same(load(tmp_path, "4-slsam"), expected, 1e-5)
     # The state of several replicas goes on with one.
     model = keras.saving.load_model(tmp_path / "model.keras")
     one = processes.train(keras_slsam.sharpness_aware(model), processes.STEPS, 5)
@@ -52,8 +39,8 @@ def test_mirrored_replicas(tmp_path, request):
 
     request.getfixturevalue("float64")
     for method in processes.METHODS:
-        found, expected = load(tmp_path, f"2-{method}"), alone(method)
-        assert_same(found, expected, 1e-10)
+        found, expected = load(tmp_path, f"2-{method}"), processes.alone(method)
+        processes.assert_same(found, expected, 1e-10)
         # A compiled step has the exchanges of all arms. Those of arms that may be
         # inactive are in conditions.
         passes = 1 if method == "sl+s2" else 2
@@ -69,7 +56,7 @@ def test_other_state_and_refusals(tmp_path):
         tolerance = 1e-4 if kind == "scalar" else 1e-6  # it is in bfloat16
         np.testing.assert_allclose(found, processes.small(kind), 1e-5, tolerance)
     few = processes.train(processes.make_model("slsam"), 0, 3)
-    assert_same(load(tmp_path, "one"), few, 1e-5)
+    processes.assert_same(load(tmp_path, "one"), few, 1e-5)
     errors = {name: str(error) for name, error in load(tmp_path, "errors").items()}
     assert "`model.test_on_batch(x, y)`" in errors["metric"]
     assert "`synchronized=True`" in errors["synchronized"]
@@ -84,9 +71,9 @@ def test_workers_and_a_killed_one(tmp_path):
     first, killed = processes.launch(2, SCRIPT, "killed", tmp_path, timeout=400)
     assert killed[0] == -9
     assert first[0] == 1 and "UnavailableError" in first[1], first[1]
-    expected = alone("slsam")
+    expected = processes.alone("slsam")
     for rank in range(2):
-        assert_same(load(tmp_path, "workers", rank), expected, 1e-5)
+        processes.assert_same(load(tmp_path, "workers", rank), expected, 1e-5)
         error = str(load(tmp_path, "errors", rank)["rate"])
         assert "different values of] [`learning_rate`]" in error
     run(2, "resumed", tmp_path)
@@ -96,7 +83,6 @@ def test_workers_and_a_killed_one(tmp_path):
 
 
 def test_the_example():
-    ((code, output),) = processes.launch(1, EXAMPLE)
-    assert code == 0, output
+    (output,) = processes.run(1, EXAMPLE)
     accuracy = float(re.search(r"2 devices: test accuracy (0\.\d+)", output)[1])
     assert accuracy > 0.8

@@ -15,35 +15,15 @@ if keras.config.backend() != "torch":
 EXAMPLE = pathlib.Path(__file__).parents[1] / "examples/several_processes.py"
 
 
-def run(count, *arguments):
-    """Runs a script to its end. Returns the outputs of the processes."""
-    found = processes.launch(count, *arguments)
-    for code, output in found:
-        assert code == 0, output
-    return [output for _, output in found]
-
-
-def alone(method):
-    model = processes.make_model(method)
-    return processes.train(model)
-
-
 def of(folder, name, count):
     return [dict(np.load(folder / f"{name}-{rank}.npz")) for rank in range(count)]
 
 
-def assert_same(found, expected, tolerance):
-    np.testing.assert_array_equal(found["masks"], expected["masks"])
-    np.testing.assert_allclose(
-        found["weights"], expected["weights"], rtol=0, atol=tolerance
-    )
-
-
 def assert_steps_of_one(folder, count):
     for method in processes.METHODS:
-        expected = alone(method)
+        expected = processes.alone(method)
         for found in of(folder, method, count):
-            assert_same(found, expected, 1e-5)
+            processes.assert_same(found, expected, 1e-5)
             # Only gradients of active arms are exchanged, once per pass.
             passes = 1 if method == "sl+s2" else 2
             active = (found["masks"] * found["sizes"]).sum()
@@ -54,19 +34,19 @@ def assert_steps_of_one(folder, count):
 
 # One test, because starting processes takes longer than the steps.
 def test_two_processes(tmp_path, request):
-    run(2, processes.__file__, "all", tmp_path)
+    processes.run(2, processes.__file__, "all", tmp_path)
     assert_steps_of_one(tmp_path, 2)
     assert_other_state_is_the_same(tmp_path)
     assert_what_would_drift_apart_is_refused(tmp_path)
     request.getfixturevalue("float64")
     for method in processes.METHODS:
-        expected = alone(method)
+        expected = processes.alone(method)
         for found in of(tmp_path, f"{method}64", 2):
-            assert_same(found, expected, 1e-10)
+            processes.assert_same(found, expected, 1e-10)
 
 
 def test_four_processes_take_the_steps_of_one(tmp_path):
-    run(4, processes.__file__, "train", tmp_path)
+    processes.run(4, processes.__file__, "train", tmp_path)
     assert_steps_of_one(tmp_path, 4)
 
 
@@ -95,7 +75,7 @@ def test_a_killed_process_ends_the_others_and_training_resumes(tmp_path):
     )
     assert killed[0] == -9
     assert first[0] == 1 and "RuntimeError" in first[1]
-    run(2, processes.__file__, "resumed", tmp_path)
+    processes.run(2, processes.__file__, "resumed", tmp_path)
     for resumed, whole in zip(of(tmp_path, "resumed", 2), of(tmp_path, "whole", 2)):
         np.testing.assert_array_equal(resumed["masks"], whole["masks"][5:])
         np.testing.assert_allclose(resumed["weights"], whole["weights"], atol=1e-6)
@@ -103,5 +83,5 @@ def test_a_killed_process_ends_the_others_and_training_resumes(tmp_path):
 
 def test_the_example():
     pattern = r"process \d of 2: test accuracy (0\.\d+)"
-    accuracies = [re.search(pattern, output)[1] for output in run(2, EXAMPLE)]
+    accuracies = [re.search(pattern, output)[1] for output in processes.run(2, EXAMPLE)]
     assert len(set(accuracies)) == 1 and float(accuracies[0]) > 0.8

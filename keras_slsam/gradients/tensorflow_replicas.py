@@ -54,9 +54,9 @@ def check(model, optimizer):
         )
     if not optimizer.built or not model.built:
         raise ValueError(
-            f"Under a `{kind}` model and optimizer must be built "
-            "before the first step. Call `optimizer.build(model.trainable_variables)` "
-            "in the scope of the strategy."
+            f"Under a `{kind}` model and optimizer must be built before the first "
+            "step. Call `optimizer.build(model.trainable_variables)` in the scope of "
+            "the strategy."
         )
     inner = getattr(optimizer, "inner_optimizer", optimizer)  # of a loss scaler
     if inner.use_ema and inner.ema_overwrite_frequency:
@@ -76,8 +76,8 @@ def check(model, optimizer):
         if not isinstance(variable.value, tf.distribute.DistributedValues):
             raise ValueError(
                 f"The variable {variable.path!r} was created outside of the scope of "
-                f"the `{kind}`. Create the model, its optimizer and "
-                "its metrics, and compile it, in `with strategy.scope():`."
+                f"the `{kind}`. Create the model, its optimizer and its metrics, and "
+                "compile it, in `with strategy.scope():`."
             )
 
 
