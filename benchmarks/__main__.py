@@ -54,7 +54,8 @@ def main(argv: list[str]) -> None:
             add("--layers", type=_count, help="for bert and dense")
             add("--width", type=_count, help="for bert and dense")
             every = list(models.METHODS)
-            add("--methods", nargs="+", choices=every, default=every, metavar="METHOD")
+            usual = [name for name in every if name not in models.CALLBACKS]
+            add("--methods", nargs="+", choices=every, default=usual, metavar="METHOD")
         if name == "time":
             add("--flop-steps", type=int, default=3, help="steps whose FLOPs to count")
             add("--alone", action="store_true", help="use a process for each method")

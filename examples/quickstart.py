@@ -76,24 +76,21 @@ def make_model(method, args):
     return model
 
 
-class StepLog(keras.callbacks.Callback):
-    """Records each step's seconds and share of active arms."""
+class StepTimes(keras.callbacks.Callback):
+    """Records the seconds of each step."""
 
     def __init__(self):
         super().__init__()
         self.seconds = []
-        self.shares = []
 
     def on_train_batch_begin(self, batch, logs=None):
         self.start = time.perf_counter()
 
     def on_train_batch_end(self, batch, logs=None):
+        float(logs["loss"])  # on some backends a step returns before it is done
         self.seconds.append(time.perf_counter() - self.start)
-        active = getattr(self.model.optimizer, "active", None)
-        if active is not None:
-            self.shares.append(np.mean(keras.ops.convert_to_numpy(active)))
 
-    def step_time(self):
+    def median(self):
         return np.median(self.seconds[WARM_UP:] or self.seconds)
 
 
@@ -106,9 +103,18 @@ def slices(texts, labels, batch_size):
 
 
 def train(methods, train_set, args):
-    """Trains the methods in turns. Returns a dict of models and a dict of logs."""
+    """Trains the methods in turns.
+
+    Returns:
+        Dicts of models, of `StepTimes`, and of `ArmLogger`s where arms are drawn.
+    """
     models = {method: make_model(method, args) for method in methods}
-    logs = {method: StepLog() for method in methods}
+    times = {method: StepTimes() for method in methods}
+    loggers = {
+        method: keras_slsam.callbacks.ArmLogger()
+        for method, model in models.items()
+        if isinstance(model.optimizer, keras_slsam.SLSAM)
+    }
     turns = list(slices(*train_set, args.batch_size)) * args.epochs
     for turn, (texts, labels) in enumerate(turns, 1):
         report = []
@@ -118,13 +124,13 @@ def train(methods, train_set, args):
                 labels,
                 batch_size=args.batch_size,
                 shuffle=False,  # `load` has shuffled the data
-                callbacks=[logs[method]],
+                callbacks=[log[method] for log in (times, loggers) if method in log],
                 verbose=0,
             )
             (accuracy,) = history.history["accuracy"]
             report.append(f"{METHODS[method][0]} {accuracy:.2f}")
         print(f"turn {turn} of {len(turns)}, accuracy: {', '.join(report)}", flush=True)
-    return models, logs
+    return models, times, loggers
 
 
 def load(args):
@@ -135,18 +141,20 @@ def load(args):
     return data.split(*data.shuffled(texts, labels, seed=args.seed, limit=args.limit))
 
 
-def print_table(models, logs, test_set):
-    sam = logs["sam"].step_time() if "sam" in logs else None
+def print_table(models, times, loggers, test_set):
+    sam = times["sam"].median() if "sam" in times else None
     print()
     print("method           learning rate  test accuracy  s/step  active  time / SAM's")
     for method, model in models.items():
         scores = model.evaluate(*test_set, batch_size=128, verbose=0, return_dict=True)
         rate = float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
-        seconds, shares = logs[method].step_time(), logs[method].shares
+        seconds = times[method].median()
+        records = loggers[method].records if method in loggers else []
+        share = np.mean([record["active"] for record in records] or 1)
         ratio = "-" if sam is None else f"{seconds / sam:.2f}"
         print(
             f"{METHODS[method][0]:<16} {rate:>13g} {scores['accuracy']:>14.3f}"
-            f" {seconds:>7.3f} {np.mean(shares or 1):>7.0%} {ratio:>13}"
+            f" {seconds:>7.3f} {share:>7.0%} {ratio:>13}"
         )
 
 

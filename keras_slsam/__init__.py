@@ -1,6 +1,7 @@
 """Sharpness-aware fine-tuning in Keras 3, at less than the usual cost."""
 
 from keras_slsam import ascents
+from keras_slsam import callbacks
 from keras_slsam import samplers
 from keras_slsam.fit import SAMTrainStep
 from keras_slsam.fit import sharpness_aware
@@ -22,6 +23,7 @@ __all__ = [
     "SLSAM",
     "SAMTrainStep",
     "ascents",
+    "callbacks",
     "get_state",
     "samplers",
     "set_state",

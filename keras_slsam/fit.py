@@ -7,6 +7,7 @@ import warnings
 import keras
 
 from keras_slsam import loss_scale
+from keras_slsam import observers
 from keras_slsam import stateless
 from keras_slsam import training
 from keras_slsam.gradients import backend
@@ -148,40 +149,50 @@ def _step(model, *args):
 
 
 def _make(model, keras_make, force):
-    """Makes the train function, unless the model has one for this optimizer.
+    """Makes the train function, unless the model has one for what it does now.
 
     Args:
         model: `keras.Model`.
         keras_make: Keras' own `make_train_function`, bound to the model.
-        force: bool, whether to make it in any case.
+        force: bool, whether to make it in any case. `fit` passes False at its start,
+            when no callback observes yet. A callback that does passes `None`.
     """
+    if force is False:
+        observers.clear(model)
     scaler, optimizer = loss_scale.split(model.optimizer)
     if not training.is_sharpness_aware(optimizer):
         optimizer = None  # Keras does not compare optimizers
     else:
         optimizer._prepare_fit(model)
     always_ascends = getattr(optimizer, "_always_ascends", False)
-    before = model.train_function
-    made_for, unconditional = getattr(before, "made_for", (optimizer, False))
+    versions = {} if force else getattr(model.train_function, "versions", {})
+    key = optimizer, *observers.of(model)
     # A function that was compiled with `rho` > 0 has no condition for the second pass.
-    force = force or made_for is not optimizer or (unconditional and not always_ascends)
+    if key not in versions or (versions[key].always_ascends and not always_ascends):
+        versions[key] = _made(model, keras_make, optimizer, scaler)
+        versions[key].always_ascends = always_ascends
+        versions[key].versions = versions
+    model.train_function = versions[key]
+
+
+def _made(model, keras_make, optimizer, scaler):
+    """Returns a new train function."""
     own = vars(model).get("train_step")
     # Each train function needs a new object, because `jax.jit` caches traces by it.
     model.train_step = functools.partial(model.train_step)
     try:
-        keras_make(force)
+        keras_make(True)
     finally:
         if own is None:
             del model.train_step
         else:
             model.train_step = own
-    if model.train_function is before:
-        return
+    function = model.train_function
     if optimizer is not None:
-        model.train_function = backend.build_first(model, model.train_function)
-        if scaler is not None:
-            model.train_function = _checked(scaler, model.train_function)
-    model.train_function.made_for = optimizer, always_ascends
+        function = backend.build_first(model, function)
+    if scaler is not None:
+        function = _checked(scaler, function)
+    return function
 
 
 def _checked(scaler, train_function):

@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_slsam import atomic
 from keras_slsam import loss_scale
+from keras_slsam import observers
 from keras_slsam.gradients import backend
 from keras_slsam.loss import Loss
 from keras_slsam.loss import call
@@ -91,14 +92,15 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
                 "`iterations`": optimizer.iterations,
             }
         )
-        uphill = UphillGradients(model, optimizer, arms, rho, scale)
-        if not optimizer.ascent.needs_gradient:
-            found = uphill.one_pass(loss)
-        elif optimizer.ascent_fraction < 1:
+        observed = observers.of(model)
+        uphill = UphillGradients(model, optimizer, arms, rho, scale, bool(observed))
+        if optimizer._two_passes:
+            found = uphill.two_passes(loss, ascends)
+        elif optimizer.ascent.needs_gradient:
             part = loss.part(optimizer.ascent_fraction)
             found = uphill.two_passes_of_part(part, loss, ascends)
         else:
-            found = uphill.two_passes(loss, ascends)
+            found = uphill.one_pass(loss)
         outputs, gradients, squares, norms, first = found
         # The square root keeps XLA from repeating the sum over the arms at each use.
         finite = ops.isfinite(ops.sqrt(sum(norms)))
@@ -106,6 +108,16 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
 
         # Nothing has been assigned so far. All assignments come last.
         with backend.after(outputs, gradients), atomic.put_back_metrics(model):
+            if observed:
+                reading = observers.Reading(
+                    arms.where(finite).mask,
+                    ops.sqrt(ops.stack(squares)),
+                    uphill.gain,
+                    backend.both(ascends, finite),
+                    _batch_size(x),
+                )
+                for observer in observed:
+                    observer.update_state(reading)
             with base_step.counted(finite):
                 logs = _update_metrics(
                     model, x, y, sample_weight, *loss.record_metrics(outputs)
@@ -175,6 +187,8 @@ def _prepare(model, optimizer, x):
         with backend.init_scope():
             unbuilt.build(model.trainable_variables)
     inner._check_variables(model.trainable_variables)
+    with backend.init_scope():
+        observers.build(model, inner)
     processes = backend.processes()
     if inner._processes != processes and model.trainable_variables:
         backend.start(model, optimizer)

@@ -29,13 +29,19 @@ class UphillGradients:
         arms: `ActiveArms`.
         rho: Scalar tensor, the radius of the perturbation.
         scale: Float scalar by which the loss is multiplied, or `None`.
+        measures: bool, whether `gain` is wanted.
+
+    Attributes:
+        gain: The loss at w + e minus the loss at w, a float scalar, once a step has
+            computed the loss of the whole batch at both. Else `None`.
     """
 
-    def __init__(self, model, optimizer, arms, rho, scale):
+    def __init__(self, model, optimizer, arms, rho, scale, measures=False):
         self._model, self._optimizer, self._arms = model, optimizer, arms
         self._rho, self._scale = rho, scale
         self._weights = [backend.read(v) for v in model.trainable_variables]  # w
         self._ascent = optimizer.ascent
+        self._measures, self.gain = measures, None
 
     def one_pass(self, loss):
         """One pass, where the ascent does not need the gradient of the batch.
@@ -85,10 +91,19 @@ class UphillGradients:
         outputs, g, squares = self._differentiate(passes, self._weights)
 
         def second():
-            h = self._finish(passes.second(self._perturb(g, squares)))
-            return h, squares + self._arms.squared_norms(h)
+            (_, uphill), h = passes.second(self._perturb(g, squares))
+            h = self._finish(h)
+            norms = squares + self._arms.squared_norms(h)
+            return h, norms, losses(uphill)
 
-        h, norms = backend.cond(ascends, second, lambda: (g, squares + squares))
+        def losses(outputs):
+            return outputs[:1] if self._measures else ()
+
+        h, norms, uphill = backend.cond(
+            ascends, second, lambda: (g, squares + squares, losses(outputs))
+        )
+        if self._measures:
+            self.gain = uphill[0] - outputs[0]
         return outputs, h, squares, norms, self._kept(g)
 
     def learn(self, gradients, condition):

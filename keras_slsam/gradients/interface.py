@@ -86,6 +86,14 @@ class Backend:
         """Context in which nothing is recorded for differentiation."""
         return contextlib.nullcontext()
 
+    def variable_scope(self, model):
+        """Context in which variables are created like those of a model.
+
+        Args:
+            model: `keras.Model`.
+        """
+        return contextlib.nullcontext()
+
     def init_scope(self):
         """Context in which variables are created outside any graph."""
         return contextlib.nullcontext()

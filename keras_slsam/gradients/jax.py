@@ -36,8 +36,8 @@ class Passes(passes.Passes):
 
     def second(self, weights):
         if self._known:
-            return self._of_known(weights)[1]
-        return self._unflatten(self._gradients.second(weights))[1]
+            return self._of_known(weights)
+        return self._unflatten(self._gradients.second(weights))
 
     def _unflatten(self, outputs):
         return jax.tree.unflatten(self._gradients.structure, outputs)

@@ -48,7 +48,7 @@ class Passes:
         raise NotImplementedError
 
     def second(self, weights):
-        """Computes the gradients at other values of the active weights.
+        """Computes the loss and the gradients at other values of the active weights.
 
         Random numbers are the same as in the first pass, except those of TensorFlow's
         own stateful operations, which cannot be repeated.
@@ -58,6 +58,6 @@ class Passes:
                 pass.
 
         Returns:
-            List like the gradients of `first`.
+            Like `first`.
         """
         raise NotImplementedError

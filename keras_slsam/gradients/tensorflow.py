@@ -42,8 +42,8 @@ class Passes(passes.Passes):
 
     def second(self, weights):
         if self._eager:
-            return self._run(weights)[1]
-        return self._unflatten(self._gradients.second(weights), weights)[1]
+            return self._run(weights)
+        return self._unflatten(self._gradients.second(weights), weights)
 
     def _run(self, weights):
         own = [v.value for v in self.loss_fn.variables]
@@ -114,6 +114,9 @@ class TensorFlowBackend(Backend):
     as_one_device = staticmethod(tensorflow_replicas.as_one_device)
     average = staticmethod(tensorflow_replicas.average)
     agree = staticmethod(tensorflow_replicas.agree)
+
+    def variable_scope(self, model):
+        return model.distribute_strategy.scope()
 
     def init_scope(self):
         return tf.init_scope()

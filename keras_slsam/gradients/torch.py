@@ -36,7 +36,7 @@ class Passes(passes.Passes):
 
     def second(self, weights):
         with self._prefix.replayed():
-            return self._differentiate(weights)[1]
+            return self._differentiate(weights)
 
     def _differentiate(self, weights):
         # An inactive weight is the leaf itself, so both passes read the same tensor.

@@ -279,6 +279,11 @@ class SharpnessAware(Readings, Stateful, Wrapper):
         # there is none where `rho` is a number above 0.
         return self._rho.number is not None and self._rho.number > 0
 
+    @property
+    def _two_passes(self):
+        """Whether both passes of a step see the whole batch."""
+        return self.ascent.needs_gradient and self.ascent_fraction == 1
+
     def _prepare_fit(self, model):
         """Gets to know the model that is trained, and state that was loaded."""
         self._trained_model = weakref.ref(model)
