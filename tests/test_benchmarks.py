@@ -215,6 +215,7 @@ def test_long(tmp_path, monkeypatch):
     assert f"| {name} |" in text
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="starts processes, the fastest here")
 def test_gpu_measures_until_the_time_is_over(tmp_path, monkeypatch, capsys):
     line = "time --rounds 1 --steps 1 --flop-steps 0 --methods AdamW SAM"
     monkeypatch.setattr(gpu, "MEASUREMENTS", {"time": line})
