@@ -156,3 +156,11 @@ def test_the_watcher_sees_variables_that_are_read():
         tf.function(lambda: read + 1.0)()
     found = {id(v) for v in watcher.watched_variables()}
     assert id(read) in found and id(other) not in found
+
+
+def test_the_list_of_a_models_own_metrics():
+    model, metric = keras.Sequential([keras.layers.Dense(1)]), keras.metrics.Mean()
+    model._metrics.append(metric)
+    assert model.metrics == [metric]
+    model._metrics.remove(metric)
+    assert model.metrics == []
