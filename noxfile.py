@@ -64,7 +64,7 @@ KERAS_FEWEST = {
 @nox.session
 def tests(session):
     needs = ["-r", "requirements-cpu.txt", "-e"]
-    needs += [".[jax,tensorflow,torch,examples,test]"]
+    needs += [".[jax,tensorflow,torch,analysis,examples,test]"]
     if session.posargs:
         install(session, *needs)
     else:

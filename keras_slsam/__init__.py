@@ -1,5 +1,6 @@
 """Sharpness-aware fine-tuning in Keras 3, at less than the usual cost."""
 
+from keras_slsam import analysis
 from keras_slsam import ascents
 from keras_slsam import callbacks
 from keras_slsam import samplers
@@ -22,6 +23,7 @@ __all__ = [
     "SAM",
     "SLSAM",
     "SAMTrainStep",
+    "analysis",
     "ascents",
     "callbacks",
     "get_state",

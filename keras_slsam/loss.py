@@ -23,6 +23,9 @@ class Loss:
         variables: List of its trainable `keras.Variable`s.
         x, y, sample_weight: The batch.
         scale: Float scalar by which the loss is multiplied, or `None`.
+        training: bool, whether layers such as Dropout are in training mode.
+        outputs: Function from the model's outputs to what the loss sees in their place,
+            or `None` for the outputs themselves.
 
     Attributes:
         model: The model.
@@ -30,11 +33,23 @@ class Loss:
         state: List of the model's other `keras.Variable`s.
     """
 
-    def __init__(self, model, variables, x, y, sample_weight, scale=None):
+    def __init__(
+        self,
+        model,
+        variables,
+        x,
+        y,
+        sample_weight,
+        scale=None,
+        *,
+        training=True,
+        outputs=None,
+    ):
         self.model = model
         self.variables = variables
         self._data = x, y, sample_weight
         self._scale = scale
+        self._training, self._transform = training, outputs
         self._given, self._record_own = backend.own_parameters(model, variables)
         self.state = model.non_trainable_variables + model.metrics_variables
         self._state = [(v, backend.read(v)) for v in self.state]
@@ -44,7 +59,14 @@ class Loss:
     def part(self, fraction):
         """Returns the loss of the first rows, with the same random numbers."""
         rows = batch.first_rows(self._data, fraction)
-        part = Loss(self.model, self.variables, *rows, self._scale)
+        part = Loss(
+            self.model,
+            self.variables,
+            *rows,
+            self._scale,
+            training=self._training,
+            outputs=self._transform,
+        )
         part._generators = self._generators
         return part
 
@@ -71,9 +93,13 @@ class Loss:
         else:
             self._generators.append(backend.generators(model))
         with self._given(weights), _Scope(mapping) as scope:
-            y_pred = call(model, x)
+            y_pred = call(model, x, self._training)
+            if self._transform is not None:
+                y_pred = self._transform(y_pred)
             # Calls a `compute_loss` of any signature. Keras has no public name for it.
-            loss = model._compute_loss(x, y, y_pred, sample_weight, training=True)
+            loss = model._compute_loss(
+                x, y, y_pred, sample_weight, training=self._training
+            )
             scaled = loss if self._scale is None else ops.multiply(loss, self._scale)
             assigned = list(scope.assigned.values())
             values = [scope.get_current_value(v) for v in assigned]
@@ -154,9 +180,9 @@ class _Scope(backend.Scope):  # type: ignore[name-defined]
         super().add_update((variable, value))
 
 
-def call(model, x):
-    """Calls the model on a batch as Keras' train steps do."""
-    return model(x, training=True) if model._call_has_training_arg else model(x)
+def call(model, x, training=True):
+    """Calls the model on a batch as Keras' train and test steps do."""
+    return model(x, training=training) if model._call_has_training_arg else model(x)
 
 
 # Placeholder for a tensor in the outputs, which may also hold other objects.

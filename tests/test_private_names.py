@@ -164,3 +164,14 @@ def test_the_list_of_a_models_own_metrics():
     assert model.metrics == [metric]
     model._metrics.remove(metric)
     assert model.metrics == []
+
+
+@on_tensorflow
+def test_moments_have_the_expected_name():
+    import tensorflow as tf
+
+    from keras_slsam.gradients import tensorflow_names as names
+
+    _, graph = types_of(lambda x: tf.nn.moments(x, [-1]), tf.TensorSpec([2, 3]))
+    found = [op.type for op in graph.get_operations() if names.STOPPED_MEAN in op.name]
+    assert found == ["StopGradient"]

@@ -15,6 +15,10 @@ from keras_slsam.gradients.generators import Generators
 from keras_slsam.gradients.passes import Passes
 
 
+class NoSecondDerivative(Exception):
+    """An operation of the loss has no second derivative."""
+
+
 class Backend:
     """The interface of `gradients`. A subclass overrides what its framework needs.
 
@@ -235,3 +239,47 @@ class Backend:
             scale: Tensor, a scalar or with the shape of `weight`.
         """
         return weight + scale * gradient
+
+    def compile(self, function, variables):
+        """Returns a function of tensors that is compiled for repeated calls.
+
+        Args:
+            function: Function of structures of tensors, which changes nothing.
+            variables: List of the `keras.Variable`s that it reads. Each call sees their
+                current values.
+        """
+        raise NotImplementedError
+
+    def differentiate(self, loss, weights):
+        """Computes a loss and its gradients with respect to all weights.
+
+        Args:
+            loss: `Loss`.
+            weights: List of tensors, one per trainable variable.
+
+        Returns:
+            `(loss, gradients)`, a scalar tensor and a list of tensors like `weights`,
+            zero where the loss does not depend on a weight.
+
+        Raises:
+            ValueError: if a weight is read or written where it cannot be replaced.
+        """
+        passes = self.Passes(loss, [0] * len(weights), [True], twice=False)
+        (value, _), gradients = passes.first(weights)
+        return value, gradients
+
+    def multiply_by_hessian(self, loss, weights, vectors):
+        """Computes the product of the loss' Hessian and a vector.
+
+        Args:
+            loss: `Loss`.
+            weights: List of tensors, at which the Hessian is taken.
+            vectors: List of tensors like `weights`.
+
+        Returns:
+            List of tensors like `weights`.
+
+        Raises:
+            NoSecondDerivative: if an operation has none.
+        """
+        raise NotImplementedError

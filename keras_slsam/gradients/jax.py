@@ -14,6 +14,7 @@ recomputation.
 
 import jax
 import jax.numpy as jnp
+import keras
 import numpy as np
 from jax.extend import core
 
@@ -21,6 +22,7 @@ from keras_slsam import atomic
 from keras_slsam.gradients import jax_graph
 from keras_slsam.gradients import passes
 from keras_slsam.gradients.interface import Backend
+from keras_slsam.gradients.interface import NoSecondDerivative
 
 
 class Passes(passes.Passes):
@@ -109,3 +111,19 @@ class JaxBackend(Backend):
         for group, new in zip((variables, state), values):
             for variable, value in zip(group, new):
                 variable.assign(value)
+
+    def compile(self, function, variables):
+        # The values are arguments. As constants they would be compiled in.
+        @jax.jit
+        def compiled(values, *args):
+            with keras.StatelessScope(list(zip(variables, values))):
+                return function(*args)
+
+        return lambda *args: compiled([v.value for v in variables], *args)
+
+    def multiply_by_hessian(self, loss, weights, vectors):
+        gradient = jax.grad(lambda weights: loss(weights)[0])
+        try:
+            return jax.jvp(gradient, (weights,), (vectors,))[1]
+        except (NotImplementedError, TypeError, ValueError) as error:
+            raise NoSecondDerivative(str(error)) from error

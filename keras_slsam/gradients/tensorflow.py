@@ -22,6 +22,7 @@ from keras_slsam.gradients import tensorflow_names as names
 from keras_slsam.gradients import tensorflow_replicas
 from keras_slsam.gradients import tensorflow_scope
 from keras_slsam.gradients.interface import Backend
+from keras_slsam.gradients.interface import NoSecondDerivative
 
 
 class Passes(passes.Passes):
@@ -49,20 +50,13 @@ class Passes(passes.Passes):
         own = [v.value for v in self.loss_fn.variables]
         weights = [tf.Variable(w, name=v.name) for w, v in zip(weights, own)]
         wanted = [self.active[arm] for arm in self.arm_of]
-        with names.VariableWatcher() as watcher:
-            results = _record(self.loss_fn, weights, wanted)
-        read = {id(v) for v in watcher.watched_variables()}
-        for variable, value in zip(self.loss_fn.variables, own):
-            if id(value) in read:
-                raise ValueError(
-                    f"The weight {variable.path!r} is read by a `tf.function` that a "
-                    "layer or the loss calls, or in another way that bypasses Keras. "
-                    "In an eager step, perturbed values do not reach it there. "
-                    "Received: run_eagerly=True. Compile the model with "
-                    "run_eagerly=False, or call "
-                    "`tf.config.run_functions_eagerly(True)` as well."
-                )
-        return results
+        with _refuse_reads(
+            self.loss_fn.variables,
+            "In an eager step, perturbed values do not reach it there. Received: "
+            "run_eagerly=True. Compile the model with run_eagerly=False, or call "
+            "`tf.config.run_functions_eagerly(True)` as well.",
+        ):
+            return _record(self.loss_fn, weights, wanted)
 
     def _trace(self):
         variables = [v.value for v in self.loss_fn.variables]
@@ -174,13 +168,73 @@ class TensorFlowBackend(Backend):
             return tf.tensor_scatter_nd_add(weight, indices, rows * gradient.values)
         return super().add(weight, gradient, scale)
 
+    def compile(self, function, variables):
+        return tf.function(function, autograph=False)
+
+    def differentiate(self, loss, weights):
+        with _refuse_reads(loss.variables, _UNREACHED):
+            (value, _), gradients = _record(loss, weights, [True] * len(weights))
+        return value, [tf.convert_to_tensor(g) for g in gradients]
+
+    def multiply_by_hessian(self, loss, weights, vectors):
+        try:
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(weights)
+                _, gradients = self.differentiate(loss, weights)
+                _refuse_moments()
+                along = tf.add_n(
+                    [tf.reduce_sum(g * v) for g, v in zip(gradients, vectors)]
+                )
+            found = tape.gradient(along, weights)
+        except LookupError as error:
+            raise NoSecondDerivative(str(error)) from error
+        if all(product is None for product in found):
+            raise NoSecondDerivative("the gradient does not depend on any weight")
+        return [
+            tf.zeros_like(w) if product is None else tf.convert_to_tensor(product)
+            for w, product in zip(weights, found)
+        ]
+
+
+def _refuse_moments():
+    """Raises if the graph has `tf.nn.moments`, as in LayerNormalization.
+
+    It stops the gradient at the mean. That does not change the first derivative, but
+    the second would be wrong without an error.
+    """
+    for op in tf.compat.v1.get_default_graph().get_operations():
+        if names.STOPPED_MEAN in op.name:
+            raise NoSecondDerivative(
+                f"`tf.nn.moments` stops the gradient of the mean, in {op.name!r}"
+            )
+
+
+_UNREACHED = (
+    "Other values do not reach it there. Remove the `tf.function`, or call "
+    "`tf.config.run_functions_eagerly(True)`."
+)
+
+
+@contextlib.contextmanager
+def _refuse_reads(variables, why):
+    """Context that raises if its code reads the values of variables themselves."""
+    with names.VariableWatcher() as watcher:
+        yield
+    read = {id(v) for v in watcher.watched_variables()}
+    for variable in variables:
+        if id(variable.value) in read:
+            raise ValueError(
+                f"The weight {variable.path!r} is read by a `tf.function` that a "
+                f"layer or the loss calls, or in another way that bypasses Keras. {why}"
+            )
+
 
 def _record(loss_fn, weights, wanted):
     """Returns `((loss, aux), gradients)`, from a tape that watches wanted weights only.
 
     Args:
         loss_fn: `Loss`.
-        weights: List of `tf.Variable`s that the loss reads.
+        weights: List of `tf.Variable`s or tensors that the loss reads.
         wanted: List of bool.
     """
     watched = [w for w, on in zip(weights, wanted) if on]

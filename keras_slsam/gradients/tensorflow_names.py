@@ -35,3 +35,6 @@ CONSTANT, READ, CHECKS = "Const", "ReadVariableOp", {"Assert", "If"}
 
 # Attributes for colocation, and for the inputs that a call only reads.
 COLOCATION, READ_ONLY = "_class", "_read_only_resource_inputs"
+
+# In the name of the operation that keeps `tf.nn.moments` from a second derivative.
+STOPPED_MEAN = "moments/StopGradient"

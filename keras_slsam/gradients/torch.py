@@ -10,6 +10,7 @@ import torch
 # `torch.autograd.grad` does not apply the thread's modes in the backward pass, where
 # recomputation needs them.
 from torch.autograd.graph import _engine_run_backward
+from torch.nn import attention
 
 from keras_slsam.gradients import passes
 from keras_slsam.gradients import torch_modules
@@ -17,6 +18,7 @@ from keras_slsam.gradients import torch_prefix
 from keras_slsam.gradients import torch_processes
 from keras_slsam.gradients.generators import Generators
 from keras_slsam.gradients.interface import Backend
+from keras_slsam.gradients.interface import NoSecondDerivative
 
 
 class Passes(passes.Passes):
@@ -148,3 +150,28 @@ class TorchBackend(Backend):
 
     def add(self, weight, gradient, scale):
         return torch.addcmul(weight, gradient, scale)
+
+    def compile(self, function, variables):
+        return torch.no_grad()(function)
+
+    def multiply_by_hessian(self, loss, weights, vectors):
+        leaves = [w.detach().requires_grad_() for w in weights]
+
+        def differentiate(value):
+            gradients = torch.autograd.grad(
+                value, leaves, create_graph=True, materialize_grads=True
+            )
+            # Not `torch.autograd.grad`, which does not reach the node that refuses a
+            # second derivative, and leaves its part out.
+            sum((g * v).sum() for g, v in zip(gradients, vectors)).backward()
+
+        # The fused kernels of attention have no second derivative.
+        plain = attention.sdpa_kernel(attention.SDPBackend.MATH)
+        try:
+            with torch.enable_grad(), plain:
+                loss(leaves, differentiate)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise NoSecondDerivative(str(error)) from error
+        return [torch.zeros_like(w) if w.grad is None else w.grad for w in leaves]

@@ -1,0 +1,29 @@
+"""Measures of sharpness: how the loss changes around the weights of a trained model.
+
+The eigenvalues, the density and the plots need the extra
+`pip install keras-slsam[analysis]`.
+"""
+
+from keras_slsam.analysis.estimate import Estimate
+from keras_slsam.analysis.sharpness import accuracy_under_noise
+from keras_slsam.analysis.sharpness import average_case_sharpness
+from keras_slsam.analysis.sharpness import worst_case_sharpness
+from keras_slsam.analysis.spectrum import Eigenvalues
+from keras_slsam.analysis.spectrum import SpectralDensity
+from keras_slsam.analysis.spectrum import Trace
+from keras_slsam.analysis.spectrum import hessian_eigenvalues
+from keras_slsam.analysis.spectrum import hessian_trace
+from keras_slsam.analysis.spectrum import spectral_density
+
+__all__ = [
+    "Eigenvalues",
+    "Estimate",
+    "SpectralDensity",
+    "Trace",
+    "accuracy_under_noise",
+    "average_case_sharpness",
+    "hessian_eigenvalues",
+    "hessian_trace",
+    "spectral_density",
+    "worst_case_sharpness",
+]
