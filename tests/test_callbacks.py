@@ -175,7 +175,7 @@ def test_validation_sharpness_is_measured_with_any_optimizer():
     for optimizer in ("sgd", keras_slsam.S2SAM("sgd"), keras_slsam.SAM("sgd")):
         model = make(optimizer)
         logger = SharpnessLogger((x, y), rho=0.3)
-        stopping = keras.callbacks.EarlyStopping("val_sharpness", patience=9)
+        stopping = keras.callbacks.EarlyStopping("val_sharpness", mode="min")
         (found,) = fit(model, logger, stopping)["val_sharpness"]
         after = make(keras_slsam.SAM("sgd", rho=0.3))
         after.set_weights(model.get_weights())
@@ -313,6 +313,9 @@ def test_wrong_arguments():
     for every in (0, 1.5, "step", True):
         with pytest.raises(ValueError, match=f"`every`.*Received: every={every!r}"):
             ArmLogger(every=every)
+    for name, value in {"rho": 0.0, "steps": 0}.items():
+        with pytest.raises(ValueError, match=f"`{name}`.*Received: {name}={value!r}"):
+            SharpnessLogger(data(), **{name: value})
     with pytest.raises(ValueError, match="which has arms"):
         fit(make("sgd"), ArmLogger())
 

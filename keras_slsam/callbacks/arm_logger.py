@@ -64,7 +64,13 @@ class ArmLogger(Observing):
     (2, ['top/kernel', 'top/bias'])
     """
 
-    def __init__(self, filename=None, *, log_dir=None, every: str | int = "epoch"):
+    def __init__(
+        self,
+        filename: str | os.PathLike | None = None,
+        *,
+        log_dir: str | os.PathLike | None = None,
+        every: str | int = "epoch",
+    ) -> None:
         super().__init__()
         steps = None if every == "epoch" else every
         if steps is not None and not (type(every) is int and every >= 1):
@@ -74,7 +80,8 @@ class ArmLogger(Observing):
             )
         self._filename, self._log_dir, self._steps = filename, log_dir, steps
         self._writer = None
-        self.records, self.names = [], []
+        self.records: list[dict] = []
+        self.names: list[str] = []
 
     def on_train_begin(self, logs=None):
         if not training.is_sharpness_aware(self.model.optimizer):

@@ -5,8 +5,8 @@ from keras import ops
 
 from keras_slsam import arguments
 from keras_slsam import training
-
-# ANA
+from keras_slsam.analysis import checks
+from keras_slsam.analysis import worst_case_sharpness
 from keras_slsam.callbacks.observing import Observing
 from keras_slsam.observers import Observer
 
@@ -17,8 +17,9 @@ class SharpnessLogger(Observing):
     A step with two passes computes the loss at `w + e` and at `w`. Their difference is
     an estimate of the sharpness that costs nothing. Its mean over the steps of an epoch
     that had an ascent is in the logs as `"sharpness"`: in the progress bar, in
-    `History`, and for `EarlyStopping`. It belongs to the `rho` of each step, and to
-    small batches in training mode. So compare it between epochs, not between methods.
+    `History`, and for `EarlyStopping(mode="min")`. It belongs to the `rho` of each
+    step, and to small batches in training mode. So compare it between epochs, not
+    between methods.
 
     With `validation_data`, `"val_sharpness"` is measured at the end of an epoch by
     `keras_slsam.analysis.worst_case_sharpness`, on all of these data and with any
@@ -34,8 +35,9 @@ class SharpnessLogger(Observing):
         batch_size: int, the number of rows per batch of its passes.
 
     Raises:
-        ValueError: at the start of the training, if there is nothing to log: without
-        `validation_data` the optimizer must take two passes on the whole batch.
+        ValueError: if an argument is out of its range, or, at the start of the
+        training, if there is nothing to log: without `validation_data` the optimizer
+        must take two passes on the whole batch.
 
     Example:
 
@@ -64,7 +66,12 @@ class SharpnessLogger(Observing):
         batch_size: int = 32,
     ) -> None:
         super().__init__()
-        self._measure = dict(rho=rho, steps=steps, adaptive=adaptive)
+        owner = "SharpnessLogger"
+        self._measure = {
+            "rho": checks.positive(owner, "rho", rho),
+            "steps": checks.positive_int(owner, "steps", steps),
+            "adaptive": adaptive,
+        }
         self._data, self._batch_size = None, batch_size
         if validation_data is not None:
             self._data = keras.utils.unpack_x_y_sample_weight(validation_data)
