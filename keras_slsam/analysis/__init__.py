@@ -4,6 +4,7 @@ The eigenvalues, the density and the plots need the extra
 `pip install keras-slsam[analysis]`.
 """
 
+from keras_slsam.analysis import plots
 from keras_slsam.analysis.estimate import Estimate
 from keras_slsam.analysis.sharpness import accuracy_under_noise
 from keras_slsam.analysis.sharpness import average_case_sharpness
@@ -24,6 +25,7 @@ __all__ = [
     "average_case_sharpness",
     "hessian_eigenvalues",
     "hessian_trace",
+    "plots",
     "spectral_density",
     "worst_case_sharpness",
 ]
