@@ -47,8 +47,8 @@ class Ascent:
         Foret et al., arXiv 2010.01412, equation 2.
     """
 
-    #: Whether `direction` needs the gradient of the batch, which takes a pass.
     needs_gradient: bool = True
+    """Whether `direction` needs the gradient of the batch, which takes a pass."""
 
     # Whether an optimizer has it already.
     _in_use = False

@@ -74,7 +74,7 @@ def sharpness_aware(model: keras.Model) -> keras.Model:
 
     Raises:
         ValueError: if `model` is not a `keras.Model`, or overrides `train_step`, or if
-        KERAS_NNX_ENABLED is set, where the class must be a `SAMTrainStep`.
+            KERAS_NNX_ENABLED is set, where the class must be a `SAMTrainStep`.
 
     Example:
 

@@ -37,7 +37,7 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
 
     Raises:
         ValueError: if `optimizer` is not from this package or was built for other
-        trainable weights, or if a feature is not supported.
+            trainable weights, or if a feature is not supported.
 
     Example:
 

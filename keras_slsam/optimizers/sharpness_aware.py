@@ -59,7 +59,7 @@ class SharpnessAware(Readings, Stateful, Wrapper):
 
     Raises:
         ValueError: if an argument is out of its range, or the base optimizer cannot be
-        used.
+            used.
     """
 
     def __init__(
@@ -150,9 +150,9 @@ class SharpnessAware(Readings, Stateful, Wrapper):
 
         Raises:
             ValueError: if `base_optimizer`, the sampler or the ascent is in use
-            already, if `arms` returns an unhashable key, if `always_active` chooses no
-            arm or all, if a weight is trained in float8, or if loaded state does not
-            fit.
+                already, if `arms` returns an unhashable key, if `always_active`
+                chooses no arm or all, if a weight is trained in float8, or if loaded
+                state does not fit.
         """
         if self.built or not variables:
             return
@@ -331,7 +331,7 @@ class SharpnessAware(Readings, Stateful, Wrapper):
 
         Raises:
             ValueError: always. Keras calls this on a model without the matching train
-            step.
+                step.
         """
         name = type(self).__name__
         raise ValueError(

@@ -49,15 +49,17 @@ class Sampler:
     [True, False]
     """
 
-    #: Probability of each arm in the next draw, shape `(num_arms,)`, or `None`.
     probabilities = None
+    """Probability of each arm in the next draw, shape `(num_arms,)`, or `None`."""
 
-    #: List of `Arm`s, which the optimizer sets before it calls `build`, or `None`.
     arms: list[Arm] | None = None
+    """List of `Arm`s, which the optimizer sets before it calls `build`, or `None`."""
 
-    #: Lower bound of each arm's probability if arms are drawn independently, else 0.
-    #: With a higher bound, a compiled step has fewer conditions.
     min_probability: float = 0.0
+    """Lower bound of each arm's probability if arms are drawn independently, else 0.
+
+    With a higher bound, a compiled step has fewer conditions.
+    """
 
     # Whether an optimizer or another sampler draws from it already.
     _in_use = False

@@ -1,0 +1,89 @@
+"""Hooks of MkDocs: the pages that are not files in docs/, and details of the others."""
+
+import html
+import logging
+import pathlib
+import re
+
+import griffe
+import latex2mathml.converter
+from mkdocs.structure.files import File
+
+ROOT = pathlib.Path(__file__).parent.parent
+# A `../` in a link leaves docs/. On the site the file has a page of its own.
+OUTSIDE = re.compile(r"\]\(\.\./([^)#]*?)(\.py)?([)#])")
+# What follows the language, such as `notest`, is for the tests of the blocks.
+INFO = re.compile(r"^```(python|diff) \w+$", re.MULTILINE)
+MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+log = logging.getLogger("mkdocs.hooks")
+
+
+def on_config(config):
+    (api,) = [entry["API"] for entry in config.nav if "API" in entry]
+    for uri, (title, _) in reference().items():
+        api.append({title: uri})
+
+
+def on_files(files, config):
+    def add(uri, content):
+        files.append(File.generated(config, uri, content=content))
+
+    for name in undocumented():
+        log.warning("The public name %s has no docstring.", name)
+    for uri, (title, names) in reference().items():
+        blocks = [f"::: {name}" for name in names]
+        add(uri, "\n\n".join([f"# {title}", *blocks]))
+    for name in ("CONTRIBUTING.md", "CHANGELOG.md"):
+        add(name, (ROOT / name).read_text("utf-8"))
+    for file in sorted((ROOT / "examples").glob("*.py")):
+        code = file.read_text("utf-8")
+        add(f"examples/{file.stem}.md", f"# {file.name}\n\n````python\n{code}````\n")
+    return files
+
+
+def on_page_markdown(markdown, **_):
+    markdown = INFO.sub(r"```\1", markdown)
+    return OUTSIDE.sub(lambda m: f"]({m[1]}{'.md' if m[2] else ''}{m[3]}", markdown)
+
+
+def on_page_content(content, **_):
+    def convert(match):
+        display = "block" if match[1] == "div" else "inline"
+        latex = html.unescape(match[2]).strip()
+        return latex2mathml.converter.convert(latex, display=display)
+
+    return MATH.sub(convert, content)
+
+
+def reference():
+    """Returns the pages of the reference: a dict from URIs to titles and names."""
+    package = load()
+    optimizers, others, modules = [], [], []
+    for name in package.exports:
+        path = package[name].canonical_path
+        if package[name].is_module:
+            modules.append(name)
+        elif path.startswith("keras_slsam.optimizers."):
+            optimizers.append(f"keras_slsam.{name}")
+        else:
+            others.append(f"keras_slsam.{name}")
+    optimizers.append("keras_slsam.optimizers.SharpnessAware")
+    pages = {"optimizers": optimizers, "train-step": others}
+    for module in modules:
+        exports = package[module].exports
+        pages[module] = [f"keras_slsam.{module}.{name}" for name in exports]
+    return {
+        f"reference/{name}.md": (name.replace("-", " ").capitalize(), names)
+        for name, names in pages.items()
+    }
+
+
+def undocumented():
+    """Returns the names in the reference that have no docstring."""
+    package = load()
+    names = [name for _, names in reference().values() for name in names]
+    return [n for n in names if not package[n.removeprefix("keras_slsam.")].docstring]
+
+
+def load():
+    return griffe.load("keras_slsam", search_paths=[ROOT])
