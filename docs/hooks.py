@@ -31,7 +31,11 @@ def on_files(files, config):
     for name in undocumented():
         log.warning("The public name %s has no docstring.", name)
     for uri, (title, names) in reference().items():
-        blocks = [f"::: {name}" for name in names]
+        inherits = "\n    options: { inherited_members: true }"
+        blocks = [
+            f"::: {name}{inherits if name.endswith('SharpnessAware') else ''}"
+            for name in names
+        ]
         add(uri, "\n\n".join([f"# {title}", *blocks]))
     for name in ("CONTRIBUTING.md", "CHANGELOG.md"):
         add(name, (ROOT / name).read_text("utf-8"))
@@ -56,25 +60,28 @@ def on_page_content(content, **_):
 
 
 def reference():
-    """Returns the pages of the reference: a dict from URIs to titles and names."""
+    """Returns the pages of the reference: a dict from URIs to titles and names.
+
+    A module with an `__all__` has a page. A name is shown where it is shortest.
+    """
     package = load()
-    optimizers, others, modules = [], [], []
-    for name in package.exports:
-        path = package[name].canonical_path
-        if package[name].is_module:
-            modules.append(name)
-        elif path.startswith("keras_slsam.optimizers."):
-            optimizers.append(f"keras_slsam.{name}")
-        else:
-            others.append(f"keras_slsam.{name}")
-    optimizers.append("keras_slsam.optimizers.SharpnessAware")
-    pages = {"optimizers": optimizers, "train-step": others}
-    for module in modules:
-        exports = package[module].exports
-        pages[module] = [f"keras_slsam.{module}.{name}" for name in exports]
+    modules = {n: m.exports for n, m in package.modules.items() if m.exports}
+    pages = {
+        module: [
+            f"keras_slsam.{name if name in package.exports else f'{module}.{name}'}"
+            for name in exports
+        ]
+        for module, exports in modules.items()
+    }
+    elsewhere = {name for exports in modules.values() for name in exports}
+    pages["train-step"] = [
+        f"keras_slsam.{name}"
+        for name in package.exports
+        if name not in elsewhere and name not in modules
+    ]
     return {
-        f"reference/{name}.md": (name.replace("-", " ").capitalize(), names)
-        for name, names in pages.items()
+        f"reference/{name}.md": (name.replace("-", " ").capitalize(), pages[name])
+        for name in sorted(pages, key=lambda name: (name != "optimizers", name))
     }
 
 

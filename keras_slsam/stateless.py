@@ -57,6 +57,16 @@ def set_state(model: keras.Model, optimizer: SharpnessAware, state: tuple) -> No
 
     Raises:
         ValueError: if `state` lacks values, or if `optimizer` is not built.
+
+    Example:
+
+    >>> import keras, keras_slsam
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    >>> model.compile(loss="mse")
+    >>> optimizer = keras_slsam.SAM("sgd")
+    >>> state = keras_slsam.get_state(model, optimizer)
+    >>> model.set_weights([2 * weight for weight in model.get_weights()])
+    >>> keras_slsam.set_state(model, optimizer, state)  # the weights as before
     """
     groups = _variables(model, optimizer)
     _check_sizes("set_state", groups, state, optimizer)
@@ -82,6 +92,18 @@ def stateless_step(
 
     Raises:
         ValueError: as `step`, and if `state` lacks variables.
+
+    Example:
+
+    >>> import keras, keras_slsam
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    >>> model.compile(loss="mse")
+    >>> optimizer = keras_slsam.SAM("sgd")
+    >>> batch = keras.random.normal((8, 4)), keras.random.normal((8, 1))
+    >>> state = keras_slsam.get_state(model, optimizer, batch)
+    >>> logs, state = keras_slsam.stateless_step(model, optimizer, state, batch)
+    >>> sorted(logs)
+    ['loss']
     """
     variables = _variables(model, optimizer)
     _check_sizes("stateless_step", variables, state, optimizer)

@@ -67,7 +67,7 @@ class Stateful(keras.optimizers.Optimizer):
 
         Raises:
             ValueError: if it does not fit, or if it belongs to another method, sampler
-            or base optimizer, or to other arms.
+                or base optimizer, or to other arms.
         """
         keys = set(store.keys())
         if "layout" in keys:
