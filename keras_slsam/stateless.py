@@ -95,15 +95,16 @@ def stateless_step(
 
     Example:
 
-    >>> import keras, keras_slsam
+    >>> import functools, keras, keras_slsam
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
     >>> model.compile(loss="mse")
     >>> optimizer = keras_slsam.SAM("sgd")
+    >>> step = functools.partial(keras_slsam.stateless_step, model, optimizer)
     >>> batch = keras.random.normal((8, 4)), keras.random.normal((8, 1))
     >>> state = keras_slsam.get_state(model, optimizer, batch)
-    >>> logs, state = keras_slsam.stateless_step(model, optimizer, state, batch)
-    >>> sorted(logs)
-    ['loss']
+    >>> if keras.config.backend() == "jax":
+    ...     import jax
+    ...     logs, state = jax.jit(step)(state, batch)
     """
     variables = _variables(model, optimizer)
     _check_sizes("stateless_step", variables, state, optimizer)
