@@ -4,6 +4,7 @@ nox -s tests                    everything, as in continuous integration
 nox -s tests -- -k sampler      only pytest with these arguments, on each backend
 KERAS_BACKEND=jax nox -s tests -- -k sampler    the same on one backend
 nox -s lint                     ruff and mypy
+nox -s docs                     the documentation site, in site/
 nox -s minima                   tests with the oldest versions in pyproject.toml
 
 `tests` installs the newest releases. At the end it tries pre-releases of Keras and JAX.
@@ -64,7 +65,7 @@ KERAS_FEWEST = {
 @nox.session
 def tests(session):
     needs = ["-r", "requirements-cpu.txt", "-e"]
-    needs += [".[jax,tensorflow,torch,analysis,examples,test]"]
+    needs += [".[jax,tensorflow,torch,analysis,examples,test,docs]"]
     if session.posargs:
         install(session, *needs)
     else:
@@ -73,6 +74,7 @@ def tests(session):
             quickstart = pool.submit(run_quickstart, session)
             install(session, *needs)
             check(session)
+            build_site(session)
             session.log(quickstart.result())
     for env in environments():
         session.run("pytest", *PARALLEL, "--durations=10", *session.posargs, env=env)
@@ -98,6 +100,14 @@ def minima(session):
 def lint(session):
     session.install("ruff", "mypy", "keras", "numpy")
     check(session)
+
+
+@nox.session
+def docs(session):
+    # The package is read, not imported.
+    project = nox.project.load_toml(ROOT / "pyproject.toml")["project"]
+    install(session, *project["optional-dependencies"]["docs"])
+    build_site(session)
 
 
 def install(session, *needs):
@@ -168,6 +178,11 @@ def check(session):
     script = (ROOT / ".ci" / "run").read_text("utf-8").splitlines()
     if f"command='{readme_command('nox -s tests')}'" not in script:
         session.error(".ci/run does not run the README's test command.")
+
+
+def build_site(session):
+    """Builds the documentation. Any warning is an error: see mkdocs.yml."""
+    session.run("mkdocs", "build", env={"NO_MKDOCS_2_WARNING": "1"})
 
 
 def run_quickstart(session):
