@@ -15,6 +15,7 @@ OUTSIDE = re.compile(r"\]\(\.\./([^)#]*?)(\.py)?([)#])")
 # What follows the language, such as `notest`, is for the tests of the blocks.
 INFO = re.compile(r"^```(python|diff) \w+$", re.MULTILINE)
 MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+SHORT = re.compile(r"<td>(?=[^<]{1,16}</td>)")
 log = logging.getLogger("mkdocs.hooks")
 
 
@@ -56,7 +57,8 @@ def on_page_content(content, **_):
         latex = html.unescape(match[2]).strip()
         return latex2mathml.converter.convert(latex, display=display)
 
-    return MATH.sub(convert, content)
+    # A short cell, such as `0.848 ± 0.003` or `3e-4`, is not broken into lines.
+    return SHORT.sub('<td class="short">', MATH.sub(convert, content))
 
 
 def reference():
