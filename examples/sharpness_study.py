@@ -11,13 +11,13 @@ network learns scikit-learn's digits, which takes about a minute.
 
 Of each trained model the script measures, on `--rows` rows of the training data:
 
-- `worst case`: the highest rise of the loss within an adaptive radius, with normalised
-  logits, as found by an ascent,
-- `average case`: the mean rise under noise relative to the weights, with normalised
-  logits,
+- `worst case`: the highest rise of the loss within an adaptive radius, as found by an
+  ascent,
+- `average case`: the mean rise under noise relative to the weights,
 - `top eigenvalue`: of the Hessian of the plain loss,
 
-and its accuracy on test data. A run writes its file after the training and after each
+and its accuracy on test data. The first two normalise the logits if there are more than
+two classes. A run writes its file after the training and after each
 measure. If it is killed, give the command again. From all runs the script makes
 `results.csv` and the picture `results.svg`.
 """
@@ -61,7 +61,7 @@ def worst_case(model, x, y, args):
             rho=args.worst_rho,
             steps=args.worst_steps,
             adaptive=True,
-            normalize_logits=True,
+            normalize_logits=y.max() > 1,
             batch_size=args.measure_batch,
         )
     }
@@ -75,7 +75,7 @@ def average_case(model, x, y, args):
         sigma=args.average_sigma,
         samples=args.average_samples,
         adaptive=True,
-        normalize_logits=True,
+        normalize_logits=y.max() > 1,
         batch_size=args.measure_batch,
     )
     return {"average case": found.mean, "average case error": found.error}

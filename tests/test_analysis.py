@@ -560,6 +560,10 @@ def test_wrong_models_and_data():
     model.compile(loss="mse")
     with pytest.raises(ValueError, match="from_logits=True"):
         analysis.worst_case_sharpness(model, x, y, normalize_logits=True)
+    two = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
+    two.compile(loss=zoo.loss())
+    with pytest.raises(ValueError, match="at least three classes"):
+        analysis.worst_case_sharpness(two, x, y % 2, normalize_logits=True)
     with pytest.raises(ValueError, match="compiled with a loss"):
         analysis.worst_case_sharpness(keras.Sequential([layers.Dense(1)]), x, y)
     unbuilt = keras.Sequential([layers.Dense(1)])

@@ -223,6 +223,13 @@ def _dtype(tensor):
 
 def _normalize(logits):
     """Divides logits by their standard deviation over the classes."""
+    shape = getattr(logits, "shape", ())
+    if len(shape) < 2 or shape[-1] < 3:
+        raise ValueError(
+            "`normalize_logits=True` needs one output with the logits of at least "
+            "three classes: normalised logits of two are always 1 and -1. "
+            f"Received: outputs={logits!r}"
+        )
     return logits / ops.std(logits, axis=-1, keepdims=True)
 
 

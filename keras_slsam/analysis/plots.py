@@ -4,7 +4,6 @@ Each function draws into the given axes, or into new ones, and returns the axes.
 need the extra `pip install keras-slsam[analysis]`.
 """
 
-
 from keras_slsam.analysis import checks
 from keras_slsam.analysis.colors import color_of
 

@@ -2,5 +2,6 @@
 
 from keras_slsam.callbacks.arm_logger import ArmLogger
 from keras_slsam.callbacks.sharpness_logger import SharpnessLogger
+from keras_slsam.callbacks.trajectory import TrajectoryLogger
 
-__all__ = ["ArmLogger", "SharpnessLogger"]
+__all__ = ["ArmLogger", "SharpnessLogger", "TrajectoryLogger"]
