@@ -189,7 +189,7 @@ def draw(records, file):
         )
         panel.set(ylabel="")
     panels[0].set(ylabel="test accuracy")
-    for panel in panels[1:]:
+    for panel in panels[:-1]:
         panel.get_legend().remove()
     figure.savefig(file)
 

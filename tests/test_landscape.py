@@ -100,9 +100,12 @@ def test_a_plane_goes_through_three_weights():
     first, second = plane.anchors[2], plane.anchors[2] - plane.anchors[1]
     np.testing.assert_allclose(np.linalg.norm(first), np.linalg.norm(b), rtol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(second), np.linalg.norm(b - a), rtol=1e-6)
-    margin = 0.1 * np.ptp(plane.anchors[:, 0])
-    assert plane.x[0] == pytest.approx(plane.anchors[:, 0].min() - margin)
-    assert plane.x[-1] == pytest.approx(plane.anchors[:, 0].max() + margin)
+    # A square, with a margin around the points.
+    extent = np.ptp(plane.anchors, axis=0).max()
+    for places, anchors in zip((plane.x, plane.y), plane.anchors.T):
+        assert np.ptp(places) == pytest.approx(1.2 * extent)
+        assert places[0] <= anchors.min() - 0.099 * extent
+        assert places[-1] >= anchors.max() + 0.099 * extent
     found = plane.project([weights_of(m) for m in (model, one, two)])
     np.testing.assert_allclose(found, plane.anchors, atol=1e-5)
     corner = [

@@ -234,9 +234,10 @@ def loss_plane(
             low, high = np.full((2, 2), 1.0 if span is None else span) * [[-1], [1]]
         else:
             directions, anchors = _through(owner, through, origin)
-            extent = np.ptp(anchors, axis=0)
-            margin = (0.25 if span is None else span) * extent
-            low, high = anchors.min(axis=0) - margin, anchors.max(axis=0) + margin
+            # A square around the points.
+            middle = (anchors.min(axis=0) + anchors.max(axis=0)) / 2
+            half = (0.5 + (0.25 if span is None else span)) * np.ptp(anchors, axis=0)
+            low, high = middle - half.max(), middle + half.max()
         columns, rows = np.linspace(low, high, points).T
         losses = [
             [
