@@ -326,7 +326,7 @@ def test_batch_normalisation_is_in_inference_mode_unless_asked():
     options = {"batch_size": len(x), "training": True}
     with unchanged(model), Objective(model, x, y, **options) as objective:
         loss = objective.loss(objective.weights)
-    trained = float(model.loss(y, model(x, training=True)))
+    trained = ops.convert_to_numpy(model.loss(y, model(x, training=True)))
     assert loss == pytest.approx(trained, rel=1e-5)
     assert abs(trained - expected) > 1e-3
 
@@ -354,6 +354,24 @@ def test_the_loss_is_that_of_evaluate():
     with Objective(model, x, y, sample_weight, batch_size=4) as objective:
         loss = objective.loss(objective.weights)
     assert loss == pytest.approx(expected["loss"], rel=1e-5)
+
+
+def test_an_objective_is_compiled_once_for_many_weights(monkeypatch):
+    """A callback measures again at the end of each epoch."""
+    model, x, y = tiny()
+    traces = []
+    trace = Objective._loss_of
+    monkeypatch.setattr(
+        Objective, "_loss_of", lambda *args: traces.append(1) or trace(*args)
+    )
+    objective, found = Objective(model, x, y, batch_size=10), []
+    for _ in range(2):
+        with objective:
+            loss, _ = objective.loss_and_gradients(objective.weights)
+        found.append(loss)
+        model.set_weights([2 * w for w in model.get_weights()])
+    assert abs(found[0] - found[1]) > 0.01
+    assert len(traces) == (2 if BACKEND == "torch" else 1)
 
 
 def test_the_loss_may_create_its_variables():

@@ -21,8 +21,9 @@ EXACT, CENTRAL_DIFFERENCES = "exact", "central differences"
 class Objective:
     """The mean loss of a model over a data set, its gradient and its Hessian.
 
-    As a context, it resets random generators outside of Keras, such as those that
-    Dropout uses on PyTorch, at its end.
+    At the start of each context it reads the model's weights. At the end it resets
+    random generators outside of Keras, such as those that Dropout uses on PyTorch. What
+    was compiled is kept for the next context.
 
     Args:
         model: `keras.Model`, built and compiled with a loss.
@@ -37,7 +38,7 @@ class Objective:
     Attributes:
         model: The model.
         variables: List of its trainable variables.
-        weights: List of tensors, the values of `variables`.
+        weights: List of tensors, the values of `variables` at the start of the context.
         method: String, `"exact"` or `"central differences"`, how the latest product
             with the Hessian was computed.
     """
@@ -55,20 +56,15 @@ class Objective:
         verbose=0,
     ):
         _check(model, batch_size)
-        backend.collect_state(model)
         self.model, self.variables = model, model.trainable_variables
-        self.weights = [backend.read(v) for v in self.variables]
         self.method = EXACT
         self._batches = _batches(model, x, y, sample_weight, batch_size)
         self._options = {"training": training}
         if normalize_logits:
             _check_logits(model)
             self._options["outputs"] = _normalize
-        self._bar = keras.utils.Progbar(None, verbose=verbose, unit_name="batch")
         self._verbose = verbose
-        self._generators = backend.generators(model)
-        state = model.variables + model.metrics_variables
-        compiled = lambda function: backend.compile(function, state)  # noqa: E731
+        compiled = lambda function: backend.compile(function, model)  # noqa: E731
         self._value = compiled(lambda weights, batch: self._loss_of(batch)(weights)[0])
         self._gradients = compiled(
             lambda weights, batch: backend.differentiate(self._loss_of(batch), weights)
@@ -80,12 +76,16 @@ class Objective:
         )
 
     def __enter__(self):
+        backend.collect_state(self.model)
+        self.weights = [backend.read(v) for v in self.variables]
+        self._generators = backend.generators(self.model)
+        self._bar = keras.utils.Progbar(None, verbose=self._verbose, unit_name="batch")
+        self._seen = 0
         return self
 
     def __exit__(self, *error):
         self._generators.rewind()
-        if self._verbose:
-            self._bar.update(self._bar._seen_so_far, finalize=True)
+        self._bar.update(self._seen, finalize=True)
 
     def loss(self, weights):
         """Returns the loss at `weights`, a float."""
@@ -155,8 +155,8 @@ class Objective:
             parts = [part * count for part in found]
             totals = parts if totals is None else list(map(ops.add, totals, parts))
             rows += count
-            if self._verbose:
-                self._bar.add(1)
+            self._seen += 1
+            self._bar.update(self._seen)
         return [total / rows for total in totals]
 
 

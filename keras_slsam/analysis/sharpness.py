@@ -92,20 +92,26 @@ def worst_case_sharpness(
         normalize_logits=normalize_logits,
         verbose=verbose,
     ) as objective:
-        # e = scale * s, where s is in the ball of radius rho.
-        scales = _scales(objective.weights, adaptive)
-        s = [ops.zeros_like(w) for w in objective.weights]
-        weights, found = objective.weights, []
-        for _ in range(steps):
-            loss, gradients = objective.loss_and_gradients(weights)
-            found.append(loss)
-            ascent = [c * g for c, g in zip(scales, gradients)]
-            length = 2 * rho / (steps + 1)
-            s = _plus(s, ascent, _ratio(length, norm(ascent)))
-            s = [v * min(1.0, _ratio(rho, norm(s))) for v in s]
-            weights = _moved(objective.weights, scales, s)
-        found.append(objective.loss(weights))
-        return max(found) - found[0]
+        return worst_case(objective, rho=rho, steps=steps, adaptive=adaptive)
+
+
+def worst_case(objective, *, rho, steps, adaptive):
+    """Returns what `worst_case_sharpness` returns, of an `Objective` in its context."""
+    # e = scale * s, where s is in the ball of radius rho.
+    scales = _scales(objective.weights, adaptive)
+    s = [ops.zeros_like(w) for w in objective.weights]
+    weights, found = objective.weights, []
+    for _ in range(steps):
+        loss, gradients = objective.loss_and_gradients(weights)
+        found.append(loss)
+        ascent = [c * g for c, g in zip(scales, gradients)]
+        factor = _ratio(2 * rho / (steps + 1), norm(ascent))
+        s = [v + factor * a for v, a in zip(s, ascent)]
+        factor = min(1.0, _ratio(rho, norm(s)))
+        s = [factor * v for v in s]
+        weights = _moved(objective.weights, scales, s)
+    found.append(objective.loss(weights))
+    return max(found) - found[0]
 
 
 def average_case_sharpness(
@@ -280,10 +286,6 @@ def _scales(weights, adaptive):
 
 def _moved(weights, scales, s):
     return [w + c * v for w, c, v in zip(weights, scales, s)]
-
-
-def _plus(s, ascent, factor):
-    return [v + factor * a for v, a in zip(s, ascent)]
 
 
 def _ratio(one, other):

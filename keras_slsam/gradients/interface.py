@@ -240,13 +240,13 @@ class Backend:
         """
         return weight + scale * gradient
 
-    def compile(self, function, variables):
+    def compile(self, function, model):
         """Returns a function of tensors that is compiled for repeated calls.
 
         Args:
             function: Function of structures of tensors, which changes nothing.
-            variables: List of the `keras.Variable`s that it reads. Each call sees their
-                current values.
+            model: `keras.Model` whose variables it reads. Each call sees their current
+                values.
         """
         raise NotImplementedError
 

@@ -112,14 +112,17 @@ class JaxBackend(Backend):
             for variable, value in zip(group, new):
                 variable.assign(value)
 
-    def compile(self, function, variables):
+    def compile(self, function, model):
+        def variables():
+            return model.variables + model.metrics_variables
+
         # The values are arguments. As constants they would be compiled in.
         @jax.jit
         def compiled(values, *args):
-            with keras.StatelessScope(list(zip(variables, values))):
+            with keras.StatelessScope(list(zip(variables(), values))):
                 return function(*args)
 
-        return lambda *args: compiled([v.value for v in variables], *args)
+        return lambda *args: compiled([v.value for v in variables()], *args)
 
     def multiply_by_hessian(self, loss, weights, vectors):
         gradient = jax.grad(lambda weights: loss(weights)[0])

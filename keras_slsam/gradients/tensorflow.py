@@ -168,7 +168,7 @@ class TensorFlowBackend(Backend):
             return tf.tensor_scatter_nd_add(weight, indices, rows * gradient.values)
         return super().add(weight, gradient, scale)
 
-    def compile(self, function, variables):
+    def compile(self, function, model):
         return tf.function(function, autograph=False)
 
     def differentiate(self, loss, weights):

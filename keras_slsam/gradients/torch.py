@@ -151,7 +151,7 @@ class TorchBackend(Backend):
     def add(self, weight, gradient, scale):
         return torch.addcmul(weight, gradient, scale)
 
-    def compile(self, function, variables):
+    def compile(self, function, model):
         return torch.no_grad()(function)
 
     def multiply_by_hessian(self, loss, weights, vectors):
