@@ -18,10 +18,10 @@ from benchmarks import probes
 from benchmarks import scale
 from benchmarks import step_time
 from benchmarks.cells import markdown
+from keras_slsam.analysis.plots import color_of
 
 COMMANDS = {"time": step_time, "memory": memory, "scale": scale, "long": long_run}
 BACKENDS = {"jax": "JAX", "tensorflow": "TensorFlow", "torch": "PyTorch"}
-COLORS = {"jax": "tab:blue", "tensorflow": "tab:orange", "torch": "tab:green"}
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "benchmarks.md"
 
 
@@ -146,7 +146,9 @@ def _draw(timed, file):
                 width,
                 yerr=[ratios[k]["standard_error"] or 0.0 for k in known],
                 label=BACKENDS[result["backend"]],
-                color=COLORS[result["backend"]],
+                color=color_of(result["backend"]),
+                edgecolor="black",
+                linewidth=0.5,
             )
         axis.axhline(1.0, color="gray", linewidth=0.8)
         axis.set_xticks(range(len(names)), names, fontsize=8)

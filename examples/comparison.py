@@ -6,6 +6,9 @@ import json
 
 import numpy as np
 
+from keras_slsam.analysis.plots import color_of
+
+MARKERS = "osD^vP*X"
 SETTINGS = ("backend", "method", "learning_rate", "rho", "active_fraction")
 
 
@@ -144,10 +147,14 @@ def draw(groups, file):
             )
             label += f", {fraction}" if fraction else ""
             label += f", {backend}" if len({key[0] for key in groups}) > 1 else ""
-            (line,) = panel.plot(x.mean(0), y.mean(0), marker="o", label=label)
+            # Runs of one method have one colour, and a marker per setting.
+            color = color_of(method)
+            same = [line for line in panel.lines if line.get_color() == color]
+            marker = MARKERS[len(same) % len(MARKERS)]
+            panel.plot(x.mean(0), y.mean(0), marker=marker, color=color, label=label)
             deviation = y.std(0, ddof=1) if len(y) > 1 else 0 * y[0]
             low, high = y.mean(0) - deviation, y.mean(0) + deviation
-            panel.fill_between(x.mean(0), low, high, color=line.get_color(), alpha=0.15)
+            panel.fill_between(x.mean(0), low, high, color=color, alpha=0.15)
         panel.set(xlabel={"seconds": "seconds of training", "step": "steps"}[axis])
         panel.grid(alpha=0.3)
     panels[0].set(ylabel="test accuracy, mean and spread over seeds")

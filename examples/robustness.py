@@ -5,6 +5,8 @@ import contextlib
 import keras
 import numpy as np
 
+from keras_slsam import analysis
+
 NOISE_LEVELS = (0.05, 0.1, 0.15, 0.2, 0.3)
 
 
@@ -24,25 +26,11 @@ def accuracy(model, x, y):
 
 
 def under_weight_noise(model, x, y, seed=0):
-    """Returns the accuracy with Gaussian noise on all matrices, for several levels.
-
-    A level is the ratio of the noise's standard deviation to that of the matrix. Each
-    is the mean of three draws, which are the same for all models of one architecture.
-    The weights are restored.
-    """
-    found = {}
-    with restored_weights(model) as before:
-        for level in NOISE_LEVELS:
-            rng = np.random.default_rng(seed)
-            scores = []
-            for _ in range(3):
-                for variable, value in zip(model.trainable_variables, before):
-                    if value.ndim > 1:
-                        noise = level * value.std() * rng.normal(size=value.shape)
-                        variable.assign((value + noise).astype(value.dtype))
-                scores.append(accuracy(model, x, y))
-            found[f"noise {level:g}"] = float(np.mean(scores))
-    return found
+    """Returns the accuracy with Gaussian noise on all matrices, for several levels."""
+    found = analysis.accuracy_under_noise(
+        model, x, y, levels=NOISE_LEVELS, seed=seed, batch_size=128
+    )
+    return {f"noise {level:g}": estimate.mean for level, estimate in found.items()}
 
 
 def after_rounding(model, x, y):

@@ -6,7 +6,8 @@ from keras import ops
 from keras_slsam import arguments
 from keras_slsam import training
 from keras_slsam.analysis import checks
-from keras_slsam.analysis import worst_case_sharpness
+from keras_slsam.analysis.objective import Objective
+from keras_slsam.analysis.sharpness import worst_case
 from keras_slsam.callbacks.observing import Observing
 from keras_slsam.observers import Observer
 
@@ -77,6 +78,7 @@ class SharpnessLogger(Observing):
             self._data = keras.utils.unpack_x_y_sample_weight(validation_data)
 
     def on_train_begin(self, logs=None):
+        self._objective = None
         optimizer = self._optimizer
         if training.is_sharpness_aware(optimizer) and optimizer._two_passes:
             self._observe(_MeanGain, "sharpness")
@@ -89,16 +91,15 @@ class SharpnessLogger(Observing):
             )
 
     def on_epoch_end(self, epoch, logs=None):
-        if self._data is not None:
-            x, y, sample_weight = self._data
-            logs["val_sharpness"] = worst_case_sharpness(
-                self.model,
-                x,
-                y,
-                sample_weight=sample_weight,
-                batch_size=self._batch_size,
-                **self._measure,
+        if self._data is None:
+            return
+        # One for all epochs, so that its functions are compiled once.
+        if self._objective is None:
+            self._objective = Objective(
+                self.model, *self._data, batch_size=self._batch_size
             )
+        with self._objective:
+            logs["val_sharpness"] = worst_case(self._objective, **self._measure)
 
 
 class _MeanGain(Observer):
