@@ -12,6 +12,8 @@ from mkdocs.structure.files import File
 ROOT = pathlib.Path(__file__).parent.parent
 # A `../` in a link leaves docs/. On the site the file has a page of its own.
 OUTSIDE = re.compile(r"\]\(\.\./([^)#]*?)(\.py)?([)#])")
+# On a code host a link may show the name of a file. On the site it shows the title.
+NAMED = re.compile(r"\[([\w-]+\.md)\]\((?=\1)")
 # What follows the language, such as `notest`, is for the tests of the blocks.
 INFO = re.compile(r"^```(python|diff) \w+$", re.MULTILINE)
 MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
@@ -46,7 +48,12 @@ def on_files(files, config):
     return files
 
 
-def on_page_markdown(markdown, **_):
+def on_page_markdown(markdown, files, **_):
+    def title(match):
+        content = files.get_file_from_path(match[1]).content_string
+        return f"[{content.splitlines()[0].removeprefix('# ')}]("
+
+    markdown = NAMED.sub(title, markdown)
     markdown = INFO.sub(r"```\1", markdown)
     return OUTSIDE.sub(lambda m: f"]({m[1]}{'.md' if m[2] else ''}{m[3]}", markdown)
 
