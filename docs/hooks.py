@@ -62,7 +62,8 @@ def on_page_content(content, **_):
     def convert(match):
         display = "block" if match[1] == "div" else "inline"
         latex = html.unescape(match[2]).strip()
-        return latex2mathml.converter.convert(latex, display=display)
+        math = latex2mathml.converter.convert(latex, display=display)
+        return f'<{match[1]} class="{display}">{math}</{match[1]}>'
 
     # A short cell, such as `0.848 ± 0.003` or `3e-4`, is not broken into lines.
     return SHORT.sub('<td class="short">', MATH.sub(convert, content))
