@@ -22,6 +22,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [*ROOT.glob("*.md"), *sorted(DOCS.glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)(?: (\w+))?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+# A script, or the package of benchmarks, and what follows it.
+PROGRAM = re.compile(r"(examples/\w+\.py|-m benchmarks)\b(.*)")
 BACKENDS = ("jax", "tensorflow", "torch")
 # A module of the package with an `__all__` is public.
 MODULES = [keras_slsam] + [
@@ -68,6 +70,18 @@ def test_code_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
     if page.name == "coming-from.md":
         active = keras.ops.convert_to_numpy(namespace["optimizer"].active)
         assert active.shape == (3,)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_of_a_page_name_scripts_and_flags_that_exist(page):
+    """Commands take too long to run here."""
+    for language, _, block in FENCE.findall(page.read_text("utf-8")):
+        for line in block.replace("\\\n", " ").splitlines() * (language == "bash"):
+            for program, arguments in PROGRAM.findall(line):
+                files = ROOT.glob(program if "/" in program else "benchmarks/*.py")
+                source = "".join(file.read_text("utf-8") for file in files)
+                for flag in re.findall(r"(?<= )--[\w-]+", arguments):
+                    assert f'"{flag}"' in source, line
 
 
 @pytest.mark.parametrize("name", PUBLIC)
