@@ -75,11 +75,12 @@ def reference():
     A module with an `__all__` has a page. A name is shown where it is shortest.
     """
     package = load()
-    modules = {n: m.exports for n, m in package.modules.items() if m.exports}
+    modules = {n: m.exports for n, m in modules_of(package) if m.exports}
     pages = {
         module: [
             f"keras_slsam.{name if name in package.exports else f'{module}.{name}'}"
             for name in exports
+            if f"{module}.{name}" not in modules
         ]
         for module, exports in modules.items()
     }
@@ -90,9 +91,16 @@ def reference():
         if name not in elsewhere and name not in modules
     ]
     return {
-        f"reference/{name}.md": (name.replace("-", " ").capitalize(), pages[name])
+        f"reference/{name}.md": (re.sub("[-.]", " ", name).capitalize(), pages[name])
         for name in sorted(pages, key=lambda name: (name != "optimizers", name))
     }
+
+
+def modules_of(parent, prefix=""):
+    """Yields the names and the modules below a package."""
+    for name, module in parent.modules.items():
+        yield prefix + name, module
+        yield from modules_of(module, f"{prefix}{name}.")
 
 
 def undocumented():

