@@ -53,7 +53,7 @@ def check_number_or_schedule(owner, name, value, check):
 
     Raises:
         ValueError: if the number or the first value is not allowed, or if the schedule
-        cannot be saved.
+            cannot be saved.
     """
     if not is_schedule(value):
         return check(value)

@@ -18,7 +18,7 @@ def first_rows(data, fraction):
 
     Raises:
         ValueError: if the tensors do not have the same number of rows, or cannot be
-        sliced.
+            sliced.
     """
     tensors = [t for t in keras.tree.flatten(data) if t is not None]
     shapes = [tuple(getattr(t, "shape", ())) for t in tensors]

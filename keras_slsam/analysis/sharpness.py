@@ -234,7 +234,7 @@ def accuracy_under_noise(
 
     Raises:
         ValueError: if an argument is out of its range, or if the model has no such
-        metric.
+            metric.
 
     Example:
 

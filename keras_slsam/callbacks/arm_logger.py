@@ -49,7 +49,7 @@ class ArmLogger(Observing):
 
     Raises:
         ValueError: if `every` is not allowed, or, at the start of the training, if the
-        optimizer is not from this package.
+            optimizer is not from this package.
 
     Example:
 

@@ -37,8 +37,8 @@ class SharpnessLogger(Observing):
 
     Raises:
         ValueError: if an argument is out of its range, or, at the start of the
-        training, if there is nothing to log: without `validation_data` the optimizer
-        must take two passes on the whole batch.
+            training, if there is nothing to log: without `validation_data` the
+            optimizer must take two passes on the whole batch.
 
     Example:
 

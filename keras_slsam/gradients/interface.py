@@ -73,7 +73,7 @@ class Backend:
 
         Raises:
             ValueError: if something differs. In a compiled step it is the error of the
-            framework.
+                framework.
         """
 
     def average(self, gradients, arms):

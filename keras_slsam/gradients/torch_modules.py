@@ -122,7 +122,7 @@ def own_parameters(model, variables):
 
     Raises:
         ValueError: if a parameter belongs to two variables, or a module cannot compute
-        with other weights.
+            with other weights.
     """
     index = {id(variable.value): i for i, variable in enumerate(variables)}
     if len(index) < len(variables):

@@ -74,7 +74,7 @@ def start(model, optimizer):
 
     Raises:
         ValueError: in all processes, if versions, arguments or weights differ, or if
-        a weight is sharded.
+            a weight is sharded.
     """
     try:
         own = _facts(model, optimizer)
