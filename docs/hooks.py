@@ -18,6 +18,7 @@ NAMED = re.compile(r"\[([\w-]+\.md)\]\((?=\1)")
 INFO = re.compile(r"^```(python|diff) \w+$", re.MULTILINE)
 MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 SHORT = re.compile(r"<td>(?=[^<]{1,16}</td>)")
+HEADING = re.compile(r'(?<=<span class="doc doc-object-name )([^>]*>)([^<]*)')
 log = logging.getLogger("mkdocs.hooks")
 
 
@@ -65,6 +66,8 @@ def on_page_content(content, **_):
         math = latex2mathml.converter.convert(latex, display=display)
         return f'<{match[1]} class="{display}">{math}</{match[1]}>'
 
+    # On a phone a long name is broken before a dot or an underscore, not within a word.
+    content = HEADING.sub(lambda m: m[1] + re.sub(r"(?=[._])", "<wbr>", m[2]), content)
     # A short cell, such as `0.848 ± 0.003` or `3e-4`, is not broken into lines.
     return SHORT.sub('<td class="short">', MATH.sub(convert, content))
 
