@@ -13,6 +13,12 @@ class Estimate:
         mean: Float.
         error: Float, the standard error of the mean, nan for one sample.
         samples: int, the number of samples.
+
+    Example:
+
+    >>> from keras_slsam import analysis
+    >>> analysis.Estimate.of([1.0, 2.0, 3.0])
+    Estimate(mean=2.0, error=0.577..., samples=3)
     """
 
     mean: float

@@ -16,6 +16,13 @@ class Line:
     Attributes:
         x: Array of shape `(n,)`, the place: 0 at the model's weights, 1 at the others.
         loss: Array of shape `(n,)`.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_slsam import analysis
+    >>> line = analysis.Line(np.array([0.0, 0.5, 1.0]), np.array([0.2, 0.9, 0.3]))
+    >>> barrier = line.loss.max() - max(line.loss[0], line.loss[-1])
     """
 
     x: np.ndarray
@@ -34,6 +41,16 @@ class Plane:
         directions: Tuple of two lists of arrays.
         anchors: Array of shape `(k, 2)`, the coordinates of the origin and of the
             weights through which the plane was laid.
+
+    Example:
+
+    >>> import keras, keras_slsam
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    >>> model.compile(loss="mse")
+    >>> x, y = keras.random.normal((8, 4)), keras.random.normal((8, 1))
+    >>> plane = keras_slsam.analysis.loss_plane(model, x, y, points=3)
+    >>> plane.project([plane.origin])
+    array([[0., 0.]])
     """
 
     x: np.ndarray

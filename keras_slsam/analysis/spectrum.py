@@ -24,6 +24,13 @@ class Eigenvalues:
         values: Array of shape `(k,)`, in descending order.
         method: `"exact"`, or `"central differences"` if an operation of the model has
             no second derivative.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_slsam import analysis
+    >>> found = analysis.Eigenvalues(np.array([3.0, 1.0]), "exact")
+    >>> sharpest = found.values[0]
     """
 
     values: np.ndarray
@@ -39,6 +46,12 @@ class Trace(Estimate):
         error: Float, the standard error of the mean, nan for one sample.
         samples: int, the number of random vectors.
         method: As for `Eigenvalues`.
+
+    Example:
+
+    >>> from keras_slsam import analysis
+    >>> analysis.Trace.of([1.0, 2.0, 3.0], method="exact").mean
+    2.0
     """
 
     method: str
@@ -57,6 +70,16 @@ class SpectralDensity:
         nodes: Array of shape `(samples, steps)`, the nodes of each random vector.
         weights: Array like `nodes`. The weights of each vector have the sum 1.
         method: As for `Eigenvalues`.
+
+    Example:
+
+    >>> import keras, keras_slsam
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    >>> model.compile(loss="mse")
+    >>> x, y = keras.random.normal((8, 4)), keras.random.normal((8, 1))
+    >>> found = keras_slsam.analysis.spectral_density(model, x, y, steps=2)
+    >>> found.grid.shape == found.density.shape
+    True
     """
 
     grid: np.ndarray
