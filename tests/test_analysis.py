@@ -101,7 +101,7 @@ def dense_by_framework(model, x, y):
     if BACKEND == "jax":
         import jax
 
-        return jax.hessian(loss)(flat)
+        return jax.jit(jax.hessian(loss))(flat)
     if BACKEND == "torch":
         import torch
 
@@ -235,9 +235,17 @@ def test_the_density_agrees_with_matfree():
     np.testing.assert_allclose(found.weights[0], vectors[0] ** 2, rtol=1e-2, atol=1e-5)
 
 
-def test_layer_normalisation_has_the_same_eigenvalues_everywhere():
-    model, x, y = zoo.build("attention")
+def with_layer(layer):
+    """Returns `tiny` with one more layer before the head."""
+    model, x, y = tiny()
+    first, head = model.layers
+    model = keras.Sequential([keras.Input((4,)), first, layer, head])
     model.compile(loss=zoo.loss())
+    return model, x, y
+
+
+def test_layer_normalisation_has_the_same_eigenvalues_everywhere():
+    model, x, y = with_layer(layers.LayerNormalization())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = analysis.hessian_eigenvalues(model, x, y, k=2)
@@ -250,7 +258,7 @@ def test_layer_normalisation_has_the_same_eigenvalues_everywhere():
 
 
 # From JAX and PyTorch.
-LAYER_NORMALISATION = [11.152575621043376, 5.293582515156625]
+LAYER_NORMALISATION = [8.372579420068526, 3.3169154043227786]
 
 
 class Once(layers.Layer):
@@ -317,10 +325,9 @@ def test_without_a_second_derivative_gradients_are_compared():
 
 
 def test_batch_normalisation_is_in_inference_mode_unless_asked():
-    model, x, y = zoo.build("convolution")
-    model.compile(loss=zoo.loss())
+    model, x, y = with_layer(layers.BatchNormalization())
     expected = model.evaluate(x, y, verbose=0)
-    with unchanged(model), Objective(model, x, y, batch_size=4) as objective:
+    with unchanged(model), Objective(model, x, y) as objective:
         loss = objective.loss(objective.weights)
     assert loss == pytest.approx(expected, rel=1e-5)
     options = {"batch_size": len(x), "training": True}
@@ -332,15 +339,13 @@ def test_batch_normalisation_is_in_inference_mode_unless_asked():
 
 
 def test_dropout_is_the_same_in_all_passes():
-    model, x, y = zoo.build("attention")
-    model.compile(loss=zoo.loss())
-    options = {"batch_size": 4, "training": True}
+    model, x, y = with_layer(layers.Dropout(0.5, seed=0))
+    options = {"batch_size": 5, "training": True}
     with unchanged(model), Objective(model, x, y, **options) as objective:
         one, two = (objective.loss(objective.weights) for _ in range(2))
         three, _ = objective.loss_and_gradients(objective.weights)
     assert one == two == pytest.approx(three, rel=1e-6)
-    with Objective(model, x, y, batch_size=4) as objective:
-        assert abs(objective.loss(objective.weights) - one) > 1e-4
+    assert abs(model.evaluate(x, y, verbose=0) - one) > 1e-3
 
 
 def test_the_loss_is_that_of_evaluate():
@@ -351,6 +356,7 @@ def test_the_loss_is_that_of_evaluate():
     expected = model.evaluate(
         x, y, sample_weight=sample_weight, batch_size=4, verbose=0, return_dict=True
     )
+    # The last batch has two rows.
     with Objective(model, x, y, sample_weight, batch_size=4) as objective:
         loss = objective.loss(objective.weights)
     assert loss == pytest.approx(expected["loss"], rel=1e-5)
@@ -424,9 +430,7 @@ def weights_of(model):
 def test_the_worst_case_of_one_step_is_where_sam_ascends_to(adaptive):
     model, x, y = tiny()
     with unchanged(model):
-        found = analysis.worst_case_sharpness(
-            model, x, y, rho=0.3, adaptive=adaptive, batch_size=4
-        )
+        found = analysis.worst_case_sharpness(model, x, y, rho=0.3, adaptive=adaptive)
     with Objective(model, x, y) as objective:
         loss, gradients = objective.loss_and_gradients(objective.weights)
         arms = ActiveArms([[0, 1, 2, 3]], [True], "float32")
@@ -464,8 +468,9 @@ def test_normalised_logits_ignore_their_scale():
     assert abs(measure() - before[1]) > 0.01
     # With the loss of the normalised logits at hand.
     logits = model.predict(x, verbose=0)
-    logits = logits / logits.std(axis=-1, keepdims=True)
-    with Objective(model, x, y, normalize_logits=True, batch_size=4) as objective:
+    logits -= logits.mean(axis=-1, keepdims=True)
+    logits /= np.linalg.norm(logits, axis=-1, keepdims=True)
+    with Objective(model, x, y, normalize_logits=True) as objective:
         loss = objective.loss(objective.weights)
     assert loss == pytest.approx(float(model.loss(y, logits)), rel=1e-5)
 
@@ -475,9 +480,7 @@ def test_the_average_case_of_a_quadratic_is_half_its_trace():
     minimum = y / np.diag(x)[:, None]
     model.set_weights([minimum.astype("float32")])
     with unchanged(model):
-        found = analysis.average_case_sharpness(
-            model, x, y, sigma=0.5, samples=100, batch_size=6
-        )
+        found = analysis.average_case_sharpness(model, x, y, sigma=0.5, samples=100)
     # Var(e . H e / 2) = sigma^4 / 2 * sum of the squared eigenvalues.
     error = (0.5**4 / 2 * np.sum(eigenvalues**2) / 100) ** 0.5
     assert found.error == pytest.approx(error, rel=0.4)

@@ -32,7 +32,7 @@ class Objective:
         training: bool, whether layers such as Dropout and BatchNormalization are in
             training mode. All passes then see the same dropout masks.
         normalize_logits: bool, whether the logits of each row are divided by their
-            standard deviation over the classes.
+            norm around their mean.
         verbose: 0 or 1, whether to show progress.
 
     Attributes:
@@ -222,15 +222,20 @@ def _dtype(tensor):
 
 
 def _normalize(logits):
-    """Divides logits by their standard deviation over the classes."""
+    """Divides logits by their norm around their mean over the classes.
+
+    As in the code of Andriushchenko et al., arXiv 2302.07011. Crossentropy does not
+    depend on the mean.
+    """
     shape = getattr(logits, "shape", ())
     if len(shape) < 2 or shape[-1] < 3:
         raise ValueError(
             "`normalize_logits=True` needs one output with the logits of at least "
-            "three classes: normalised logits of two are always 1 and -1. "
+            "three classes: normalised logits of two are always the same. "
             f"Received: outputs={logits!r}"
         )
-    return logits / ops.std(logits, axis=-1, keepdims=True)
+    centred = logits - ops.mean(logits, axis=-1, keepdims=True)
+    return centred / ops.norm(centred, axis=-1, keepdims=True)
 
 
 def _check(model, batch_size):

@@ -51,9 +51,9 @@ def worst_case_sharpness(
         steps: int, the number of ascent steps.
         adaptive: bool, whether the radius is relative to the weights.
         normalize_logits: bool, whether the logits of each row are divided by their
-            standard deviation over the classes. The result then does not depend on the
-            scale of the logits, by which a model can lower its loss without a change
-            of its predictions. Needs at least three classes.
+            norm around their mean over the classes. The result then does not depend on
+            the scale of the logits, by which a model can lower its loss without a
+            change of its predictions. Needs at least three classes.
         training: bool, whether Dropout and BatchNormalization are in training mode.
         batch_size: int, the rows of a batch. Ignored if `x` consists of batches.
         verbose: 0 or 1, whether to show progress.
