@@ -106,6 +106,9 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
         finite = ops.isfinite(ops.sqrt(sum(norms)))
         (finite,) = backend.concrete(ops.reshape(finite, (1,)))
 
+        batch, seen = backend.after_exchanges(
+            norms, ((x, y, sample_weight), outputs[:-1])
+        )
         # Nothing has been assigned so far. All assignments come last.
         with backend.after(outputs, gradients), atomic.put_back_metrics(model):
             if observed:
@@ -120,7 +123,7 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
                     observer.update_state(reading)
             with base_step.counted(finite):
                 logs = _update_metrics(
-                    model, x, y, sample_weight, *loss.record_metrics(outputs)
+                    model, *batch, *loss.record_metrics((*seen, outputs[-1]))
                 )
             with backend.after(logs):
                 with drawn:

@@ -150,6 +150,17 @@ class Backend:
         """
         return contextlib.nullcontext()
 
+    def after_exchanges(self, norms, tensors):
+        """Returns tensors whose exchanges come after those of the gradients.
+
+        Only several processes of JAX need it.
+
+        Args:
+            norms: List of scalar tensors that depend on all gradients.
+            tensors: Nested structure of tensors and `None`.
+        """
+        return tensors
+
     def concrete(self, mask):
         """Returns the entries of a boolean tensor of shape `(n,)`.
 

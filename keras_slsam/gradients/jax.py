@@ -24,6 +24,9 @@ from keras_slsam.gradients import passes
 from keras_slsam.gradients.interface import Backend
 from keras_slsam.gradients.interface import NoSecondDerivative
 
+# The bits of a NaN that no computation makes.
+_NEVER = 0x7FADBEEF
+
 
 class Passes(passes.Passes):
     """The passes on JAX, traced or with a known mask."""
@@ -65,17 +68,42 @@ class JaxBackend(Backend):
     Passes = Passes
 
     def check_devices(self, model, optimizer):
-        # XLA may execute exchanges in different conditions in another order in each
-        # process. On a CPU, gloo then pairs the wrong ones.
-        if jax.process_count() > 1:
+        processes = jax.process_count()
+        if processes == 1:
+            return
+        distribution = keras.distribution.distribution()
+        if not isinstance(distribution, keras.distribution.DataParallel):
             raise ValueError(
-                "Sharpness-aware steps in several processes of JAX are not supported "
-                f"yet. Received: {jax.process_count()} processes. Train in one "
-                "process, on all of its devices."
+                "Several processes of JAX must share a "
+                "`keras.distribution.DataParallel`. "
+                f"Received: {distribution} in {processes} processes. Call "
+                "`keras.distribution.set_distribution` with one before you create the "
+                "model."
+            )
+        # Two programs at once would confuse their exchanges.
+        if (
+            jax.default_backend() == "cpu"
+            and jax.config.values["jax_cpu_enable_async_dispatch"]
+        ):
+            raise ValueError(
+                "Several processes of JAX on CPUs must not dispatch programs "
+                "asynchronously, or their exchanges may be confused. Received: "
+                f"{processes} processes with jax_cpu_enable_async_dispatch=True. Call "
+                "`jax.config.update('jax_cpu_enable_async_dispatch', False)` before "
+                "`keras.distribution.initialize`."
             )
 
     def collect_state(self, model):
         model.jax_state_sync()
+
+    def after_exchanges(self, norms, tensors):
+        if jax.process_count() == 1:
+            return tensors
+        # A choice that XLA cannot simplify, because it depends on all gradients.
+        bits = jax.lax.bitcast_convert_type(sum(norms).astype("float32"), "int32")
+        return jax.tree.map(
+            lambda t: jnp.where(bits == _NEVER, jnp.zeros_like(t), t), tensors
+        )
 
     def concrete(self, mask):
         if isinstance(mask, jax.core.Tracer):

@@ -72,7 +72,30 @@ class Gradients(program.Program):
             effects=self._jaxpr.effects if part.arms == self._everyone else frozenset(),
         )
         work = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))
-        return work(*(values[v] for v in part.inputs))
+        made = work(*(values[v] for v in part.inputs))
+        if part.arms == self._everyone:
+            # The first condition waits for the loss.
+            scalars = [v for v in made if v.ndim == 0 and v.dtype.kind == "f"]
+            self._turn = sum((v.astype("float32") for v in scalars), self._turn)
+        return made
+
+    def evaluate(self, parts, values, before=None):
+        self._turn = jnp.zeros((), "float32")
+        return super().evaluate(parts, values, before)
+
+    def choose(self, active, work, skip):
+        if jax.process_count() == 1:
+            return super().choose(active, work, skip)
+        # All processes must make their exchanges in one order. On a CPU, XLA may start
+        # a condition before the exchange in the previous one, unless it reads a number
+        # that the previous one returns.
+        made, self._turn = jax.lax.cond(
+            active,
+            lambda turn: (work(), turn + 1),
+            lambda turn: (skip(), turn),
+            self._turn,
+        )
+        return made
 
     def zeros(self, part, work):
         return [jnp.zeros(v.aval.shape, v.aval.dtype) for v in part.outputs]

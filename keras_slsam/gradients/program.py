@@ -67,17 +67,34 @@ class Program:
         """
         raise NotImplementedError
 
+    def choose(self, active, work, skip):
+        """Returns what `work()` returns if `active`, else what `skip()` returns.
+
+        Args:
+            active: Scalar boolean tensor.
+            work: Function without arguments.
+            skip: Function without arguments, with a result of the same structure.
+        """
+        return ops.cond(active, work, skip)
+
     def first(self, weights):
         """Returns the outputs at `weights`, zero where their arm is inactive."""
-        self._values = self._evaluate(self._parts, self.given(weights))
+        self._values = self.evaluate(self._parts, self.given(weights))
         return self._results(self._values)
 
     def second(self, weights):
         """Returns the outputs at other values of the active weights."""
         given = {**self.given(weights), **{v: self._values[v] for v in self._kept}}
-        return self._results(self._evaluate(self._parts_again, given, self._values))
+        return self._results(self.evaluate(self._parts_again, given, self._values))
 
-    def _evaluate(self, parts, values, before=None):
+    def evaluate(self, parts, values, before=None):
+        """Adds parts to the current trace, and returns `values` with what they make.
+
+        Args:
+            parts: List of `partition.Part`s in topological order.
+            values: Dict from the inputs to tensors.
+            before: Dict from the values of the first pass to tensors, in the second.
+        """
         sets = [part.arms for part in parts if part.arms != self._everyone]
         wanted = dict(zip(sets, self._any_active(sets)))
         for part in parts:
@@ -90,7 +107,7 @@ class Program:
                     # Reuse the zero gradient of the first pass for a single arm.
                     zeros = [before[value] for value in part.outputs]
                     skip = functools.partial(list, zeros)
-                made = ops.cond(wanted[part.arms], work, skip)
+                made = self.choose(wanted[part.arms], work, skip)
             values.update(zip(part.outputs, made))
         return values
 
