@@ -1,6 +1,6 @@
-"""Trains on four virtual devices of JAX.
+"""Trains on four virtual devices of JAX, in one process or in two.
 
-python jax_devices.py FOLDER
+python jax_devices.py FOLDER, with RANK, WORLD_SIZE and MASTER_PORT
 """
 
 import os
@@ -8,8 +8,10 @@ import pathlib
 import re
 import sys
 
+PROCESSES = int(os.environ["WORLD_SIZE"])
 os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    f"--xla_force_host_platform_device_count={4 // PROCESSES**2} "
+    "--xla_backend_optimization_level=0"
 )
 
 import jax  # noqa: E402
@@ -20,6 +22,13 @@ from jax.sharding import PartitionSpec  # noqa: E402
 from keras import distribution  # noqa: E402
 
 import keras_slsam  # noqa: E402
+
+
+def initialize():
+    """Makes this one of several processes, with a device each."""
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    address = f"127.0.0.1:{os.environ['MASTER_PORT']}"
+    distribution.initialize(address, PROCESSES, processes.RANK)
 
 
 def distribute(kind):
@@ -38,20 +47,27 @@ def distribute(kind):
     return chosen.device_mesh.backend_mesh
 
 
-def reduced_bytes(model, mesh):
-    """Returns the bytes that devices exchange inside and outside of conditions."""
+def compiled_step(model, mesh):
+    """Returns the text of the program of a step, in the order of its execution."""
     by_batch = NamedSharding(mesh, PartitionSpec("batch"))
-    data = [jax.device_put(part, by_batch) for part in processes.part_of_batch(0)]
+    data = [
+        jax.make_array_from_process_local_data(by_batch, part)
+        for part in processes.part_of_batch(0)
+    ]
     state = keras_slsam.get_state(model, model.optimizer)
 
     def step(state, data):
         return keras_slsam.stateless_step(model, model.optimizer, state, data)
 
-    text = jax.jit(step).lower(state, tuple(data)).compile().as_text()
+    return jax.jit(step).lower(state, tuple(data)).compile().as_text()
+
+
+def computations(text):
+    """Returns the lines of each computation, and the names that each one calls."""
     lines, calls, branches, name = {}, {}, set(), None
     for line in text.splitlines():
-        if begin := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-            name = begin[1]
+        if begin := re.match(r"(?:(ENTRY) )?%?([\w.\-]+) \(.*\{$", line):
+            name = begin[1] or begin[2]
             lines[name], calls[name] = [], set()
         elif name:
             found = re.findall(r"(?:to_apply|calls|body)=%?([\w.\-]+)", line)
@@ -61,13 +77,24 @@ def reduced_bytes(model, mesh):
             lines[name].append(line)
             calls[name].update(found + of_condition)
             branches.update(of_condition)
-    inside, todo = set(), list(branches)
+    return lines, calls, branches
+
+
+def called_by(names, calls):
+    """Returns the computations, and all that they call."""
+    found, todo = set(), list(names)
     while todo:
         name = todo.pop()
-        if name not in inside:
-            inside.add(name)
+        if name not in found:
+            found.add(name)
             todo += calls.get(name, ())
-    totals = {True: 0, False: 0}
+    return found
+
+
+def reduced_bytes(text):
+    """Returns the bytes that devices exchange inside and outside of conditions."""
+    lines, calls, branches = computations(text)
+    inside, totals = called_by(branches, calls), {True: 0, False: 0}
     for name, each in lines.items():
         for line in each:
             if found := re.search(r"= (.*?) all-reduce(?:-start)?\(", line):
@@ -77,24 +104,59 @@ def reduced_bytes(model, mesh):
     return totals[True], totals[False]
 
 
+def waits(text):
+    """Returns whether what exchanges in a step waits for the condition before it.
+
+    One bool for each condition that exchanges, except the last one.
+    """
+    lines, calls, _ = computations(text)
+    exchanging = {
+        name
+        for name in lines
+        if any(
+            "all-reduce(" in line for n in called_by([name], calls) for line in lines[n]
+        )
+    }
+    before, pending, found = {}, None, []
+    for line in lines["ENTRY"]:
+        if not (begin := re.match(r"\s*(?:ROOT )?%([\w.\-]+) = (.*)", line)):
+            continue
+        name, right = begin.groups()
+        names = re.findall(r"%([\w.\-]+)", right)
+        before[name] = set().union(*({n} | before[n] for n in names if n in before))
+        if "all-reduce(" in right or exchanging.intersection(names):
+            if pending:
+                found.append(pending in before[name])
+            pending = name if " conditional(" in right else None
+    return found
+
+
 def train(folder, kind, methods):
     mesh = distribute(kind)
     for method in methods:
-        model = processes.make_model(method)
+        model = processes.make_model(method, seed=0)
         found = processes.train(model)
-        sharded = [
+        found["sharded"] = [
             variable.path
             for variable in model.optimizer.variables
             if "model" in variable.value.sharding.spec
         ]
         if kind == "data 2":
-            found["reduced"] = reduced_bytes(model, mesh)
-        name = f"{kind}-{method}.npz"
-        np.savez(folder / name, sharded=sharded, size=model.count_params(), **found)
+            found["reduced"] = reduced_bytes(compiled_step(model, mesh))
+            found["size"] = model.count_params()
+        if kind == "processes":
+            model.compile(model.optimizer, model.loss, metrics=["accuracy"])
+            model.train_on_batch(*processes.part_of_batch(0))
+            found["waits"] = waits(compiled_step(model, mesh))
+        np.savez(folder / f"{kind}-{method}-{processes.RANK}.npz", **found)
 
 
 if __name__ == "__main__":
     folder = pathlib.Path(sys.argv[1])
-    train(folder, "data 2", processes.METHODS)
-    train(folder, "model", ["slsam", "sl+s2"])
-    train(folder, "data 4", ["slsam"])
+    if PROCESSES > 1:
+        initialize()
+        train(folder, "processes", ["slsam", "sl+s2"])
+    else:
+        train(folder, "data 2", processes.METHODS)
+        train(folder, "model", ["slsam", "sl+s2"])
+        train(folder, "data 4", ["slsam"])

@@ -29,7 +29,7 @@ RANK = int(os.environ.get("RANK", 0))
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 
 
-def make_model(method):
+def make_model(method, seed=RANK):
     tokens = keras.Input((6,), dtype="int32")
     x = layers.Embedding(13, 8)(tokens)
     x = layers.LayerNormalization()(x + layers.MultiHeadAttention(2, 4)(x, x))
@@ -39,7 +39,7 @@ def make_model(method):
     rng = np.random.default_rng(0)
     for variable in model.trainable_variables:
         variable.assign(rng.normal(size=variable.shape) / np.sqrt(variable.shape[0]))
-    keras.utils.set_random_seed(RANK)  # a sampler without a seed draws one
+    keras.utils.set_random_seed(seed)  # a sampler without a seed draws one
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     base = keras.optimizers.AdamW(1e-3)
     model.compile(optimizer=METHODS[method](base), loss=loss)

@@ -43,12 +43,23 @@ def test_devices_take_the_steps_of_one(tmp_path):
     alone = {method: processes.alone(method) for method in processes.METHODS}
     for kind, methods in KINDS.items():
         for method in methods:
-            found = np.load(tmp_path / f"{kind}-{method}.npz")
+            found = np.load(tmp_path / f"{kind}-{method}-0.npz")
             processes.assert_same(found, alone[method], 1e-5)
             if kind == "data 2":
                 assert_inactive_arms_are_not_exchanged(method, found)
             if kind == "model":
                 assert_state_is_sharded_like_its_weights(method, found)
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path):
+    processes.run(2, SCRIPT, tmp_path, timeout=300)
+    for method in ("slsam", "sl+s2"):
+        expected = processes.alone(method)
+        for rank in range(2):
+            found = np.load(tmp_path / f"processes-{method}-{rank}.npz")
+            processes.assert_same(found, expected, 1e-5)
+            # The exchanges have one order, which does not depend on timing.
+            assert len(found["waits"]) > 5 and found["waits"].all()
 
 
 def test_the_example():

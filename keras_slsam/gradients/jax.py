@@ -24,9 +24,6 @@ from keras_slsam.gradients import passes
 from keras_slsam.gradients.interface import Backend
 from keras_slsam.gradients.interface import NoSecondDerivative
 
-# The bits of a NaN that no computation makes.
-_NEVER = 0x7FADBEEF
-
 
 class Passes(passes.Passes):
     """The passes on JAX, traced or with a known mask."""
@@ -99,11 +96,8 @@ class JaxBackend(Backend):
     def after_exchanges(self, norms, tensors):
         if jax.process_count() == 1:
             return tensors
-        # A choice that XLA cannot simplify, because it depends on all gradients.
-        bits = jax.lax.bitcast_convert_type(sum(norms).astype("float32"), "int32")
-        return jax.tree.map(
-            lambda t: jnp.where(bits == _NEVER, jnp.zeros_like(t), t), tensors
-        )
+        known = jax_graph.is_known(sum(norms))
+        return jax.tree.map(lambda t: jnp.where(known, t, jnp.zeros_like(t)), tensors)
 
     def concrete(self, mask):
         if isinstance(mask, jax.core.Tracer):
