@@ -144,7 +144,7 @@ def train(folder, kind, methods):
         if kind == "data 2":
             found["reduced"] = reduced_bytes(compiled_step(model, mesh))
             found["size"] = model.count_params()
-        if kind == "processes":
+        if kind == "processes" and method == "slsam":
             model.compile(model.optimizer, model.loss, metrics=["accuracy"])
             model.train_on_batch(*processes.part_of_batch(0))
             found["waits"] = waits(compiled_step(model, mesh))

@@ -58,8 +58,9 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
         for rank in range(2):
             found = np.load(tmp_path / f"processes-{method}-{rank}.npz")
             processes.assert_same(found, expected, 1e-5)
-            # The exchanges have one order, which does not depend on timing.
-            assert len(found["waits"]) > 5 and found["waits"].all()
+            if method == "slsam":
+                # The exchanges have one order, which does not depend on timing.
+                assert len(found["waits"]) > 20 and found["waits"].all()
 
 
 def test_the_example():

@@ -175,3 +175,10 @@ def test_moments_have_the_expected_name():
     _, graph = types_of(lambda x: tf.nn.moments(x, [-1]), tf.TensorSpec([2, 3]))
     found = [op.type for op in graph.get_operations() if names.STOPPED_MEAN in op.name]
     assert found == ["StopGradient"]
+
+
+@on_jax
+def test_whether_jax_dispatches_asynchronously_can_be_read():
+    import jax
+
+    assert jax.config.values["jax_cpu_enable_async_dispatch"] in (True, False)

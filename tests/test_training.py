@@ -395,12 +395,20 @@ def test_random_numbers_of_python_and_numpy():
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="others: test_errors")
-def test_several_processes_are_refused(monkeypatch):
+def test_several_processes_need_a_shared_distribution(monkeypatch):
     import jax
 
     model, x, y = compiled("dense", keras_slsam.SAM("sgd"))
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ValueError, match="Received: 2 processes"):
+    with pytest.raises(ValueError, match="Received: None in 2 processes"):
+        model.train_on_batch(x, y)
+    shared = keras.distribution.DataParallel(auto_shard_dataset=False)
+    monkeypatch.setattr(keras.distribution, "distribution", lambda: shared)
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    with pytest.raises(ValueError, match="jax_cpu_enable_async_dispatch=True"):
+        model.train_on_batch(x, y)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 2)
+    with pytest.raises(ValueError, match="Received: 2 devices"):
         model.train_on_batch(x, y)
 
 

@@ -77,18 +77,8 @@ class JaxBackend(Backend):
                 "`keras.distribution.set_distribution` with one before you create the "
                 "model."
             )
-        # Two programs at once would confuse their exchanges.
-        if (
-            jax.default_backend() == "cpu"
-            and jax.config.values["jax_cpu_enable_async_dispatch"]
-        ):
-            raise ValueError(
-                "Several processes of JAX on CPUs must not dispatch programs "
-                "asynchronously, or their exchanges may be confused. Received: "
-                f"{processes} processes with jax_cpu_enable_async_dispatch=True. Call "
-                "`jax.config.update('jax_cpu_enable_async_dispatch', False)` before "
-                "`keras.distribution.initialize`."
-            )
+        if jax.default_backend() == "cpu":
+            _check_cpus()
 
     def collect_state(self, model):
         model.jax_state_sync()
@@ -152,3 +142,24 @@ class JaxBackend(Backend):
             return jax.jvp(gradient, (weights,), (vectors,))[1]
         except (NotImplementedError, TypeError, ValueError) as error:
             raise NoSecondDerivative(str(error)) from error
+
+
+def _check_cpus():
+    """Raises a `ValueError` where processes on CPUs could wait for each other."""
+    devices = jax.local_device_count()
+    if devices > 1:
+        # All devices of a process share a few threads, which block in an exchange.
+        raise ValueError(
+            "In several processes of JAX on CPUs, each process must have one device, "
+            "or its devices may wait for each other forever. Received: "
+            f"{devices} devices in this process. Start one process per device, or one "
+            "process with all devices."
+        )
+    if jax.config.values["jax_cpu_enable_async_dispatch"]:
+        # Exchanges of two programs must not mix.
+        raise ValueError(
+            "In several processes of JAX on CPUs, programs must run one at a time. "
+            "Received: jax_cpu_enable_async_dispatch=True. Call "
+            "`jax.config.update('jax_cpu_enable_async_dispatch', False)` before "
+            "`keras.distribution.initialize`."
+        )
