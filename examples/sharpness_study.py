@@ -131,6 +131,7 @@ def run(method, seed, train, test, args):
     model = compiled_model(method, x.shape[1:], classes, seed, args)
     start = time.perf_counter()
     if "accuracy" in record:
+        model.optimizer.build(model.trainable_variables)  # it is in the file, too
         model.load_weights(weights)
     else:
         print(f"{name}: training", flush=True)

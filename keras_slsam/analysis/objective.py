@@ -132,7 +132,8 @@ class Objective:
         length = norm(vectors)
         if length == 0.0:
             return [ops.zeros_like(v) for v in vectors]
-        step = np.finfo(_dtype(self.weights[0])).eps ** (1 / 3)
+        dtype = keras.backend.standardize_dtype(self.weights[0].dtype)
+        step = np.finfo("float64" if dtype == "float64" else "float32").eps ** (1 / 3)
         gradients = [
             self.loss_and_gradients(add(self.weights, vectors, sign * step / length))[1]
             for sign in (1, -1)
@@ -212,13 +213,9 @@ def unflatten(vector, like):
     """
     ends = np.cumsum([int(np.prod(w.shape)) for w in like])
     return [
-        ops.convert_to_tensor(part.reshape(w.shape).astype(_dtype(w)))
+        ops.convert_to_tensor(part.reshape(w.shape), dtype=w.dtype)
         for part, w in zip(np.split(vector, ends[:-1]), like)
     ]
-
-
-def _dtype(tensor):
-    return keras.backend.standardize_dtype(tensor.dtype)
 
 
 def _normalize(logits):
