@@ -322,7 +322,7 @@ def _arrays(tensors):
 
 
 def _flat(arrays):
-    return np.concatenate([np.ravel(a) for a in arrays]).astype("float64")
+    return np.concatenate([np.ravel(a) for a in arrays], dtype="float64")
 
 
 def _like(owner, name, weights, origin):

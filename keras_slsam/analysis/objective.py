@@ -201,7 +201,7 @@ def norm(vectors):
 def flatten(tensors):
     """Returns a list of tensors as one vector, a float64 array."""
     arrays = [np.ravel(ops.convert_to_numpy(t)) for t in tensors]
-    return np.concatenate(arrays).astype("float64")
+    return np.concatenate(arrays, dtype="float64")
 
 
 def unflatten(vector, like):

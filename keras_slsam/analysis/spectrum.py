@@ -107,7 +107,8 @@ def hessian_eigenvalues(
     """Computes eigenvalues of the Hessian of the loss over a whole data set.
 
     The largest one is the curvature in the steepest direction. The cost is some dozens
-    of products with the Hessian, each about two gradients of the whole data set.
+    of products with the Hessian, each about two gradients of the whole data set, and
+    memory for about 25 vectors of the size of the weights in float64.
 
     Where an operation has no second derivative, the products are central differences of
     gradients. This is said by a warning, and in the result. On TensorFlow this holds
@@ -367,9 +368,13 @@ def _eigenvalues(hessian, k, which, tol, seed):
     # ARPACK's tolerance is relative to each value, so it would not end at those that
     # are zero up to rounding. It sees them shifted.
     shift = largest if which == "LA" else -largest
-    operator = linalg.LinearOperator(
-        (size, size), matvec=lambda v: hessian(v) + shift * v.ravel(), dtype="float64"
-    )
+
+    def shifted(vector):
+        product = hessian(vector)
+        product += shift * vector.ravel()
+        return product
+
+    operator = linalg.LinearOperator((size, size), matvec=shifted, dtype="float64")
     values = linalg.eigsh(
         operator, k, which=which, v0=start, tol=tol, return_eigenvectors=False
     )
