@@ -20,6 +20,7 @@ from benchmarks import report
 from benchmarks import scale
 from benchmarks import step_time
 from benchmarks.__main__ import main
+from keras_slsam.analysis.plots import color_of
 
 BACKEND = keras.config.backend()
 SMALL = "--model dense --layers 2 --width 8 --batch 4 --rounds 2 --steps 2".split()
@@ -83,7 +84,7 @@ def test_time_and_its_report(tmp_path):
     assert f"| SL-SAM block | {row['mean']:.4f} |" in text
     assert f"{ratio['of_means']:.3f} ±" in text
     # The color of a backend does not depend on the other backends.
-    own = {"jax": "#1f77b4", "tensorflow": "#ff7f0e", "torch": "#2ca02c"}
+    own = {name: color_of(name).lower() for name in report.BACKENDS}
     colors = {color for color in own.values() if color in picture.read_text()}
     assert colors == {own[BACKEND]}
 

@@ -281,7 +281,11 @@ def _heat_map(owner, logger, key, label, ax):
     steps = [record["step"] for record in logger.records]
     edges = [0, *steps] if steps[0] > 0 else range(len(steps) + 1)
     image = ax.pcolormesh(
-        edges, np.arange(len(names) + 1) - 0.5, np.array(values).T, cmap=_MAP
+        edges,
+        np.arange(len(names) + 1) - 0.5,
+        np.array(values).T,
+        cmap=_MAP,
+        rasterized=True,  # a vector picture would have lines between the cells
     )
     image.set_clim(0, 1)
     ax.invert_yaxis()
