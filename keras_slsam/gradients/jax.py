@@ -156,7 +156,7 @@ def _check_cpus():
             "process with all devices."
         )
     if jax.config.values["jax_cpu_enable_async_dispatch"]:
-        # Else exchanges of two programs may run at once, and gloo knows only their order.
+        # Else two programs may exchange at once, and gloo knows only the order.
         raise ValueError(
             "In several processes of JAX on CPUs, programs must run one at a time. "
             "Received: jax_cpu_enable_async_dispatch=True. Call "
