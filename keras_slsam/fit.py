@@ -12,6 +12,9 @@ from keras_slsam import stateless
 from keras_slsam import training
 from keras_slsam.gradients import backend
 
+# The number of train functions of a model that are kept, with different observers.
+_MOST_VERSIONS = 4
+
 
 class SAMTrainStep:
     """Gives a custom model class the sharpness-aware train step.
@@ -169,6 +172,8 @@ def _make(model, keras_make, force):
     key = optimizer, *observers.of(model)
     # A function that was compiled with `rho` > 0 has no condition for the second pass.
     if key not in versions or (versions[key].always_ascends and not always_ascends):
+        while len(versions) >= _MOST_VERSIONS:
+            versions.pop(next(iter(versions)))  # the oldest
         versions[key] = _made(model, keras_make, optimizer, scaler)
         versions[key].always_ascends = always_ascends
         versions[key].versions = versions

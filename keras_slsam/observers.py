@@ -84,7 +84,8 @@ def attach(model, observer):
     """
     # The list of the model's own metrics has no public name. A metric that is set as an
     # attribute of the model could not be removed again.
-    model._metrics.append(observer)
+    if observer not in of(model):  # an interrupted training left it there
+        model._metrics.append(observer)
 
 
 def detach(model, observer):

@@ -600,3 +600,15 @@ def test_the_extra_is_named_if_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.sparse.linalg", None)
     with pytest.raises(ImportError, match=r"pip install keras-slsam\[analysis\]"):
         analysis.hessian_eigenvalues(model, x, y)
+
+
+def test_a_loss_that_is_not_finite_is_not_flat():
+    model, x, y = tiny()
+    model.layers[0].kernel.assign(np.full(model.layers[0].kernel.shape, np.nan))
+    assert np.isnan(analysis.worst_case_sharpness(model, x, y))
+
+
+def test_a_generator_is_refused():
+    model, x, y = tiny()
+    with pytest.raises(ValueError, match="can be read only once"):
+        analysis.worst_case_sharpness(model, ((x, y) for _ in range(2)))

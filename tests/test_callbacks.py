@@ -13,6 +13,7 @@ import keras_slsam
 from keras_slsam import observers
 from keras_slsam.callbacks import ArmLogger
 from keras_slsam.callbacks import SharpnessLogger
+from keras_slsam.callbacks import TrajectoryLogger
 
 ROWS, BATCH = 24, 4
 STEPS = ROWS // BATCH
@@ -332,3 +333,49 @@ def test_both_with_mixed_precision_and_an_unbuilt_model():
     assert history["sharpness"][0] > 0
     close(logger.records[0]["active"], 1.0)
     assert len(logger.names) == 2
+
+
+def test_a_logger_goes_on_after_a_new_compile():
+    model, logger, sharpness = make(replayed()), ArmLogger(), SharpnessLogger(data())
+    fit(model, logger, sharpness)
+    model.layers[0].trainable = False
+    model.compile(keras_slsam.SAM("sgd"), "mse")
+    fit(model, logger, sharpness)
+    close(logger.records[-1]["active"], [1.0, 1.0])
+    model.compile("sgd", "mse")
+    assert set(fit(model, sharpness)) == {"loss", "val_sharpness"}
+    assert not observers.of(model)
+
+
+def test_an_epoch_without_an_ascent_has_no_sharpness():
+    model = make(keras_slsam.SAM("sgd", rho=0.0))
+    assert np.isnan(fit(model, SharpnessLogger())["sharpness"])
+
+
+def test_a_model_with_its_own_train_step():
+    class Own(keras.Sequential):
+        def train_step(self, *args):
+            if keras.config.backend() == "jax":
+                return keras_slsam.stateless_step(self, self.optimizer, *args)
+            return keras_slsam.step(self, self.optimizer, *args)
+
+    model = Own([keras.Input((zoo.WIDTH,)), keras.layers.Dense(2)])
+    model.compile(keras_slsam.SAM("sgd", rho=0.3), "mse", jit_compile=False)
+    fit(model)
+    logger = ArmLogger()
+    assert fit(model, SharpnessLogger(), logger)["sharpness"][0] > 0
+    close(logger.records[0]["active"], 1.0)
+
+
+def test_old_train_functions_are_not_kept():
+    model = make(keras_slsam.SAM("sgd"))
+    for _ in range(4):
+        fit(model, SharpnessLogger())
+    assert len(model.train_function.versions) <= 4
+
+
+@pytest.mark.parametrize("kwargs", COMPILED)
+def test_a_trajectory_counts_steps(kwargs):
+    way = TrajectoryLogger(every=3)
+    fit(make(keras_slsam.SAM("sgd"), **kwargs), way, epochs=2)
+    assert way.steps == [0, 3, 6, 9, 12]

@@ -66,7 +66,8 @@ class Plane:
         Args:
             trajectory: List of lists of arrays, each the trainable weights at one time,
                 or a `TrajectoryLogger`. The coordinates of the latter have a random
-                error, at most `sqrt(2 / dimensions)` of the distance from the origin.
+                error, whose standard deviation is at most `sqrt(2 / dimensions)` of
+                the distance from the origin.
 
         Returns:
             Array of shape `(n, 2)`, the coordinates.

@@ -57,7 +57,7 @@ class Objective:
     ):
         _check(model, batch_size)
         self.model, self.variables = model, model.trainable_variables
-        self.method = EXACT
+        self.method, self._reads_weights = EXACT, False
         self._batches = _batches(model, x, y, sample_weight, batch_size)
         self._options = {"training": training}
         if normalize_logits:
@@ -111,6 +111,11 @@ class Objective:
         Returns:
             List of tensors like the weights.
         """
+        if not self._reads_weights:
+            # Refuses layers that read weights where they cannot be replaced. On
+            # PyTorch a product would be wrong without an error.
+            self.loss_and_gradients(self.weights)
+            self._reads_weights = True
         if self.method == EXACT:
             try:
                 return self._mean(
@@ -158,6 +163,12 @@ class Objective:
             rows += count
             self._seen += 1
             self._bar.update(self._seen)
+        if totals is None:
+            raise ValueError(
+                "Argument `x` gave no batches. A generator can be read only once: pass "
+                "arrays, a `tf.data.Dataset`, a `DataLoader` or a `PyDataset`. "
+                "Received: an empty iteration."
+            )
         return [total / rows for total in totals]
 
 
@@ -268,7 +279,8 @@ def _batches(model, x, y, sample_weight, batch_size):
     unpack = keras.utils.unpack_x_y_sample_weight
     # Tasks of KerasHub take raw data, and expect it preprocessed in `call`.
     prepare = getattr(model, "preprocess_samples", keras.utils.pack_x_y_sample_weight)
-    if y is None and not isinstance(x, (np.ndarray, dict, list, tuple)):
+    arrays = (np.ndarray, dict, list, tuple)
+    if y is None and not (ops.is_tensor(x) or isinstance(x, arrays)):
         if isinstance(x, keras.utils.PyDataset):
             batches = lambda: (x[i] for i in range(len(x)))  # noqa: E731
         else:

@@ -111,7 +111,7 @@ def worst_case(objective, *, rho, steps, adaptive):
         s = [factor * v for v in s]
         weights = _moved(objective.weights, scales, s)
     found.append(objective.loss(weights))
-    return max(found) - found[0]
+    return float(np.max(found)) - found[0]  # nan if one of them is
 
 
 def average_case_sharpness(
@@ -248,7 +248,7 @@ def accuracy_under_noise(
     """
     owner = "accuracy_under_noise"
     levels = [float(level) for level in levels]
-    if not levels or min(levels) < 0:
+    if not levels or not all(level >= 0 for level in levels):
         raise ValueError(
             f"Argument `levels` of `{owner}` must be numbers >= 0, at least one. "
             f"Received: levels={levels}"

@@ -7,6 +7,7 @@ import re
 import numpy as np
 from keras import ops
 
+from keras_slsam import arguments
 from keras_slsam import training
 from keras_slsam.callbacks import tensorboard
 from keras_slsam.callbacks.observing import Observing
@@ -89,13 +90,13 @@ class ArmLogger(Observing):
                 "`ArmLogger` needs an optimizer of keras_slsam, which has arms. "
                 f"Received: optimizer={self.model.optimizer!r}"
             )
-        self._observe(_ArmSums, "arm_sums")
-        self._weights = self._read_weights()
         if self._filename is not None and not self.records:
             with open(self._filename, "w", newline="") as file:
                 csv.writer(file).writerow(_COLUMNS)
         if self._log_dir is not None and self._writer is None:
             self._writer = tensorboard.Writer(self._log_dir)
+        self._weights = self._read_weights()
+        self._observe(_ArmSums, "arm_sums")
 
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch, self._seen = epoch, 0
@@ -117,6 +118,8 @@ class ArmLogger(Observing):
 
     def _record(self):
         optimizer = self._optimizer
+        if not self._observer.variables:
+            return  # the model has no trainable weights
         sums = ops.convert_to_numpy(self._observer.sums).astype("float64")
         active, norms, steps = sums - self._before
         if not steps[0]:
@@ -169,7 +172,8 @@ class _ArmSums(Observer):
     """
 
     def build(self, num_arms):
-        self.sums = self.add_variable((3, num_arms), "zeros", name="sums")
+        dtype = arguments.float_dtype()
+        self.sums = self.add_variable((3, num_arms), "zeros", dtype=dtype, name="sums")
 
     def update_state(self, reading):
         norms = ops.where(reading.active, reading.norms, 0.0)

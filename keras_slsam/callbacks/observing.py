@@ -11,7 +11,7 @@ class Observing(keras.callbacks.Callback):
 
     def __init__(self):
         super().__init__()
-        self._observer = None
+        self._observer = self._observed = None
 
     @property
     def _optimizer(self):
@@ -25,21 +25,28 @@ class Observing(keras.callbacks.Callback):
             name: String, its name.
         """
         # The same object in each `fit`, so that the step is compiled once for it.
-        self._observer = self._observer or kind(name=name)
+        if self._observed is not self._optimizer:
+            self._observer, self._observed = kind(name=name), self._optimizer
         observers.attach(self.model, self._observer)
         observers.build(self.model, self._optimizer)
-        self.model.make_train_function(force=None)
+        # A model with a `train_step` of its own has Keras' function, which is traced.
+        has_versions = hasattr(self.model.train_function, "versions")
+        self.model.make_train_function(force=None if has_versions else True)
+
+    def _pause(self):
+        """Detaches the observer, and returns whether it was attached."""
+        attached = self._observer in observers.of(self.model)
+        if attached:
+            observers.detach(self.model, self._observer)
+        return attached
 
     def on_train_end(self, logs=None):
-        if self._observer is not None:
-            observers.detach(self.model, self._observer)
+        self._pause()
 
     # An evaluation during training would reset the observer, and log it as `val_...`.
 
     def on_test_begin(self, logs=None):
-        self._paused = self._observer in observers.of(self.model)
-        if self._paused:
-            observers.detach(self.model, self._observer)
+        self._paused = self._pause()
 
     def on_test_end(self, logs=None):
         if self._paused:

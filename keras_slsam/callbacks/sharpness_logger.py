@@ -20,7 +20,7 @@ class SharpnessLogger(Observing):
     that had an ascent is in the logs as `"sharpness"`: in the progress bar, in
     `History`, and for `EarlyStopping(mode="min")`. It belongs to the `rho` of each
     step, and to small batches in training mode. So compare it between epochs, not
-    between methods.
+    between methods. It is nan if no step of the epoch had an ascent.
 
     With `validation_data`, `"val_sharpness"` is measured at the end of an epoch by
     `keras_slsam.analysis.worst_case_sharpness`, on all of these data and with any
@@ -73,7 +73,8 @@ class SharpnessLogger(Observing):
             "steps": checks.positive_int(owner, "steps", steps),
             "adaptive": adaptive,
         }
-        self._data, self._batch_size = None, batch_size
+        self._data = None
+        self._batch_size = checks.positive_int(owner, "batch_size", batch_size)
         if validation_data is not None:
             self._data = keras.utils.unpack_x_y_sample_weight(validation_data)
 
@@ -118,4 +119,7 @@ class _MeanGain(Observer):
         self.rows.assign_add(rows)
 
     def result(self):
-        return ops.divide_no_nan(self.total, self.rows)
+        if not self.variables:  # the model has no trainable weights
+            return {}
+        mean = ops.divide_no_nan(self.total, self.rows)
+        return ops.where(self.rows > 0, mean, float("nan"))

@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 
+from keras_slsam.analysis import checks
 from keras_slsam.analysis import plots
 
 _INSTALL = (
@@ -26,6 +27,7 @@ class Writer:
             from tensorboard.summary.writer import event_file_writer
         except ImportError as error:
             raise ImportError(_INSTALL) from error
+        checks.need("matplotlib.figure")
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         self._file = event_file_writer.EventFileWriter(str(log_dir))
 

@@ -17,9 +17,10 @@ class TrajectoryLogger(keras.callbacks.Callback):
     with a standard deviation of at most `sqrt(2 / dimensions)` of the distance from the
     plane's origin. With 4096 dimensions these are 2 percent.
 
-    A record is made at the start of the training too. A training that goes on with the
-    same logger continues the records. To the start and the end of a way belong the full
-    weights, `start`, and the weights of the trained model.
+    A record is made at the start of the training too, if the model is built then. A
+    training that goes on with the same logger continues the records. To the start and
+    the end of a way belong the full weights, `start`, and the weights of the trained
+    model.
 
     Args:
         every: `"epoch"`, or int, the number of steps between two records.
@@ -73,9 +74,13 @@ class TrajectoryLogger(keras.callbacks.Callback):
         if self.start is None and self.model.built:
             self._record()
 
+    def on_epoch_begin(self, epoch, logs=None):
+        self._epoch_start = self._step
+
     def on_train_batch_end(self, batch, logs=None):
-        self._step += 1
-        if self._every != "epoch" and self._step % self._every == 0:
+        # Called once per execution, of `steps_per_execution` steps.
+        before, self._step = self._step, self._epoch_start + batch + 1
+        if self._every != "epoch" and self._step // self._every > before // self._every:
             self._record()
 
     def on_epoch_end(self, epoch, logs=None):

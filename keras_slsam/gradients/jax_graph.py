@@ -75,7 +75,9 @@ class Gradients(program.Program):
         made = work(*(values[v] for v in part.inputs))
         if part.arms == self._everyone and jax.process_count() > 1:
             # The first condition waits for the loss.
-            scalars = [v for v in made if v.ndim == 0 and v.dtype.kind == "f"]
+            scalars = [
+                v for v in made if v.ndim == 0 and jnp.issubdtype(v.dtype, jnp.floating)
+            ]
             self._turn = sum((v.astype("float32") for v in scalars), self._turn)
         return made
 

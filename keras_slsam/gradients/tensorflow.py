@@ -202,10 +202,14 @@ def _refuse_moments():
     It stops the gradient at the mean. That does not change the first derivative, but
     the second would be wrong without an error.
     """
-    for op in tf.compat.v1.get_default_graph().get_operations():
-        if names.STOPPED_MEAN in op.name:
+    if tf.executing_eagerly():
+        raise NoSecondDerivative("whether there is one cannot be seen in eager code")
+    graph = tf.compat.v1.get_default_graph().as_graph_def()
+    called = (node for f in graph.library.function for node in f.node_def)
+    for node in (*graph.node, *called):
+        if names.STOPPED_MEAN in node.name:
             raise NoSecondDerivative(
-                f"`tf.nn.moments` stops the gradient of the mean, in {op.name!r}"
+                f"`tf.nn.moments` stops the gradient of the mean, in {node.name!r}"
             )
 
 
