@@ -28,7 +28,7 @@ class Sketch:
         Args:
             arrays: List of arrays, in the same order and shapes in each call.
         """
-        # Drawn anew in each call: kept, they would take more memory than the weights.
+        # Each call draws the same numbers again, because storing them takes memory.
         rng = np.random.default_rng(self._seed)
         total = np.zeros(self.dimensions)
         for array in arrays:
