@@ -34,7 +34,7 @@ METHODS = {
 }
 
 
-def make_model(optimizer):
+def make_model(optimizer, metrics=("accuracy",)):
     keras.utils.set_random_seed(0)
     hidden = [keras.layers.Dense(WIDTH, activation="relu") for _ in range(DEPTH)]
     model = keras.Sequential([keras.Input((64,)), *hidden, keras.layers.Dense(10)])
@@ -42,7 +42,7 @@ def make_model(optimizer):
     model.compile(
         optimizer=optimizer,
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
+        metrics=list(metrics),
     )
     return model
 

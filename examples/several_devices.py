@@ -3,19 +3,20 @@
     pip install keras-slsam scikit-learn jax
     KERAS_BACKEND=jax python examples/several_devices.py
 
-Without several accelerators it divides the CPU into two devices. For PyTorch see
-`several_processes.py`.
+Without several accelerators it divides the CPU into two devices. For PyTorch, and for
+several machines, see `several_processes.py`.
 """
 
 import contextlib
 
 import choose_backend  # noqa: F401, before Keras
 import keras
+from digits import BATCH
+from digits import METHODS
+from digits import make_model
 from sklearn.datasets import load_digits
 
-import keras_slsam
-
-BATCH, EPOCHS = 64, 5
+EPOCHS = 5
 
 
 def distribute():
@@ -48,17 +49,7 @@ def main():
     # JAX requires that the devices divide each batch.
     x, train, test = x.astype("float32") / 16, slice(0, 1280), slice(1280, 1792)
     with scope:
-        keras.utils.set_random_seed(0)
-        hidden = [keras.layers.Dense(256, activation="relu") for _ in range(2)]
-        model = keras.Sequential([keras.Input((64,)), *hidden, keras.layers.Dense(10)])
-        model = keras_slsam.sharpness_aware(model)
-        model.compile(
-            optimizer=keras_slsam.SLSAM(
-                keras.optimizers.AdamW(3e-3), rho=0.05, sampler="proportional"
-            ),
-            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-            metrics=["accuracy"],
-        )
+        model = make_model(METHODS["SL-SAM"]())
     model.fit(x[train], y[train], BATCH, EPOCHS, verbose=0)
     accuracy = model.evaluate(x[test], y[test], verbose=0)[1]
     print(f"{devices} devices: test accuracy {accuracy:.3f}")

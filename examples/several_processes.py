@@ -1,57 +1,145 @@
-"""Classifies handwritten digits in several processes of PyTorch.
+"""Classifies handwritten digits in two processes, each with its part of every batch.
 
-    pip install keras-slsam scikit-learn torch
-    torchrun --nproc-per-node 2 examples/several_processes.py
+    pip install keras-slsam scikit-learn jax
+    KERAS_BACKEND=jax python examples/several_processes.py
 
-Each process has its part of every batch, and on a machine with GPUs its own GPU.
+This starts both processes on this machine. On other machines start each process with
+the variables that `launch` sets. For PyTorch, `torchrun` sets them:
+
+    KERAS_BACKEND=torch torchrun --nproc-per-node 2 examples/several_processes.py
 """
 
+import contextlib
+import json
 import os
+import socket
+import subprocess
+import sys
 
-os.environ["KERAS_BACKEND"] = "torch"
-
+import choose_backend  # noqa: F401, before Keras
 import keras
-import torch
+import numpy as np
+from digits import BATCH
+from digits import METHODS
+from digits import make_model
 from sklearn.datasets import load_digits
-from torch import distributed
-from torch.utils import data
 
 import keras_slsam
 
-BATCH, EPOCHS = 64, 5
+EPOCHS, PROCESSES = 5, 2
 
 
-def main():
+def launch():
+    """Starts the processes, and returns whether one failed."""
+    with contextlib.ExitStack() as stack:
+        servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(PROCESSES)]
+        ports = [stack.enter_context(each).getsockname()[1] for each in servers]
+    workers, running = [f"127.0.0.1:{port}" for port in ports], []
+    for rank in range(PROCESSES):
+        task = {"type": "worker", "index": rank}
+        variables = {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(PROCESSES),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(ports[0]),
+            # TensorFlow needs the addresses of all.
+            "TF_CONFIG": json.dumps({"cluster": {"worker": workers}, "task": task}),
+        }
+        command = [sys.executable, __file__]
+        running.append(subprocess.Popen(command, env={**os.environ, **variables}))
+    codes = [each.wait() for each in running]
+    return any(codes)
+
+
+def parts(count, rank, processes, epoch=None):
+    """Returns the rows of a process: its part of each batch, one after the other."""
+    rows = np.arange(count)
+    if epoch is not None:  # the same order in all processes
+        rows = np.random.default_rng(epoch).permutation(count)
+    return rows.reshape(-1, processes, BATCH // processes)[:, rank].ravel()
+
+
+def train_with_jax(train, test, rank, processes):
+    import jax
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    keras.distribution.initialize(address, processes, rank)
+    distribution = keras.distribution.DataParallel(
+        devices=keras.distribution.list_devices(), auto_shard_dataset=False
+    )
+    keras.distribution.set_distribution(distribution)
+    model = make_model(METHODS["SL-SAM"]())
+    size = BATCH // processes
+    for epoch in range(EPOCHS):
+        rows = parts(len(train[0]), rank, processes, epoch)
+        x, y = (each[rows] for each in train)
+        model.fit(x, y, size, shuffle=False, verbose=0)
+    rows = parts(len(test[0]), rank, processes)
+    x, y = (each[rows] for each in test)
+    return model.evaluate(x, y, size, verbose=0)[1]
+
+
+def train_with_tensorflow(train, test, rank, processes):
+    import tensorflow as tf
+
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    with strategy.scope():
+        model = make_model(METHODS["SL-SAM"](), metrics=())
+        model.optimizer.build(model.trainable_variables)
+
+    def step(data):
+        return keras_slsam.step(model, model.optimizer, data)
+
+    # Keras' own `fit` and `evaluate` do not support several workers.
+    on_replicas = tf.function(lambda data: strategy.run(step, args=(data,)))
+    for epoch in range(EPOCHS):
+        rows = parts(len(train[0]), rank, processes, epoch)
+        for batch in np.split(rows, len(train[0]) // BATCH):
+            on_replicas(tuple(each[batch] for each in train))
+    x, y = test
+    found = keras.ops.convert_to_numpy(model(x)).argmax(axis=-1)
+    return np.mean(found == y)
+
+
+def train_with_torch(train, test, rank, processes):
+    import torch
+    from torch import distributed
+    from torch.utils import data
+
     gpus = torch.cuda.is_available()
     if gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("nccl" if gpus else "gloo")
-    rank, processes = distributed.get_rank(), distributed.get_world_size()
-    x, y = (torch.as_tensor(each) for each in load_digits(return_X_y=True))
-    x = x.float() / 16
-    train, test = slice(0, 1280), slice(1280, None)
-
-    keras.utils.set_random_seed(0)  # the same weights in each process
-    hidden = [keras.layers.Dense(256, activation="relu") for _ in range(2)]
-    model = keras.Sequential([keras.Input((64,)), *hidden, keras.layers.Dense(10)])
-    model = keras_slsam.sharpness_aware(model)
-    model.compile(
-        optimizer=keras_slsam.SLSAM(
-            keras.optimizers.AdamW(3e-3), rho=0.05, sampler="proportional"
-        ),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
-    )
+    model = make_model(METHODS["SL-SAM"]())
     keras.utils.set_random_seed(rank)  # other noise in each, if there is dropout
-    rows = data.TensorDataset(x[train], y[train])
+    rows = data.TensorDataset(*map(torch.as_tensor, train))
     sampler = data.DistributedSampler(rows)
     loader = data.DataLoader(rows, BATCH // processes, sampler=sampler)
     for epoch in range(EPOCHS):
         sampler.set_epoch(epoch)
         model.fit(loader, verbose=0)
-    accuracy = model.evaluate(x[test], y[test], verbose=0)[1]
-    print(f"process {rank} of {processes}: test accuracy {accuracy:.3f}", flush=True)
+    accuracy = model.evaluate(*test, verbose=0)[1]
     distributed.destroy_process_group()
+    return accuracy
+
+
+TRAIN = {
+    "jax": train_with_jax,
+    "tensorflow": train_with_tensorflow,
+    "torch": train_with_torch,
+}
+
+
+def main():
+    if "RANK" not in os.environ:
+        sys.exit(launch())
+    rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    x, y = load_digits(return_X_y=True)
+    x = x.astype("float32") / 16
+    train, test = (x[:1280], y[:1280]), (x[1280:1792], y[1280:1792])
+    accuracy = TRAIN[keras.config.backend()](train, test, rank, processes)
+    print(f"process {rank} of {processes}: test accuracy {accuracy:.3f}", flush=True)
 
 
 if __name__ == "__main__":

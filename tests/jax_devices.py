@@ -1,12 +1,13 @@
 """Trains on four virtual devices of JAX, in one process or in two.
 
-python jax_devices.py FOLDER, with RANK, WORLD_SIZE and MASTER_PORT
+python jax_devices.py SCENARIO FOLDER, with RANK, WORLD_SIZE and MASTER_PORT
 """
 
 import os
 import pathlib
 import re
 import sys
+import time
 
 PROCESSES = int(os.environ["WORLD_SIZE"])
 os.environ["XLA_FLAGS"] = (
@@ -15,6 +16,7 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax  # noqa: E402
+import keras  # noqa: E402
 import numpy as np  # noqa: E402
 import processes  # noqa: E402
 from jax.sharding import NamedSharding  # noqa: E402
@@ -131,12 +133,14 @@ def waits(text):
     return found
 
 
+def write(folder, name, values):
+    np.savez(folder / f"{name}-{processes.RANK}.npz", **values)
+
+
 def train(folder, kind, methods):
     mesh = distribute(kind)
     for method in methods:
         model = processes.make_model(method, seed=0)
-        if kind == "processes":  # metrics have exchanges outside of conditions
-            model.compile(model.optimizer, model.loss, metrics=["accuracy"])
         found = processes.train(model)
         found["sharded"] = [
             variable.path
@@ -146,17 +150,47 @@ def train(folder, kind, methods):
         if kind == "data 2":
             found["reduced"] = reduced_bytes(compiled_step(model, mesh))
             found["size"] = model.count_params()
-        if kind == "processes" and processes.RANK == 0:
-            found["waits"] = waits(compiled_step(model, mesh))
-        np.savez(folder / f"{kind}-{method}-{processes.RANK}.npz", **found)
+        write(folder, f"{kind}-{method}", found)
+
+
+def scenario_devices(folder):
+    train(folder, "data 2", processes.METHODS)
+    train(folder, "model", ["slsam", "sl+s2"])
+    train(folder, "data 4", ["slsam"])
+
+
+def scenario_killed(folder):
+    mesh = distribute("processes")
+    model = processes.make_model("slsam", seed=0)
+    # Metrics have exchanges outside of conditions.
+    model.compile(model.optimizer, model.loss, metrics=["accuracy"])
+    early = processes.train(model, 0, 5)
+    # Saving creates variables, which JAX compares, so all processes must save.
+    model.save(folder / f"model-{processes.RANK}.keras")
+    late = processes.train(model, 5, processes.STEPS - 5)
+    late["masks"] = np.concatenate([early["masks"], late["masks"]])
+    if processes.RANK == 0:
+        late["waits"] = waits(compiled_step(model, mesh))
+    write(folder, "processes", late)
+    if processes.RANK == 1:
+        os.kill(os.getpid(), 9)
+    start = time.perf_counter()
+    try:
+        processes.train(model, 0, 100)
+    except ValueError as error:
+        seconds = time.perf_counter() - start
+        print(f"an error after {seconds:.1f} s: {error}", flush=True)
+        os._exit(1)  # at a usual exit JAX waits a minute for the killed process
+
+
+def scenario_resumed(folder):
+    distribute("processes")
+    model = keras.saving.load_model(folder / "model-0.keras")
+    model = keras_slsam.sharpness_aware(model)
+    write(folder, "resumed", processes.train(model, 5, processes.STEPS - 5))
 
 
 if __name__ == "__main__":
-    folder = pathlib.Path(sys.argv[1])
     if PROCESSES > 1:
         initialize()
-        train(folder, "processes", ["slsam"])
-    else:
-        train(folder, "data 2", processes.METHODS)
-        train(folder, "model", ["slsam", "sl+s2"])
-        train(folder, "data 4", ["slsam"])
+    globals()[f"scenario_{sys.argv[1]}"](pathlib.Path(sys.argv[2]))

@@ -1,7 +1,6 @@
 """Replicas of TensorFlow's strategies take the steps of one device."""
 
 import pathlib
-import re
 
 import keras
 import numpy as np
@@ -12,8 +11,6 @@ import keras_slsam
 
 if keras.config.backend() != "tensorflow":
     pytest.skip("strategies of TensorFlow", allow_module_level=True)
-
-EXAMPLE = pathlib.Path(__file__).parents[1] / "examples/several_devices.py"
 SCRIPT = pathlib.Path(__file__).with_name("tensorflow_replicas.py")
 
 
@@ -69,7 +66,7 @@ def test_other_state_and_refusals(tmp_path):
 
 def test_workers_and_a_killed_one(tmp_path):
     first, killed = processes.launch(2, SCRIPT, "killed", tmp_path, timeout=400)
-    assert killed[0] == -9
+    assert killed[0] == -9, killed[1]
     assert first[0] == 1 and "UnavailableError" in first[1], first[1]
     expected = processes.alone("slsam")
     for rank in range(2):
@@ -80,9 +77,3 @@ def test_workers_and_a_killed_one(tmp_path):
     resumed = load(tmp_path, "resumed", 1)
     np.testing.assert_array_equal(resumed["masks"], expected["masks"][5:])
     np.testing.assert_allclose(resumed["weights"], expected["weights"], atol=1e-6)
-
-
-def test_the_example():
-    (output,) = processes.run(1, EXAMPLE)
-    accuracy = float(re.search(r"2 devices: test accuracy (0\.\d+)", output)[1])
-    assert accuracy > 0.8

@@ -1,8 +1,5 @@
 """Several processes of PyTorch take the steps of one with the whole batch."""
 
-import pathlib
-import re
-
 import keras
 import numpy as np
 import processes
@@ -10,9 +7,6 @@ import pytest
 
 if keras.config.backend() != "torch":
     pytest.skip("processes of PyTorch", allow_module_level=True)
-
-
-EXAMPLE = pathlib.Path(__file__).parents[1] / "examples/several_processes.py"
 
 
 def of(folder, name, count):
@@ -73,15 +67,9 @@ def test_a_killed_process_ends_the_others_and_training_resumes(tmp_path):
     first, killed = processes.launch(
         2, processes.__file__, "killed", tmp_path, timeout=60
     )
-    assert killed[0] == -9
+    assert killed[0] == -9, killed[1]
     assert first[0] == 1 and "RuntimeError" in first[1]
     processes.run(2, processes.__file__, "resumed", tmp_path)
     for resumed, whole in zip(of(tmp_path, "resumed", 2), of(tmp_path, "whole", 2)):
         np.testing.assert_array_equal(resumed["masks"], whole["masks"][5:])
         np.testing.assert_allclose(resumed["weights"], whole["weights"], atol=1e-6)
-
-
-def test_the_example():
-    pattern = r"process \d of 2: test accuracy (0\.\d+)"
-    accuracies = [re.search(pattern, output)[1] for output in processes.run(2, EXAMPLE)]
-    assert len(set(accuracies)) == 1 and float(accuracies[0]) > 0.8

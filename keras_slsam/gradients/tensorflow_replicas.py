@@ -206,8 +206,9 @@ class _Copies(keras.StatelessScope):
                 f"The variable {variable.path!r} is created in a step, or belongs to "
                 "neither model nor optimizer, so a replica cannot assign to it. If a "
                 "metric creates it, call `model.test_on_batch(x, y)` once before the "
-                "first step. If a layer with random numbers does, give the layer its "
-                "own `keras.random.SeedGenerator`."
+                "first step, or on several workers compile the model without metrics. "
+                "If a layer with random numbers does, give the layer its own "
+                "`keras.random.SeedGenerator`."
             )
         self.state_mapping[id(variable)].assign(value)
 
