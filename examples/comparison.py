@@ -114,7 +114,9 @@ def write_page(groups, file, picture):
     for key, records in groups.items():
         found = [results(record, shortest[key[0]]) for record in records]
         settings = dict(zip(SETTINGS, key))
-        means = {name: spread([each[name] for each in found]) for name in found[0]}
+        measured = set.intersection(*map(set, found))  # in each of the runs
+        names = [name for name in found[0] if name in measured]
+        means = {name: spread([each[name] for each in found]) for name in names}
         steps = records[0]["points"][-1]["step"]
         rows.append({**settings, "seeds": len(records), "steps": steps, **means})
     columns = list(dict.fromkeys(name for row in rows for name in row))
