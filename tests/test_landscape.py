@@ -201,6 +201,15 @@ def test_a_trajectory_of_steps_goes_on_in_the_next_training():
             ),
             "`through`.*one line",
         ),
+        *(
+            (
+                lambda span=span: analysis.loss_along_line(
+                    make(), *data(), other_weights=weights_of(make(2)), span=span
+                ),
+                "`span`.*two different finite numbers",
+            )
+            for span in ((0.0,), 1.0, (1.0, 1.0), (0.0, np.inf))
+        ),
         (lambda: analysis.loss_plane(make(), *data(), points=1), "`points`.*=1"),
         (lambda: analysis.loss_plane(make(), *data(), span=-1), "`span`.*=-1"),
     ],

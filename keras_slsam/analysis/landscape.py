@@ -147,6 +147,15 @@ def loss_along_line(
     """
     owner = "loss_along_line"
     checks.positive_int(owner, "points", points, least=2)
+    try:
+        first, last = map(float, span)
+    except (TypeError, ValueError):
+        first = last = np.nan
+    if not 0 < abs(last - first) < np.inf:
+        raise ValueError(
+            f"Argument `span` of `{owner}` must be two different finite numbers, the "
+            f"first and the last place on the line. Received: span={span!r}"
+        )
     with Objective(
         model,
         x,
@@ -160,7 +169,7 @@ def loss_along_line(
         origin = _arrays(objective.weights)
         other = _like(owner, "other_weights", other_weights, origin)
         direction = [one - zero for one, zero in zip(other, origin)]
-        places = np.linspace(*span, points)
+        places = np.linspace(first, last, points)
         losses = [objective.loss(_at(origin, [(t, direction)])) for t in places]
     return Line(places, np.array(losses))
 
