@@ -272,6 +272,10 @@ def scenario_refused(folder):
     )
     refused("scale", take_small_steps, small_model(scaler))
 
+    keras_slsam.__version__ = f"0.0.{RANK}"
+    refused("version", train, make_model("sam"), 0, 1)
+    keras_slsam.__version__ = "0.0"
+
     model = make_model("sam")
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
     batch = tuple(torch.as_tensor(part) for part in part_of_batch(0))

@@ -52,6 +52,8 @@ def test_two_processes_and_a_killed_one(tmp_path):
     first, killed = processes.launch(2, SCRIPT, "killed", tmp_path, timeout=300)
     assert killed[0] == -9, killed[1]
     assert re.search(r"an error after .* s: .*Gloo", first[1]), first[1]
+    for _, output in (first, killed):
+        assert "keras_slsam is 0.0.1 in process 1, 0.0.0 in process 0" in output
     expected = processes.alone("slsam")
     found = [np.load(tmp_path / f"processes-{rank}.npz") for rank in range(2)]
     for each in found:

@@ -71,8 +71,10 @@ def test_workers_and_a_killed_one(tmp_path):
     expected = processes.alone("slsam")
     for rank in range(2):
         processes.assert_same(load(tmp_path, "workers", rank), expected, 1e-5)
-        error = str(load(tmp_path, "errors", rank)["rate"])
-        assert "different values of] [`learning_rate`]" in error
+        error = str(load(tmp_path, "errors", rank)["differences"])
+        named = error.split("different values of")[1]
+        assert "the version of keras_slsam" in named and "`learning_rate`" in named
+        assert "`iterations`" not in named and "the version of keras\n" not in named
     run(2, "resumed", tmp_path)
     resumed = load(tmp_path, "resumed", 1)
     np.testing.assert_array_equal(resumed["masks"], expected["masks"][5:])

@@ -59,6 +59,7 @@ def assert_what_would_drift_apart_is_refused(folder):
         assert "`name` is 'slsam' in process 1" in errors["method"]
         assert "`rho`, whether there is an ascent" in errors["rho later"]
         assert "16.0" in errors["scale"]
+        assert "keras_slsam is 0.0.1 in process 1, 0.0.0 in" in errors["version"]
         assert "`model.module`" in errors["wrapped"]
         assert "fully_shard" in errors["sharded"]
 

@@ -20,6 +20,7 @@ from jax.extend import core
 
 from keras_slsam import atomic
 from keras_slsam.gradients import jax_graph
+from keras_slsam.gradients import jax_processes
 from keras_slsam.gradients import passes
 from keras_slsam.gradients.interface import Backend
 from keras_slsam.gradients.interface import NoSecondDerivative
@@ -64,21 +65,9 @@ class JaxBackend(Backend):
 
     Passes = Passes
 
-    def check_devices(self, model, optimizer):
-        processes = jax.process_count()
-        if processes == 1:
-            return
-        distribution = keras.distribution.distribution()
-        if not isinstance(distribution, keras.distribution.DataParallel):
-            raise ValueError(
-                "Several processes of JAX must share a "
-                "`keras.distribution.DataParallel`. "
-                f"Received: {distribution} in {processes} processes. Call "
-                "`keras.distribution.set_distribution` with one before you create the "
-                "model."
-            )
-        if jax.default_backend() == "cpu":
-            _check_cpus()
+    check_devices = staticmethod(jax_processes.check)
+    processes = staticmethod(jax.process_count)
+    start = staticmethod(jax_processes.start)
 
     def collect_state(self, model):
         model.jax_state_sync()
@@ -142,24 +131,3 @@ class JaxBackend(Backend):
             return jax.jvp(gradient, (weights,), (vectors,))[1]
         except (NotImplementedError, TypeError, ValueError) as error:
             raise NoSecondDerivative(str(error)) from error
-
-
-def _check_cpus():
-    """Raises a `ValueError` where processes on CPUs could wait for each other."""
-    devices = jax.local_device_count()
-    if devices > 1:
-        # All devices of a process share a few threads, which block in an exchange.
-        raise ValueError(
-            "In several processes of JAX on CPUs, each process must have one device, "
-            "or its devices may wait for each other forever. Received: "
-            f"{devices} devices in this process. Start one process per device, or one "
-            "process with all devices."
-        )
-    if jax.config.values["jax_cpu_enable_async_dispatch"]:
-        # Else two programs may exchange at once, and gloo knows only the order.
-        raise ValueError(
-            "In several processes of JAX on CPUs, programs must run one at a time. "
-            "Received: jax_cpu_enable_async_dispatch=True. Call "
-            "`jax.config.update('jax_cpu_enable_async_dispatch', False)` before "
-            "`keras.distribution.initialize`."
-        )

@@ -15,6 +15,8 @@ import zlib
 import keras
 import tensorflow as tf
 
+from keras_slsam.gradients import alike
+
 _Workers = tf.distribute.MultiWorkerMirroredStrategy
 
 # The `_Copies` of the replica that takes a step.
@@ -139,14 +141,18 @@ def agree(facts):
     replica = _replica.get()
     if replica is None or not isinstance(replica.strategy, _Workers):
         return
-    facts = facts()
+    versions = alike.versions(tf)
+    facts = {
+        **{f"the version of {name}": _number(v) for name, v in versions.items()},
+        **facts(),
+    }
     own = tf.stack([tf.cast(value, "float64") for value in facts.values()])
     largest, negated = tf.split(replica.reduce(tf.concat([own, -own], 0), "Max"), 2)
     unlike = tf.boolean_mask(tf.constant(list(facts)), largest != -negated)
     message = (
-        "All processes must take the same step. Set learning rate, `rho` and state to "
-        "the same values in each process, at the same step. Received: different values "
-        "of"
+        "All processes must take the same step. Install the same versions, and set "
+        "learning rate, `rho` and state to the same values in each process, at the "
+        "same step. Received: different values of"
     )
     tf.debugging.Assert(tf.size(unlike) == 0, [message, unlike])
 
@@ -240,8 +246,9 @@ class _Copies(keras.StatelessScope):
 
 
 def _number(text):
-    """Returns a number by which TensorFlow knows a group or an exchange.
+    """Returns a number that stands for a text.
 
-    The numbers of strategies are small, so they differ from these.
+    TensorFlow knows groups and exchanges by numbers. Those of strategies are small, so
+    they differ from these.
     """
     return zlib.crc32(text.encode()) >> 1

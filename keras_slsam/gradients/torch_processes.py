@@ -12,6 +12,8 @@ import keras
 import torch
 from torch import distributed
 
+from keras_slsam.gradients import alike
+
 _BUCKET = 25 * 2**20  # bytes per exchange, as in `DistributedDataParallel`
 
 
@@ -82,21 +84,7 @@ def start(model, optimizer):
         own = {"preparing the first step": str(error)}
     every = [None] * count()
     distributed.all_gather_object(every, own)
-    first, lines = every[0], []
-    for rank, facts in enumerate(every):
-        for name in dict.fromkeys([*first, *facts]):
-            one, other = facts.get(name), first.get(name)
-            if one != other:
-                lines.append(f"{name} is {one} in process {rank}, {other} in process 0")
-    failed = first.get("preparing the first step")
-    if lines or failed:
-        raise ValueError(
-            "All processes must start with the same versions, arguments and weights. "
-            f"Received: {failed or '; '.join(lines[:3])}"
-            + (f"; and {len(lines) - 3} more differences" if lines[3:] else "")
-            + ". Call `keras.utils.set_random_seed(seed)` with the same seed before "
-            "you create the model, or load the same file in each process."
-        )
+    alike.check(every)
     trained = {id(v) for v in model.trainable_variables}
     others = [v for v in model.weights if id(v) not in trained]
     with torch.no_grad():
@@ -113,7 +101,7 @@ def _facts(model, optimizer):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Keras, about lambdas
         arguments = keras.saving.serialize_keras_object(config)
-    facts = {"Keras": keras.version(), "PyTorch": torch.__version__}
+    facts = alike.versions(torch)
     facts |= {f"`{name}`": repr(value) for name, value in arguments.items()}
     for i, variable in enumerate(model.trainable_variables):
         value = variable.value.detach()

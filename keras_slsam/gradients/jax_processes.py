@@ -1,0 +1,80 @@
+"""Training in several processes of JAX, which run one program together."""
+
+import concurrent.futures
+import json
+
+import jax
+import keras
+import numpy as np
+from jax.experimental import multihost_utils
+
+from keras_slsam.gradients import alike
+
+_BYTES = 256  # more than the versions need
+
+
+def check(model, optimizer):
+    """Refuses what does not work in several processes.
+
+    Args:
+        model: `keras.Model`.
+        optimizer: `keras.optimizers.Optimizer`.
+
+    Raises:
+        ValueError: naming what is not supported.
+    """
+    processes = jax.process_count()
+    if processes == 1:
+        return
+    distribution = keras.distribution.distribution()
+    if not isinstance(distribution, keras.distribution.DataParallel):
+        raise ValueError(
+            "Several processes of JAX must share a "
+            "`keras.distribution.DataParallel`. "
+            f"Received: {distribution} in {processes} processes. Call "
+            "`keras.distribution.set_distribution` with one before you create the "
+            "model."
+        )
+    if jax.default_backend() == "cpu":
+        _check_cpus()
+
+
+def _check_cpus():
+    """Raises a `ValueError` where processes on CPUs could wait for each other."""
+    devices = jax.local_device_count()
+    if devices > 1:
+        # All devices of a process share a few threads, which block in an exchange.
+        raise ValueError(
+            "In several processes of JAX on CPUs, each process must have one device, "
+            "or its devices may wait for each other forever. Received: "
+            f"{devices} devices in this process. Start one process per device, or one "
+            "process with all devices."
+        )
+    if jax.config.values["jax_cpu_enable_async_dispatch"]:
+        # Else two programs may exchange at once, and gloo knows only the order.
+        raise ValueError(
+            "In several processes of JAX on CPUs, programs must run one at a time. "
+            "Received: jax_cpu_enable_async_dispatch=True. Call "
+            "`jax.config.update('jax_cpu_enable_async_dispatch', False)` before "
+            "`keras.distribution.initialize`."
+        )
+
+
+def start(model, optimizer):
+    """Checks that all processes run the same versions.
+
+    JAX itself compares the weights, when they are created.
+
+    Args:
+        model: `keras.Model`.
+        optimizer: `keras.optimizers.Optimizer`, built for it.
+
+    Raises:
+        ValueError: in all processes, if versions differ.
+    """
+    own = json.dumps(alike.versions(jax)).ljust(_BYTES).encode()
+    # The step is being traced in this thread. Another one is outside of the trace.
+    with concurrent.futures.ThreadPoolExecutor(1) as outside:
+        gather = multihost_utils.process_allgather
+        every = outside.submit(gather, np.frombuffer(own, np.uint8)).result()
+    alike.check([json.loads(bytes(found)) for found in every])
