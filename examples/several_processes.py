@@ -39,6 +39,7 @@ def launch():
         task = {"type": "worker", "index": rank}
         variables = {
             "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(PROCESSES),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(ports[0]),

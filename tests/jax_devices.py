@@ -133,10 +133,6 @@ def waits(text):
     return found
 
 
-def write(folder, name, values):
-    np.savez(folder / f"{name}-{processes.RANK}.npz", **values)
-
-
 def train(folder, kind, methods):
     mesh = distribute(kind)
     for method in methods:
@@ -150,7 +146,7 @@ def train(folder, kind, methods):
         if kind == "data 2":
             found["reduced"] = reduced_bytes(compiled_step(model, mesh))
             found["size"] = model.count_params()
-        write(folder, f"{kind}-{method}", found)
+        processes.write(folder, f"{kind}-{method}", found)
 
 
 def scenario_devices(folder):
@@ -178,7 +174,7 @@ def scenario_killed(folder):
     late["masks"] = np.concatenate([early["masks"], late["masks"]])
     if processes.RANK == 0:
         late["waits"] = waits(compiled_step(model, mesh))
-    write(folder, "processes", late)
+    processes.write(folder, "processes", late)
     if processes.RANK == 1:
         os.kill(os.getpid(), 9)
     start = time.perf_counter()
@@ -194,7 +190,7 @@ def scenario_resumed(folder):
     distribute("processes")
     model = keras.saving.load_model(folder / "model-0.keras")
     model = keras_slsam.sharpness_aware(model)
-    write(folder, "resumed", processes.train(model, 5, processes.STEPS - 5))
+    processes.write(folder, "resumed", processes.train(model, 5, processes.STEPS - 5))
 
 
 if __name__ == "__main__":

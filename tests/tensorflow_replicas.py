@@ -118,10 +118,6 @@ def error_of(call, *arguments):
     return "no error"
 
 
-def write(folder, name, values):
-    np.savez(folder / f"{name}-{RANK}.npz", **values)
-
-
 def scenario_mirrored(folder):
     counts = count_exchanges()
     for replicas, method in ((4, "slsam"), *((2, m) for m in processes.METHODS)):
@@ -130,7 +126,7 @@ def scenario_mirrored(folder):
         counts.update(inside=0, outside=0)
         model = built(mirrored(replicas), method)
         result = fit(model, whole_batches())
-        write(folder, f"{replicas}-{method}", {**result, **counts})
+        processes.write(folder, f"{replicas}-{method}", {**result, **counts})
         if replicas == 4:
             model.save(folder / "model.keras")
 
@@ -138,10 +134,10 @@ def scenario_mirrored(folder):
 def scenario_small(folder):
     strategy = mirrored(2)
     one = tf.distribute.MirroredStrategy(DEVICES[3:])  # other devices work too
-    write(folder, "one", fit(built(one, "slsam"), whole_batches(3)))
+    processes.write(folder, "one", fit(built(one, "slsam"), whole_batches(3)))
     with strategy.scope():
         results = {kind: processes.small(kind, fit_small) for kind in SMALL}
-    write(folder, "small", results)
+    processes.write(folder, "small", results)
 
     def outside():
         optimizer = keras_slsam.SAM("sgd")
@@ -185,7 +181,7 @@ def scenario_small(folder):
         "synchronized": error_of(synchronized),
         "kind": error_of(of_another_kind),
     }
-    write(folder, "errors", errors)
+    processes.write(folder, "errors", errors)
 
 
 def scenario_killed(folder):
@@ -200,13 +196,13 @@ def scenario_killed(folder):
     model.save(folder / f"model-{RANK}.keras")
     late = take_steps(strategy, model, 5, processes.STEPS - 5)
     masks = np.concatenate([early["masks"], late["masks"]])
-    write(folder, "workers", {**late, "masks": masks})
+    processes.write(folder, "workers", {**late, "masks": masks})
     rate = model.optimizer.learning_rate.numpy()
     model.optimizer.learning_rate = rate * (1 + RANK)
     version = keras_slsam.__version__
     keras_slsam.__version__ = f"0.0.{RANK}"
     error = error_of(take_steps, strategy, model, 0, 1)
-    write(folder, "errors", {"differences": error})
+    processes.write(folder, "errors", {"differences": error})
     keras_slsam.__version__ = version
     if RANK == 1:
         os.kill(os.getpid(), 9)
@@ -218,7 +214,9 @@ def scenario_resumed(folder):
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
     with strategy.scope():
         model = keras.saving.load_model(folder / "model-0.keras")
-    write(folder, "resumed", take_steps(strategy, model, 5, processes.STEPS - 5))
+    processes.write(
+        folder, "resumed", take_steps(strategy, model, 5, processes.STEPS - 5)
+    )
 
 
 if __name__ == "__main__":

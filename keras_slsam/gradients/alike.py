@@ -39,6 +39,7 @@ def check(every):
             "All processes must start with the same versions, arguments and weights. "
             f"Received: {failed or '; '.join(lines[:3])}"
             + (f"; and {len(lines) - 3} more differences" if lines[3:] else "")
-            + ". Call `keras.utils.set_random_seed(seed)` with the same seed before "
-            "you create the model, or load the same file in each process."
+            + ". Install the same versions. Call `keras.utils.set_random_seed(seed)` "
+            "with the same seed before you create the model, or load the same file in "
+            "each process."
         )
