@@ -25,10 +25,13 @@ nox.options.reuse_existing_virtualenvs = True
 
 PARALLEL = ("--numprocesses=2", "--dist=worksteal")
 BACKENDS = ("jax", "tensorflow", "torch")
+# Most time of a short process is that of importing, so what Python compiles is kept.
+COMPILED = {"PYTHONDONTWRITEBYTECODE": None}
 # PyTorch's threads spin while they wait, which slows down other processes on the same
 # cores. XLA takes longer to compile a small model than to train it, so LLVM does not
 # optimise.
 SETTINGS = {
+    **COMPILED,
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "OMP_WAIT_POLICY": "PASSIVE",
     "XLA_FLAGS": "--xla_backend_optimization_level=0",
@@ -197,7 +200,7 @@ def run_quickstart(session):
             f"cd {copy} && {command}",
             external=True,
             silent=True,
-            env={"PIP_NO_COMPILE": "1", "KERAS_BACKEND": None},
+            env={**COMPILED, "PIP_NO_COMPILE": "1", "KERAS_BACKEND": None},
         )
 
 

@@ -89,7 +89,8 @@ def sharpness_aware(model: keras.Model) -> keras.Model:
     if not isinstance(model, keras.Model):
         raise ValueError(
             "Argument `model` of `sharpness_aware` must be a `keras.Model`. "
-            f"Received: model={model!r} of type {type(model).__name__}"
+            f"Received: model={model!r} of type {type(model).__name__}. Of a model "
+            "inside a `DistributedDataParallel` pass `model.module`."
         )
     if model.compiled and model.jit_compile and not backend.can_compile:
         warnings.warn(

@@ -90,7 +90,8 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
                 "whether there is an ascent": ascends,
                 "`learning_rate`": optimizer.learning_rate,
                 "`iterations`": optimizer.iterations,
-            }
+            },
+            variables,
         )
         observed = observers.of(model)
         uphill = UphillGradients(model, optimizer, arms, rho, scale, bool(observed))
@@ -192,10 +193,12 @@ def _prepare(model, optimizer, x):
     inner._check_variables(model.trainable_variables)
     with backend.init_scope():
         observers.build(model, inner)
-    processes = backend.processes()
-    if inner._processes != processes and model.trainable_variables:
-        backend.start(model, optimizer)
-        inner._processes = processes
+    if model.trainable_variables:
+        processes = backend.processes()
+        # One process may have loaded the optimizer's state alone.
+        if backend.any_process(inner._processes != processes, model):
+            backend.start(model, optimizer)
+            inner._processes = processes
 
 
 def _update_metrics(model, x, y, sample_weight, loss, y_pred):

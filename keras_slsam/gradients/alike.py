@@ -2,6 +2,9 @@
 
 import keras
 
+# The fact of a process that cannot take a step: the message of its error.
+FAILED = "the error"
+
 
 def versions(framework):
     """Returns the versions that decide what a step does.
@@ -25,19 +28,26 @@ def check(every):
         every: List of dicts, one per process.
 
     Raises:
-        ValueError: naming what differs, and in which process.
+        ValueError: naming what differs, and in which process, or with the error of a
+            process that cannot take a step.
     """
+    failed = {n: found[FAILED] for n, found in enumerate(every) if FAILED in found}
+    if failed:
+        # The same error in several processes is told once.
+        errors = {error: rank for rank, error in reversed(failed.items())}
+        raise ValueError(
+            " ".join(f"In process {rank}: {error}" for error, rank in errors.items())
+        )
     first, lines = every[0], []
     for rank, found in enumerate(every):
         for name in dict.fromkeys([*first, *found]):
             one, other = found.get(name), first.get(name)
             if one != other:
                 lines.append(f"{name} is {one} in process {rank}, {other} in process 0")
-    failed = first.get("preparing the first step")
-    if lines or failed:
+    if lines:
         raise ValueError(
             "All processes must start with the same versions, arguments and weights. "
-            f"Received: {failed or '; '.join(lines[:3])}"
+            f"Received: {'; '.join(lines[:3])}"
             + (f"; and {len(lines) - 3} more differences" if lines[3:] else "")
             + ". Install the same versions. Call `keras.utils.set_random_seed(seed)` "
             "with the same seed before you create the model, or load the same file in "

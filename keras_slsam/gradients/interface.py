@@ -53,6 +53,15 @@ class Backend:
         """Returns the number of processes that must be kept alike, usually 1."""
         return 1
 
+    def any_process(self, condition, model):
+        """Returns whether a condition holds in any of the processes to be kept alike.
+
+        Args:
+            condition: bool.
+            model: `keras.Model` with trainable weights.
+        """
+        return condition
+
     def start(self, model, optimizer):
         """Checks and shares the state of several processes before their first step.
 
@@ -64,12 +73,13 @@ class Backend:
             ValueError: if the processes do not start alike.
         """
 
-    def agree(self, facts):
+    def agree(self, facts, variables):
         """Checks that several processes are about to take the same step.
 
         Args:
             facts: Function that returns a dict from the name of each fact to a number,
                 or to a scalar tensor.
+            variables: List of the trained `keras.Variable`s, which PyTorch compares.
 
         Raises:
             ValueError: if something differs. In a compiled step it is the error of the

@@ -35,6 +35,14 @@ def check(model, optimizer):
             "`keras.distribution.set_distribution` with one before you create the "
             "model."
         )
+    inner = getattr(optimizer, "inner_optimizer", optimizer)  # of a loss scaler
+    if getattr(inner, "ascent_fraction", 1.0) < 1:
+        # Choosing rows of a sharded batch adds exchanges, which XLA does not order.
+        raise ValueError(
+            "In several processes of JAX the ascent must be on the whole batch. "
+            f"Received: ascent_fraction={inner.ascent_fraction}. Set it to 1.0, or use "
+            "one process with all devices."
+        )
     if jax.default_backend() == "cpu":
         _check_cpus()
 
@@ -56,7 +64,8 @@ def _check_cpus():
             "In several processes of JAX on CPUs, programs must run one at a time. "
             "Received: jax_cpu_enable_async_dispatch=True. Call "
             "`jax.config.update('jax_cpu_enable_async_dispatch', False)` before "
-            "`keras.distribution.initialize`."
+            "`keras.distribution.initialize`. JAX reads it only there, so start Python "
+            "again."
         )
 
 

@@ -109,34 +109,48 @@ def average(gradients, arms):
         return gradients
     result = list(gradients)
     for active, indices in zip(arms.active, arms.members):
-        own = [tf.convert_to_tensor(gradients[i]) for i in indices]
-        exchange = functools.partial(_average_together, own, replica)
+        own = [gradients[i] for i in indices]
+        # Read here, because a condition does not know the shape of `IndexedSlices`.
+        shapes = [gradient.shape for gradient in own]
+        exchange = functools.partial(_average_together, own, shapes, replica)
         if active is not True:
-            exchange = functools.partial(tf.cond, active, exchange, lambda own=own: own)
+            leave = functools.partial(_unread, own)
+            exchange = functools.partial(tf.cond, active, exchange, leave)
         for i, gradient in zip(indices, exchange()):
             result[i] = gradient
     return result
 
 
-def _average_together(gradients, replica):
-    """Averages gradients in one exchange for each dtype."""
+def _unread(gradients):
+    """Returns what stands for gradients of an inactive arm. None is made dense."""
+    return [
+        tf.zeros_like(g.values[:0]) if isinstance(g, tf.IndexedSlices) else g
+        for g in gradients
+    ]
+
+
+def _average_together(gradients, shapes, replica):
+    """Averages gradients of known shapes in one exchange for each dtype."""
     result = list(gradients)
     for dtype in dict.fromkeys(g.dtype for g in gradients):
         places = [i for i, gradient in enumerate(gradients) if gradient.dtype == dtype]
         # Divided first, because a sum may overflow in float16.
         share = tf.constant(1 / replica.strategy.num_replicas_in_sync, dtype)
-        flat = tf.concat([tf.reshape(gradients[i], [-1]) * share for i in places], 0)
-        sizes = [gradients[i].shape.num_elements() for i in places]
-        for i, part in zip(places, tf.split(replica.reduce(flat, "Add"), sizes)):
-            result[i] = tf.reshape(part, gradients[i].shape)
+        sizes = [shapes[i].num_elements() for i in places]
+        dense = [tf.convert_to_tensor(gradients[i]) for i in places]
+        parts = [tf.reshape(d, [size]) * share for d, size in zip(dense, sizes)]
+        flat = replica.reduce(tf.concat(parts, 0), "Add")
+        for i, part in zip(places, tf.split(flat, sizes)):
+            result[i] = tf.reshape(part, shapes[i])
     return result
 
 
-def agree(facts):
+def agree(facts, variables):
     """Checks that all processes are about to take the same step.
 
     Args:
         facts: See `Backend.agree`.
+        variables: Not compared.
     """
     replica = _replica.get()
     if replica is None or not isinstance(replica.strategy, _Workers):
@@ -147,8 +161,11 @@ def agree(facts):
         **facts(),
     }
     own = tf.stack([tf.cast(value, "float64") for value in facts.values()])
-    largest, negated = tf.split(replica.reduce(tf.concat([own, -own], 0), "Max"), 2)
-    unlike = tf.boolean_mask(tf.constant(list(facts)), largest != -negated)
+    own = tf.bitcast(own, "int64")  # so that a NaN equals itself
+    both = tf.concat([own, tf.bitwise.invert(own)], 0)
+    largest, inverted = tf.split(replica.reduce(both, "Max"), 2)
+    smallest = tf.bitwise.invert(inverted)
+    unlike = tf.boolean_mask(tf.constant(list(facts)), largest != smallest)
     message = (
         "All processes must take the same step. Install the same versions, and set "
         "learning rate, `rho` and state to the same values in each process, at the "

@@ -122,6 +122,7 @@ class TorchBackend(Backend):
     can_compile = False
     own_parameters = staticmethod(torch_modules.own_parameters)
     processes = staticmethod(torch_processes.count)
+    any_process = staticmethod(torch_processes.any_process)
     start = staticmethod(torch_processes.start)
     agree = staticmethod(torch_processes.agree)
     average = staticmethod(torch_processes.average)

@@ -63,6 +63,21 @@ def _buckets(gradients):
     return [bucket for of_kind in buckets.values() for bucket in of_kind]
 
 
+def any_process(condition, model):
+    """Returns whether a condition holds in any process.
+
+    Args:
+        condition: bool.
+        model: `keras.Model` with trainable weights.
+    """
+    if count() == 1:
+        return condition
+    device = model.trainable_variables[0].value.device
+    largest = torch.tensor([int(condition)], device=device)
+    distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
+    return bool(largest)
+
+
 def start(model, optimizer):
     """Checks that all processes start alike, and shares the other state.
 
@@ -81,7 +96,7 @@ def start(model, optimizer):
     try:
         own = _facts(model, optimizer)
     except Exception as error:  # so that the others do not wait
-        own = {"preparing the first step": str(error)}
+        own = {alike.FAILED: str(error)}
     every = [None] * count()
     distributed.all_gather_object(every, own)
     alike.check(every)
@@ -120,34 +135,43 @@ def _check_is_whole(model):
     sharded += [isinstance(v.value.data, DTensor) for v in model.weights]
     if any(sharded):
         raise ValueError(
-            "weights that are sharded, for example by `fully_shard`, which are not "
-            "supported"
+            "A sharpness-aware step does not support sharded weights. Received: a "
+            "model with weights that are `DTensor`s, for example by `fully_shard`. "
+            "Keep all weights in each process."
         )
 
 
-def agree(facts):
+def agree(facts, variables):
     """Checks that all processes are about to take the same step.
 
     Args:
         facts: Function that returns a dict from the name of each fact to a number, or
             to a scalar tensor.
+        variables: List of the trained `keras.Variable`s. Their values are compared, bit
+            for bit, because one process may have set them.
 
     Raises:
         ValueError: in all processes, if something differs.
     """
     if count() == 1:
         return
-    facts = facts()
-    values = [float(value) for value in facts.values()]
-    device = next(value.device for value in facts.values() if torch.is_tensor(value))
-    own = torch.tensor(values, dtype=torch.float64, device=device)
-    largest = torch.cat([own, -own])
+    facts, weights = facts(), [variable.value.detach() for variable in variables]
+    numbers = [keras.ops.convert_to_tensor(value).double() for value in facts.values()]
+    # Compared as bits, so that a NaN equals itself.
+    bits = [x.view(torch.int64) for x in [*numbers, *map(torch.hash_tensor, weights)]]
+    own = torch.stack([x.to(weights[0].device) for x in bits])
+    largest = torch.cat([own, ~own])
     distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
-    differs = (largest[: len(own)] != -largest[len(own) :]).tolist()
-    unlike = [name for name, differs in zip(facts, differs) if differs]
+    largest, smallest = largest[: len(own)], ~largest[len(own) :]
+    names = [*facts, *(f"the weight {v.path!r}" for v in variables)]
+    differs = (largest != smallest).tolist()  # the only synchronisation with the device
+    unlike = [name for name, differs in zip(names, differs) if differs]
     if unlike:
         raise ValueError(
             "All processes must take the same step. Received: different values of "
-            f"{', '.join(unlike[:3])}. Set learning rate, `rho` and state to the same "
-            "values in each process, at the same step."
+            f"{', '.join(unlike[:3])}"
+            + (f" and {len(unlike) - 3} more" if unlike[3:] else "")
+            + ". Set learning rate, `rho`, weights and state to the same values in each "
+            "process, at the same step. For example, let no callback restore weights in "
+            "one process alone."
         )
