@@ -6,8 +6,10 @@ python processes.py SCENARIO FOLDER, with RANK, WORLD_SIZE, MASTER_ADDR and MAST
 import contextlib
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import keras
 import numpy as np
@@ -118,6 +120,16 @@ def assert_same(found, expected, tolerance):
     )
 
 
+def die(folder):
+    """Kills this process, and leaves the time in a file."""
+    (folder / f"killed-{RANK}").write_text(str(time.time()))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def seconds_after_death(folder, rank):
+    return time.time() - float((folder / f"killed-{rank}").read_text())
+
+
 def _free_ports(count):
     import socket
 
@@ -132,6 +144,24 @@ def write(folder, name, values):
     np.savez(folder / f"{name}-{RANK}.npz", **values)
 
 
+def exchanged_by_adamw():
+    """Returns the bytes that a step of `DistributedDataParallel` exchanges."""
+    import torch
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+    model = make_model("sam")
+    wrapped, sizes = torch.nn.parallel.DistributedDataParallel(model), []
+
+    def counted(group, bucket):
+        sizes.append(bucket.buffer().nbytes)
+        return default_hooks.allreduce_hook(group, bucket)
+
+    wrapped.register_comm_hook(None, counted)
+    x, _ = part_of_batch(0)
+    wrapped(torch.as_tensor(x)).sum().backward()
+    return sum(sizes)
+
+
 def scenario_train(folder):
     from torch import distributed
 
@@ -142,6 +172,7 @@ def scenario_train(folder):
             exchanged.append(tensor.numel() * tensor.element_size())
         return exchange(tensor, **kwargs)
 
+    write(folder, "adamw", {"exchanged": exchanged_by_adamw()})
     distributed.all_reduce = counted
     for method in METHODS:
         exchanged.clear()
@@ -221,18 +252,21 @@ def small(kind, take_steps=take_small_steps):
         steps = 6
     elif kind == "frozen":
         hidden.trainable = False
+    elif kind == "averaged":
+        base = keras.optimizers.AdamW(0.1, use_ema=True, ema_momentum=0.5)
+        optimizer = keras_slsam.SLSAM(base, active_fraction=0.5, seed=1)
     model = small_model(optimizer, hidden)
     if kind == "frozen" and RANK == 1:
         hidden.kernel.assign(hidden.kernel * 3)
     take_steps(model, steps, broken)
-    found = [w.astype("float32").ravel() for w in model.get_weights()]
-    if kind == "scaled":
-        scale = keras.ops.convert_to_numpy(optimizer.dynamic_scale)
-        found.append([scale])
+    state = [*model.weights, *optimizer.variables]
+    if keras.config.backend() != "torch":  # there each process has its own metrics
+        state += model.metrics_variables
+    found = [keras.ops.convert_to_numpy(v).astype("float32").ravel() for v in state]
     return np.concatenate(found)
 
 
-SMALL = ("scaled", "scalar", "accumulated", "scheduled", "random", "frozen")
+SMALL = ("scaled", "scalar", "accumulated", "scheduled", "random", "frozen", "averaged")
 
 
 def scenario_small(folder):
@@ -277,6 +311,24 @@ def scenario_refused(folder):
     keras_slsam.__version__ = "0.0"
 
     model = make_model("sam")
+    train(model, 0, 1)
+    before = model.get_weights()
+    train(model, 1, 1)
+    if RANK == 1:
+        model.set_weights(before)
+    refused("weights later", train, model, 2, 1)
+
+    model = make_model("sam")
+    if RANK == 1:
+        model.optimizer.get_config = lambda: 1 / 0
+    refused("one fails", train, model, 0, 1)
+
+    # The same in all processes, so they take the step.
+    model = make_model("sam")
+    model.optimizer.learning_rate = np.nan
+    refused("nan", train, model, 0, 1)
+
+    model = make_model("sam")
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
     batch = tuple(torch.as_tensor(part) for part in part_of_batch(0))
     refused("wrapped", keras_slsam.step, wrapped, model.optimizer, batch)
@@ -287,10 +339,23 @@ def scenario_refused(folder):
     write(folder, "errors", errors)
 
 
+def scenario_restored(folder):
+    """One process alone loads an earlier state of the optimizer."""
+    model = make_model("slsam")
+    train(model, 0, 1)
+    variables = model.optimizer.variables
+    before = [keras.ops.convert_to_numpy(variable).copy() for variable in variables]
+    train(model, 1, 1)
+    if RANK == 1:
+        model.optimizer.set_weights(before)
+    write(folder, "restored", train(model, 2, 3))
+
+
 def scenario_all(folder):
     scenario_train(folder)
     scenario_small(folder)
     scenario_refused(folder)
+    scenario_restored(folder)
     scenario_float64(folder)
 
 
@@ -301,14 +366,19 @@ def scenario_killed(folder):
         model.save(folder / "model.keras")
     train(model, 5, 2)
     if RANK == 1:
-        os.kill(os.getpid(), 9)
+        die(folder)
     train(model, 7, 100)
 
 
 def scenario_resumed(folder):
     model = keras.saving.load_model(folder / "model.keras")
-    write(folder, "resumed", train(keras_slsam.sharpness_aware(model), 5, STEPS - 5))
-    write(folder, "whole", train(make_model("slsam")))
+    model = keras_slsam.sharpness_aware(model)
+    write(folder, "resumed", train(model, 5, STEPS - 5))
+    whole = make_model("slsam")
+    write(folder, "whole", train(whole))
+    if RANK == 0:
+        die(folder)
+    train(whole, 0, 100)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ def assert_steps_of_one(folder, count):
             assert found["exchanged"] == passes * active
             everything = found["sizes"].sum() * len(found["masks"])
             assert (active < everything) == (method != "sam")
+    # As many bytes as AdamW for each pass, if all arms are active.
+    assert of(folder, "adamw", count)[0]["exchanged"] == found["sizes"].sum()
 
 
 # One test, because starting processes takes longer than the steps.
@@ -32,6 +34,7 @@ def test_two_processes(tmp_path, request):
     assert_steps_of_one(tmp_path, 2)
     assert_other_state_is_the_same(tmp_path)
     assert_what_would_drift_apart_is_refused(tmp_path)
+    assert_a_loaded_state_is_shared(tmp_path)
     request.getfixturevalue("float64")
     for method in processes.METHODS:
         expected = processes.alone(method)
@@ -60,17 +63,31 @@ def assert_what_would_drift_apart_is_refused(folder):
         assert "`rho`, whether there is an ascent" in errors["rho later"]
         assert "16.0" in errors["scale"]
         assert "keras_slsam is 0.0.1 in process 1, 0.0.0 in" in errors["version"]
+        assert "different values of the weight 'embedding" in errors["weights later"]
+        assert errors["one fails"] == "In process 1: division by zero"
+        assert "nan" not in errors
         assert "`model.module`" in errors["wrapped"]
         assert "fully_shard" in errors["sharded"]
 
 
-def test_a_killed_process_ends_the_others_and_training_resumes(tmp_path):
-    first, killed = processes.launch(
-        2, processes.__file__, "killed", tmp_path, timeout=60
+def assert_a_loaded_state_is_shared(folder):
+    first, other = of(folder, "restored", 2)
+    processes.assert_same(other, first, 0)
+    # The state is that of the first process, which went on.
+    np.testing.assert_array_equal(
+        first["masks"], of(folder, "slsam", 1)[0]["masks"][2:5]
     )
+
+
+def test_a_killed_process_ends_the_others_and_training_resumes(tmp_path):
+    first, killed = processes.launch(2, processes.__file__, "killed", tmp_path)
+    assert processes.seconds_after_death(tmp_path, 1) < 20
     assert killed[0] == -9, killed[1]
     assert first[0] == 1 and "RuntimeError" in first[1]
-    processes.run(2, processes.__file__, "resumed", tmp_path)
+    killed, second = processes.launch(2, processes.__file__, "resumed", tmp_path)
+    assert processes.seconds_after_death(tmp_path, 0) < 20
+    assert killed[0] == -9, killed[1]
+    assert second[0] == 1 and "RuntimeError" in second[1]
     for resumed, whole in zip(of(tmp_path, "resumed", 2), of(tmp_path, "whole", 2)):
         np.testing.assert_array_equal(resumed["masks"], whole["masks"][5:])
         np.testing.assert_allclose(resumed["weights"], whole["weights"], atol=1e-6)
