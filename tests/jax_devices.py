@@ -7,7 +7,6 @@ import os
 import pathlib
 import re
 import sys
-import time
 
 PROCESSES = int(os.environ["WORLD_SIZE"])
 os.environ["XLA_FLAGS"] = (
@@ -51,16 +50,34 @@ def distribute(kind):
 
 def compiled_step(model, mesh):
     """Returns the text of the program of a step, in the order of its execution."""
-    by_batch = NamedSharding(mesh, PartitionSpec("batch"))
-    data = [
-        jax.make_array_from_process_local_data(by_batch, part)
-        for part in processes.part_of_batch(0)
-    ]
     state = keras_slsam.get_state(model, model.optimizer)
 
     def step(state, data):
         return keras_slsam.stateless_step(model, model.optimizer, state, data)
 
+    return compiled(step, state, mesh)
+
+
+def compiled_step_of_adamw(model, mesh):
+    """Returns the text of the program of Keras' own step."""
+    model.compile(keras.optimizers.AdamW(), model.loss)
+    model.optimizer.build(model.trainable_variables)
+    groups = (
+        model.trainable_variables,
+        model.non_trainable_variables,
+        model.optimizer.variables,
+        model.metrics_variables,
+    )
+    state = tuple([v.value for v in variables] for variables in groups)
+    return compiled(model.train_step, state, mesh)
+
+
+def compiled(step, state, mesh):
+    by_batch = NamedSharding(mesh, PartitionSpec("batch"))
+    data = [
+        jax.make_array_from_process_local_data(by_batch, part)
+        for part in processes.part_of_batch(0)
+    ]
     return jax.jit(step).lower(state, tuple(data)).compile().as_text()
 
 
@@ -93,30 +110,50 @@ def called_by(names, calls):
     return found
 
 
-def reduced_bytes(text):
-    """Returns the bytes that devices exchange inside and outside of conditions."""
+EXCHANGE = re.compile(
+    r"= (.*?) (?:all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|"
+    r"collective-broadcast|send|recv)(?:-start)?\("
+)
+
+
+def exchanged_by(lines):
+    """Returns the bytes that some lines of a program exchange."""
+    total = 0
+    for line in lines:
+        if found := EXCHANGE.search(line):
+            for size in re.findall(r"f32\[([\d,]*)\]", found[1]):
+                total += 4 * int(np.prod([int(n) for n in size.split(",") if n]))
+    return total
+
+
+def exchanged_bytes(text):
+    """Returns the bytes that devices exchange in each condition, and outside of all."""
     lines, calls, branches = computations(text)
-    inside, totals = called_by(branches, calls), {True: 0, False: 0}
-    for name, each in lines.items():
-        for line in each:
-            if found := re.search(r"= (.*?) all-reduce(?:-start)?\(", line):
-                for size in re.findall(r"f32\[([\d,]*)\]", found[1]):
-                    count = np.prod([int(n) for n in size.split(",") if n])
-                    totals[name in inside] += 4 * int(count)
-    return totals[True], totals[False]
+    inside = called_by(branches, calls)
+    outside = sum(
+        exchanged_by(each) for name, each in lines.items() if name not in inside
+    )
+    of_branches = []
+    for branch in branches:
+        # A condition inside of another one counts for itself.
+        others = called_by(branches - {branch}, calls)
+        own = called_by([branch], calls) - others
+        of_branches.append(sum(exchanged_by(lines[name]) for name in own))
+    return sorted(n for n in of_branches if n), outside
 
 
 def waits(text):
-    """Returns whether what exchanges in a step waits for the condition before it.
+    """Returns whether what exchanges in a step waits for what exchanges before it.
 
-    One bool for each condition that exchanges, except the last one.
+    One bool for each two that follow one another. An exchange of the metrics may follow
+    any other.
     """
     lines, calls, _ = computations(text)
     exchanging = {
         name
         for name in lines
         if any(
-            "all-reduce(" in line for n in called_by([name], calls) for line in lines[n]
+            EXCHANGE.search(line) for n in called_by([name], calls) for line in lines[n]
         )
     }
     before, pending, found = {}, None, []
@@ -126,16 +163,16 @@ def waits(text):
         name, right = begin.groups()
         names = re.findall(r"%([\w.\-]+)", right)
         before[name] = set().union(*({n} | before[n] for n in names if n in before))
-        if "all-reduce(" in right or exchanging.intersection(names):
+        if EXCHANGE.search(line) or exchanging.intersection(names):
             if pending:
                 found.append(pending in before[name])
-            pending = name if " conditional(" in right else None
+            pending = name
     return found
 
 
-def train(folder, kind, methods):
+def train(folder, kind):
     mesh = distribute(kind)
-    for method in methods:
+    for method in processes.METHODS:
         model = processes.make_model(method, seed=0)
         found = processes.train(model)
         found["sharded"] = [
@@ -144,46 +181,88 @@ def train(folder, kind, methods):
             if "model" in variable.value.sharding.spec
         ]
         if kind == "data 2":
-            found["reduced"] = reduced_bytes(compiled_step(model, mesh))
-            found["size"] = model.count_params()
+            arms = model.optimizer.arms
+            found["sizes"] = [4 * sum(np.prod(v.shape) for v in arm) for arm in arms]
+            inside, outside = exchanged_bytes(compiled_step(model, mesh))
+            found.update(inside=inside, outside=outside)
         processes.write(folder, f"{kind}-{method}", found)
+    if kind == "data 2":
+        inside, outside = exchanged_bytes(compiled_step_of_adamw(model, mesh))
+        processes.write(folder, "adamw", {"inside": inside, "outside": outside})
+        small = {kind: processes.small(kind) for kind in processes.SMALL}
+        processes.write(folder, "small", small)
 
 
 def scenario_devices(folder):
-    train(folder, "data 2", processes.METHODS)
-    train(folder, "model", ["slsam", "sl+s2"])
-    train(folder, "data 4", ["slsam"])
+    train(folder, "data 2")
+    train(folder, "model")
+    jax.config.update("jax_enable_x64", True)
+    processes.use_float64()
+    train(folder, "data 4")
+
+
+def error_of(call):
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def refusals(model):
+    """Returns the errors of what several processes do not support."""
+    version, own = keras_slsam.__version__, distribution.distribution()
+    errors = {}
+
+    def refused(name, optimizer=model.optimizer):
+        other = processes.make_model("slsam", seed=0)
+        other.compile(optimizer, "mse")
+        errors[name] = error_of(lambda: processes.train(other, 0, 1))
+
+    keras_slsam.__version__ = f"0.0.{processes.RANK}"
+    refused("version", processes.METHODS["sam"]("sgd"))
+    keras_slsam.__version__ = version
+    refused("part", keras_slsam.SAM("sgd", ascent_fraction=0.5))
+    jax.config.update("jax_cpu_enable_async_dispatch", True)
+    refused("dispatch")
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    mesh = distribution.DeviceMesh((2, 1), ("batch", "model"), jax.devices())
+    layouts = distribution.LayoutMap(mesh)
+    distribution.set_distribution(
+        distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch")
+    )
+    refused("model")
+    distribution.set_distribution(own)
+    return errors
+
+
+def die_or_wait(folder, model, rank):
+    """Kills one process. The others must get an error."""
+    if processes.RANK == rank:
+        processes.die(folder)
+    try:
+        processes.train(model, 0, 1000)
+    except ValueError as error:
+        print(f"an error: {error}", flush=True)
+        os._exit(1)  # at a usual exit JAX waits a minute for the killed process
 
 
 def scenario_killed(folder):
     mesh = distribute("processes")
-    model = processes.make_model("slsam", seed=0)
-    # Metrics have exchanges outside of conditions.
-    model.compile(model.optimizer, model.loss, metrics=["accuracy"])
-    version = keras_slsam.__version__
-    try:
-        keras_slsam.__version__ = f"0.0.{processes.RANK}"
-        processes.train(model, 0, 1)
-    except ValueError as error:
-        print(error, flush=True)
-    keras_slsam.__version__ = version
-    early = processes.train(model, 0, 5)
-    # Saving creates variables, which JAX compares, so all processes must save.
-    model.save(folder / f"model-{processes.RANK}.keras")
-    late = processes.train(model, 5, processes.STEPS - 5)
-    late["masks"] = np.concatenate([early["masks"], late["masks"]])
-    if processes.RANK == 0:
+    for method in processes.METHODS:
+        model = processes.make_model(method, seed=0)
+        # Metrics have exchanges outside of conditions.
+        model.compile(model.optimizer, model.loss, metrics=["accuracy"])
+        early = processes.train(model, 0, 5)
+        if method == "slsam":
+            # Saving creates variables, which JAX compares, so all processes must save.
+            model.save(folder / f"model-{processes.RANK}.keras")
+        late = processes.train(model, 5, processes.STEPS - 5)
+        late["masks"] = np.concatenate([early["masks"], late["masks"]])
         late["waits"] = waits(compiled_step(model, mesh))
-    processes.write(folder, "processes", late)
-    if processes.RANK == 1:
-        os.kill(os.getpid(), 9)
-    start = time.perf_counter()
-    try:
-        processes.train(model, 0, 100)
-    except ValueError as error:
-        seconds = time.perf_counter() - start
-        print(f"an error after {seconds:.1f} s: {error}", flush=True)
-        os._exit(1)  # at a usual exit JAX waits a minute for the killed process
+        processes.write(folder, f"processes-{method}", late)
+    processes.write(folder, "errors", refusals(model))
+    die_or_wait(folder, model, rank=1)
 
 
 def scenario_resumed(folder):
@@ -191,6 +270,7 @@ def scenario_resumed(folder):
     model = keras.saving.load_model(folder / "model-0.keras")
     model = keras_slsam.sharpness_aware(model)
     processes.write(folder, "resumed", processes.train(model, 5, processes.STEPS - 5))
+    die_or_wait(folder, model, rank=0)
 
 
 if __name__ == "__main__":

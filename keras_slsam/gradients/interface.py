@@ -163,7 +163,7 @@ class Backend:
     def after_exchanges(self, norms, tensors):
         """Returns tensors whose exchanges come after those of the gradients.
 
-        Only several processes of JAX need it.
+        Only several devices of JAX need it.
 
         Args:
             norms: List of scalar tensors that depend on all gradients.

@@ -8,6 +8,7 @@ equation.
 
 import jax
 import jax.numpy as jnp
+import keras
 from jax.extend import core
 from jax.extend.core import primitives
 
@@ -73,7 +74,7 @@ class Gradients(program.Program):
         )
         work = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))
         made = work(*(values[v] for v in part.inputs))
-        if part.arms == self._everyone and jax.process_count() > 1:
+        if part.arms == self._everyone and has_exchanges():
             # The first condition waits for the loss.
             scalars = [
                 v for v in made if v.ndim == 0 and jnp.issubdtype(v.dtype, jnp.floating)
@@ -86,9 +87,9 @@ class Gradients(program.Program):
         return super().evaluate(parts, values, before)
 
     def choose(self, active, work, skip):
-        if jax.process_count() == 1:
+        if not has_exchanges():
             return super().choose(active, work, skip)
-        # All processes must make their exchanges in one order. On a CPU, XLA may start
+        # All devices must make their exchanges in one order. On a CPU, XLA may start
         # a condition before the exchange in the previous one, so each waits for a
         # number that the previous one returns.
         made, self._turn = jax.lax.cond(
@@ -101,6 +102,11 @@ class Gradients(program.Program):
 
     def zeros(self, part, work):
         return [jnp.zeros(v.aval.shape, v.aval.dtype) for v in part.outputs]
+
+
+def has_exchanges():
+    """Returns whether a step runs on several devices."""
+    return keras.distribution.distribution() is not None
 
 
 def is_known(number):
