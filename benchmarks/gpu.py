@@ -35,30 +35,33 @@ def measure(args: argparse.Namespace, flags: list[str]) -> tuple[list[dict], boo
         flags: More flags for the measurements, such as `["--model", "dense"]`.
 
     Returns:
-        Tuple of the list of the measurements' results, and whether nothing failed.
+        Tuple of the list of the measurements' results, and whether all tests passed
+        and no measurement failed.
     """
     args.folder.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * args.minutes
     files, good = [], []
     for backend in args.backends:
         test = ["pytest", "-q", str(TEST)]
-        good.append(_run(f"test on {backend}", test, backend, end, **PRECISE))
+        ended = _run(f"test on {backend}", test, backend, end, **PRECISE)
+        good.append(ended == "done")
     for name, line in MEASUREMENTS.items():
         for backend in args.backends:
             file = args.folder / f"{backend}-{name}.json"
             file.unlink(missing_ok=True)
             command = ["benchmarks", *shlex.split(line), *flags, "--json", str(file)]
-            good.append(_run(f"{name} on {backend}", command, backend, end))
+            ended = _run(f"{name} on {backend}", command, backend, end)
+            good.append(ended != "FAILED")
             files += [file] if file.exists() else []
     return [json.loads(file.read_text("utf-8")) for file in files], all(good)
 
 
 def _run(title, module, backend, end, **environment):
-    """Runs a module, prints how it ended, and returns whether it did not fail."""
+    """Runs a module. Prints and returns how it ended."""
     start = time.monotonic()
     if start >= end:
         print(f"{title}: out of time", flush=True)
-        return True
+        return "out of time"
     process = subprocess.Popen(
         [sys.executable, "-m", *module],
         env={**os.environ, **environment, "KERAS_BACKEND": backend},
@@ -76,4 +79,4 @@ def _run(title, module, backend, end, **environment):
     if ended == "FAILED":
         print(output)
     print(f"{title}: {ended}, {time.monotonic() - start:.0f} s", flush=True)
-    return ended != "FAILED"
+    return ended

@@ -78,7 +78,7 @@ def train_with_jax(train, test, rank, processes):
         model.fit(x, y, size, shuffle=False, verbose=0)
     rows = parts(len(test[0]), rank, processes)
     x, y = (each[rows] for each in test)
-    return model.evaluate(x, y, size, verbose=0)[1]
+    return model, model.evaluate(x, y, size, verbose=0)[1]
 
 
 def train_with_tensorflow(train, test, rank, processes):
@@ -100,7 +100,7 @@ def train_with_tensorflow(train, test, rank, processes):
             on_replicas(tuple(each[batch] for each in train))
     x, y = test
     found = keras.ops.convert_to_numpy(model(x)).argmax(axis=-1)
-    return np.mean(found == y)
+    return model, np.mean(found == y)
 
 
 def train_with_torch(train, test, rank, processes):
@@ -108,7 +108,7 @@ def train_with_torch(train, test, rank, processes):
     from torch import distributed
     from torch.utils import data
 
-    gpus = torch.cuda.is_available()
+    gpus = torch.cuda.device_count() >= processes  # NCCL needs one for each
     if gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("nccl" if gpus else "gloo")
@@ -122,7 +122,7 @@ def train_with_torch(train, test, rank, processes):
         model.fit(loader, verbose=0)
     accuracy = model.evaluate(*test, verbose=0)[1]
     distributed.destroy_process_group()
-    return accuracy
+    return model, accuracy
 
 
 TRAIN = {
@@ -139,8 +139,13 @@ def main():
     x, y = load_digits(return_X_y=True)
     x = x.astype("float32") / 16
     train, test = (x[:1280], y[:1280]), (x[1280:1792], y[1280:1792])
-    accuracy = TRAIN[keras.config.backend()](train, test, rank, processes)
-    print(f"process {rank} of {processes}: test accuracy {accuracy:.3f}", flush=True)
+    model, accuracy = TRAIN[keras.config.backend()](train, test, rank, processes)
+    norm = np.sqrt(sum(np.square(w).sum(dtype="float64") for w in model.get_weights()))
+    print(
+        f"process {rank} of {processes}: test accuracy {accuracy:.3f}, norm of the "
+        f"weights {norm:.9f}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

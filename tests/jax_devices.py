@@ -216,7 +216,7 @@ def refusals(model):
 
     def refused(name, optimizer=model.optimizer):
         other = processes.make_model("slsam", seed=0)
-        other.compile(optimizer, "mse")
+        other.compile(optimizer, other.loss)
         errors[name] = error_of(lambda: processes.train(other, 0, 1))
 
     keras_slsam.__version__ = f"0.0.{processes.RANK}"

@@ -233,6 +233,17 @@ def take_small_steps(model, steps=3, broken=None):
         model.train_on_batch(*small_part(step, broken))
 
 
+def fit_small(model, steps, broken):
+    """Like `take_small_steps` of two processes, with whole batches."""
+
+    def whole(step):
+        parts = [small_part(step, broken, rank, 2) for rank in range(2)]
+        return [np.concatenate(each) for each in zip(*parts)]
+
+    x, y = (np.concatenate(each) for each in zip(*map(whole, range(steps))))
+    model.fit(x, y, 8, shuffle=False, verbose=0)
+
+
 def small(kind, take_steps=take_small_steps):
     """Takes steps that need more than gradients of trained weights to be the same."""
     keras.utils.set_random_seed(0)

@@ -66,15 +66,6 @@ def whole_batches(steps=processes.STEPS):
     return [processes.part_of_batch(step, 0, 1) for step in range(steps)]
 
 
-def fit_small(model, steps, broken):
-    def whole(step):
-        parts = [processes.small_part(step, broken, rank, 2) for rank in range(2)]
-        return [np.concatenate(each) for each in zip(*parts)]
-
-    x, y = (np.concatenate(each) for each in zip(*map(whole, range(steps))))
-    model.fit(x, y, 8, shuffle=False, verbose=0)
-
-
 def run(strategy, model, *batches):
     """Takes steps like `fit`, which Keras does not support with several workers."""
 
@@ -118,17 +109,40 @@ def error_of(call, *arguments):
     return "no error"
 
 
+def exchanged_by_adamw():
+    """Returns the bytes that each replica exchanges in a step of Keras' AdamW."""
+    reduce, sizes = tf.distribute.ReplicaContext.all_reduce, []
+
+    def counted(self, op, values, *args):
+        sizes.extend(
+            v.shape.num_elements() * v.dtype.size for v in tf.nest.flatten(values)
+        )
+        return reduce(self, op, values, *args)
+
+    strategy = mirrored(2)
+    with strategy.scope():
+        model = processes.make_model("sam")
+        model.compile(keras.optimizers.AdamW(), model.loss)
+    tf.distribute.ReplicaContext.all_reduce = counted
+    x, y = processes.part_of_batch(0)
+    model.fit(x, y, len(x), verbose=0)
+    tf.distribute.ReplicaContext.all_reduce = reduce
+    return sum(sizes) / 2
+
+
 def scenario_mirrored(folder):
+    processes.write(folder, "adamw", {"exchanged": exchanged_by_adamw()})
     counts = count_exchanges()
-    for replicas, method in ((4, "slsam"), *((2, m) for m in processes.METHODS)):
+    for replicas in (4, 2):
         if replicas == 2:
             processes.use_float64()
-        counts.update(inside=0, outside=0)
-        model = built(mirrored(replicas), method)
-        result = fit(model, whole_batches())
-        processes.write(folder, f"{replicas}-{method}", {**result, **counts})
-        if replicas == 4:
-            model.save(folder / "model.keras")
+        for method in processes.METHODS:
+            counts.update(inside=0, outside=0)
+            model = built(mirrored(replicas), method)
+            result = fit(model, whole_batches())
+            processes.write(folder, f"{replicas}-{method}", {**result, **counts})
+            if (replicas, method) == (4, "slsam"):
+                model.save(folder / "model.keras")
 
 
 def scenario_small(folder):
@@ -136,20 +150,20 @@ def scenario_small(folder):
     one = tf.distribute.MirroredStrategy(DEVICES[3:])  # other devices work too
     processes.write(folder, "one", fit(built(one, "slsam"), whole_batches(3)))
     with strategy.scope():
-        results = {kind: processes.small(kind, fit_small) for kind in SMALL}
+        results = {kind: processes.small(kind, processes.fit_small) for kind in SMALL}
     processes.write(folder, "small", results)
 
     def outside():
         optimizer = keras_slsam.SAM("sgd")
         with strategy.scope():
             model = processes.small_model(optimizer)
-        fit_small(model, 1, None)
+        processes.fit_small(model, 1, None)
 
     def compiled(**kwargs):
         with strategy.scope():
             model = processes.small_model(keras_slsam.SAM("sgd"))
             model.compile(keras_slsam.SAM("sgd"), "mse", **kwargs)
-        fit_small(model, 1, None)
+        processes.fit_small(model, 1, None)
 
     def with_metric():
         with strategy.scope():
@@ -161,7 +175,7 @@ def scenario_small(folder):
         layer = keras.layers.BatchNormalization(synchronized=True)
         with strategy.scope():
             model = processes.small_model(keras_slsam.SAM("sgd"), layer)
-        fit_small(model, 1, None)
+        processes.fit_small(model, 1, None)
 
     def unbuilt():
         with strategy.scope():
@@ -184,6 +198,13 @@ def scenario_small(folder):
     processes.write(folder, "errors", errors)
 
 
+def die_or_wait(folder, strategy, model, rank):
+    """Kills one worker. The others must get an error."""
+    if RANK == rank:
+        processes.die(folder)
+    take_steps(strategy, model, 0, 1000)
+
+
 def scenario_killed(folder):
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
     with strategy.scope():
@@ -191,32 +212,33 @@ def scenario_killed(folder):
         model = processes.small_model(random, metrics=())
         model.optimizer.build(model.trainable_variables)
     run(strategy, model, *map(processes.small_part, range(6)))
-    model = built(strategy, "slsam")
-    early = take_steps(strategy, model, 0, 5)
-    model.save(folder / f"model-{RANK}.keras")
-    late = take_steps(strategy, model, 5, processes.STEPS - 5)
-    masks = np.concatenate([early["masks"], late["masks"]])
-    processes.write(folder, "workers", {**late, "masks": masks})
+    for method in processes.METHODS:
+        model = built(strategy, method)
+        early = take_steps(strategy, model, 0, 5)
+        if method == "slsam":
+            model.save(folder / f"model-{RANK}.keras")
+        late = take_steps(strategy, model, 5, processes.STEPS - 5)
+        masks = np.concatenate([early["masks"], late["masks"]])
+        processes.write(folder, f"workers-{method}", {**late, "masks": masks})
     rate = model.optimizer.learning_rate.numpy()
     model.optimizer.learning_rate = rate * (1 + RANK)
     version = keras_slsam.__version__
     keras_slsam.__version__ = f"0.0.{RANK}"
     error = error_of(take_steps, strategy, model, 0, 1)
-    processes.write(folder, "errors", {"differences": error})
     keras_slsam.__version__ = version
-    if RANK == 1:
-        os.kill(os.getpid(), 9)
-    model.optimizer.learning_rate = rate
-    take_steps(strategy, model, 0, 100)
+    model.optimizer.learning_rate = np.nan  # in all, so it is not a difference
+    nan = error_of(take_steps, strategy, model, 0, 1)
+    processes.write(folder, "errors", {"differences": error, "nan": nan})
+    die_or_wait(folder, strategy, model, rank=1)
 
 
 def scenario_resumed(folder):
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
     with strategy.scope():
         model = keras.saving.load_model(folder / "model-0.keras")
-    processes.write(
-        folder, "resumed", take_steps(strategy, model, 5, processes.STEPS - 5)
-    )
+    late = take_steps(strategy, model, 5, processes.STEPS - 5)
+    processes.write(folder, "resumed", late)
+    die_or_wait(folder, strategy, model, rank=0)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def load(folder, name, rank=0):
 
 def assert_inactive_arms_are_not_exchanged(method, found):
     # Each condition has the exchange of its own arm, once per pass, so that of an
-    # inactive arm is not executed. Only the loss is exchanged outside.
+    # inactive arm is not executed. Only the loss of each pass is exchanged outside.
     passes = 1 if method == "sl+s2" else 2
     if method == "sam":
         assert not found["inside"].size
@@ -28,7 +28,7 @@ def assert_inactive_arms_are_not_exchanged(method, found):
         np.testing.assert_array_equal(
             found["inside"], sorted(passes * found["sizes"].tolist())
         )
-        assert found["outside"] == 4
+        assert found["outside"] == passes * 4
 
 
 def assert_state_is_sharded_like_its_weights(method, found):
@@ -71,7 +71,8 @@ def test_two_processes_and_a_killed_one(tmp_path):
             found = load(tmp_path, f"processes-{method}", rank)
             processes.assert_same(found, expected, 1e-5)
             # The exchanges have one order, which does not depend on timing.
-            assert found["waits"].all() and len(found["waits"]) >= 3
+            conditions = {"sam": 1, "slsam": 30, "sl+s2": 15}[method]
+            assert found["waits"].all() and len(found["waits"]) > conditions
     for rank in range(2):
         errors = {k: str(v) for k, v in load(tmp_path, "errors", rank).items()}
         assert "keras_slsam is 0.0.1 in process 1, 0.0.0 in" in errors["version"]

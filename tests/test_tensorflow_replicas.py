@@ -25,8 +25,11 @@ def load(folder, name, rank=0):
 # Few tests, because starting processes takes longer than the steps.
 def test_mirrored_replicas(tmp_path, request):
     run(1, "mirrored", tmp_path)
-    expected = processes.alone("slsam")
-    processes.assert_same(load(tmp_path, "4-slsam"), expected, 1e-5)
+    for method in processes.METHODS:
+        expected = processes.alone(method)
+        processes.assert_same(load(tmp_path, f"4-{method}"), expected, 1e-5)
+    adamw = load(tmp_path, "adamw")["exchanged"]
+    assert adamw == expected["weights"].nbytes
     # The state of several replicas goes on with one.
     model = keras.saving.load_model(tmp_path / "model.keras")
     one = processes.train(keras_slsam.sharpness_aware(model), processes.STEPS, 5)
@@ -41,7 +44,7 @@ def test_mirrored_replicas(tmp_path, request):
         # A compiled step has the exchanges of all arms. Those of arms that may be
         # inactive are in conditions.
         passes = 1 if method == "sl+s2" else 2
-        everything = passes * 2 * found["weights"].nbytes  # of two replicas
+        everything = passes * 2 * 2 * adamw  # two replicas, float64
         inside, outside = found["inside"], found["outside"]
         expected = (0, everything) if method == "sam" else (everything, 0)
         assert (inside, outside) == expected
@@ -51,7 +54,8 @@ def test_other_state_and_refusals(tmp_path):
     run(1, "small", tmp_path)
     for kind, found in load(tmp_path, "small").items():
         tolerance = 1e-4 if kind == "scalar" else 1e-6  # it is in bfloat16
-        np.testing.assert_allclose(found, processes.small(kind), 1e-5, tolerance)
+        expected = processes.small(kind, processes.fit_small)
+        np.testing.assert_allclose(found, expected, 1e-5, tolerance)
     few = processes.train(processes.make_model("slsam"), 0, 3)
     processes.assert_same(load(tmp_path, "one"), few, 1e-5)
     errors = {name: str(error) for name, error in load(tmp_path, "errors").items()}
@@ -66,16 +70,27 @@ def test_other_state_and_refusals(tmp_path):
 
 def test_workers_and_a_killed_one(tmp_path):
     first, killed = processes.launch(2, SCRIPT, "killed", tmp_path, timeout=400)
+    assert processes.seconds_after_death(tmp_path, 1) < 30
     assert killed[0] == -9, killed[1]
     assert first[0] == 1 and "UnavailableError" in first[1], first[1]
-    expected = processes.alone("slsam")
+    for method in processes.METHODS:
+        expected = processes.alone(method)
+        for rank in range(2):
+            found = load(tmp_path, f"workers-{method}", rank)
+            processes.assert_same(found, expected, 1e-5)
     for rank in range(2):
-        processes.assert_same(load(tmp_path, "workers", rank), expected, 1e-5)
-        error = str(load(tmp_path, "errors", rank)["differences"])
-        named = error.split("different values of")[1]
+        errors = load(tmp_path, "errors", rank)
+        assert str(errors["nan"]) == "no error"
+        named = str(errors["differences"]).split("different values of")[1]
         assert "the version of keras_slsam" in named and "`learning_rate`" in named
         assert "`iterations`" not in named and "the version of keras\n" not in named
-    run(2, "resumed", tmp_path)
-    resumed = load(tmp_path, "resumed", 1)
-    np.testing.assert_array_equal(resumed["masks"], expected["masks"][5:])
-    np.testing.assert_allclose(resumed["weights"], expected["weights"], atol=1e-6)
+
+    killed, second = processes.launch(2, SCRIPT, "resumed", tmp_path, timeout=400)
+    assert processes.seconds_after_death(tmp_path, 0) < 30
+    assert killed[0] == -9, killed[1]
+    assert second[0] == 1, second[1]
+    expected = processes.alone("slsam")
+    for rank in range(2):
+        resumed = load(tmp_path, "resumed", rank)
+        np.testing.assert_array_equal(resumed["masks"], expected["masks"][5:])
+        np.testing.assert_allclose(resumed["weights"], expected["weights"], atol=1e-6)

@@ -171,7 +171,7 @@ def agree(facts, variables):
             "All processes must take the same step. Received: different values of "
             f"{', '.join(unlike[:3])}"
             + (f" and {len(unlike) - 3} more" if unlike[3:] else "")
-            + ". Set learning rate, `rho`, weights and state to the same values in each "
-            "process, at the same step. For example, let no callback restore weights in "
-            "one process alone."
+            + ". Set learning rate, `rho`, weights and state to the same values in "
+            "each process, at the same step. For example, let no callback restore "
+            "weights in one process alone."
         )
