@@ -189,6 +189,8 @@ def train(folder, kind):
     if kind == "data 2":
         inside, outside = exchanged_bytes(compiled_step_of_adamw(model, mesh))
         processes.write(folder, "adamw", {"inside": inside, "outside": outside})
+        resumed = processes.train_on(processes.load(folder / "one.keras"))
+        processes.write(folder, "from one", resumed)
         small = {kind: processes.small(kind) for kind in processes.SMALL}
         processes.write(folder, "small", small)
 
@@ -209,20 +211,20 @@ def error_of(call):
     return "no error"
 
 
-def refusals(model):
+def refusals():
     """Returns the errors of what several processes do not support."""
     version, own = keras_slsam.__version__, distribution.distribution()
     errors = {}
 
-    def refused(name, optimizer=model.optimizer):
-        other = processes.make_model("slsam", seed=0)
-        other.compile(optimizer, other.loss)
-        errors[name] = error_of(lambda: processes.train(other, 0, 1))
+    def refused(name, **kwargs):
+        model = processes.make_model("sam", seed=0)
+        model.compile(keras_slsam.SAM("sgd", **kwargs), model.loss)
+        errors[name] = error_of(lambda: processes.train(model, 0, 1))
 
     keras_slsam.__version__ = f"0.0.{processes.RANK}"
-    refused("version", processes.METHODS["sam"]("sgd"))
+    refused("version")
     keras_slsam.__version__ = version
-    refused("part", keras_slsam.SAM("sgd", ascent_fraction=0.5))
+    refused("part", ascent_fraction=0.5)
     jax.config.update("jax_cpu_enable_async_dispatch", True)
     refused("dispatch")
     jax.config.update("jax_cpu_enable_async_dispatch", False)
@@ -257,19 +259,18 @@ def scenario_killed(folder):
         if method == "slsam":
             # Saving creates variables, which JAX compares, so all processes must save.
             model.save(folder / f"model-{processes.RANK}.keras")
-        late = processes.train(model, 5, processes.STEPS - 5)
+        late = processes.train_on(model)
         late["masks"] = np.concatenate([early["masks"], late["masks"]])
         late["waits"] = waits(compiled_step(model, mesh))
         processes.write(folder, f"processes-{method}", late)
-    processes.write(folder, "errors", refusals(model))
+    processes.write(folder, "errors", refusals())
     die_or_wait(folder, model, rank=1)
 
 
 def scenario_resumed(folder):
     distribute("processes")
-    model = keras.saving.load_model(folder / "model-0.keras")
-    model = keras_slsam.sharpness_aware(model)
-    processes.write(folder, "resumed", processes.train(model, 5, processes.STEPS - 5))
+    model = processes.load(folder / "model-0.keras")
+    processes.write(folder, "resumed", processes.train_on(model))
     die_or_wait(folder, model, rank=0)
 
 

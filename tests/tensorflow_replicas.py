@@ -143,6 +143,10 @@ def scenario_mirrored(folder):
             processes.write(folder, f"{replicas}-{method}", {**result, **counts})
             if (replicas, method) == (4, "slsam"):
                 model.save(folder / "model.keras")
+                with mirrored(4).scope():
+                    model = processes.load(folder / "one.keras")
+                late = fit(model, whole_batches()[5:])
+                processes.write(folder, "from one", late)
 
 
 def scenario_small(folder):

@@ -26,6 +26,8 @@ def test_two_devices():
 
 
 def test_two_processes_have_the_same_weights():
-    pattern = r"process \d of 2: test accuracy (0\.\d+), norm of the weights (\d+\.\d{9})"
+    pattern = (
+        r"process \d of 2: test accuracy (0\.\d+), norm of the weights (\d+\.\d{9})"
+    )
     one, other = found("several_processes.py", pattern)
     assert one == other and float(one[0]) > 0.8

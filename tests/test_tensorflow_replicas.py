@@ -7,8 +7,6 @@ import numpy as np
 import processes
 import pytest
 
-import keras_slsam
-
 if keras.config.backend() != "tensorflow":
     pytest.skip("strategies of TensorFlow", allow_module_level=True)
 SCRIPT = pathlib.Path(__file__).with_name("tensorflow_replicas.py")
@@ -24,18 +22,20 @@ def load(folder, name, rank=0):
 
 # Few tests, because starting processes takes longer than the steps.
 def test_mirrored_replicas(tmp_path, request):
+    processes.save_one(tmp_path)
     run(1, "mirrored", tmp_path)
+    expected = processes.alone("slsam")
+    processes.assert_same(load(tmp_path, "from one"), expected, 1e-5, first=5)
     for method in processes.METHODS:
         expected = processes.alone(method)
         processes.assert_same(load(tmp_path, f"4-{method}"), expected, 1e-5)
     adamw = load(tmp_path, "adamw")["exchanged"]
     assert adamw == expected["weights"].nbytes
     # The state of several replicas goes on with one.
-    model = keras.saving.load_model(tmp_path / "model.keras")
-    one = processes.train(keras_slsam.sharpness_aware(model), processes.STEPS, 5)
+    model = processes.load(tmp_path / "model.keras")
+    one = processes.train(model, processes.STEPS, 5)
     whole = processes.train(processes.make_model("slsam"), 0, processes.STEPS + 5)
-    np.testing.assert_array_equal(one["masks"], whole["masks"][processes.STEPS :])
-    np.testing.assert_allclose(one["weights"], whole["weights"], rtol=0, atol=1e-5)
+    processes.assert_same(one, whole, 1e-5, first=processes.STEPS)
 
     request.getfixturevalue("float64")
     for method in processes.METHODS:
@@ -92,5 +92,4 @@ def test_workers_and_a_killed_one(tmp_path):
     expected = processes.alone("slsam")
     for rank in range(2):
         resumed = load(tmp_path, "resumed", rank)
-        np.testing.assert_array_equal(resumed["masks"], expected["masks"][5:])
-        np.testing.assert_allclose(resumed["weights"], expected["weights"], atol=1e-6)
+        processes.assert_same(resumed, expected, 1e-6, first=5)

@@ -30,11 +30,15 @@ def assert_steps_of_one(folder, count):
 
 # One test, because starting processes takes longer than the steps.
 def test_two_processes(tmp_path, request):
+    processes.save_one(tmp_path)
     processes.run(2, processes.__file__, "all", tmp_path)
     assert_steps_of_one(tmp_path, 2)
     assert_other_state_is_the_same(tmp_path)
     assert_what_would_drift_apart_is_refused(tmp_path)
     assert_a_loaded_state_is_shared(tmp_path)
+    expected = processes.alone("slsam")
+    for found in of(tmp_path, "from one", 2):
+        processes.assert_same(found, expected, 1e-5, first=5)
     request.getfixturevalue("float64")
     for method in processes.METHODS:
         expected = processes.alone(method)
@@ -89,5 +93,6 @@ def test_a_killed_process_ends_the_others_and_training_resumes(tmp_path):
     assert killed[0] == -9, killed[1]
     assert second[0] == 1 and "RuntimeError" in second[1]
     for resumed, whole in zip(of(tmp_path, "resumed", 2), of(tmp_path, "whole", 2)):
-        np.testing.assert_array_equal(resumed["masks"], whole["masks"][5:])
-        np.testing.assert_allclose(resumed["weights"], whole["weights"], atol=1e-6)
+        processes.assert_same(resumed, whole, 1e-6, first=5)
+    one = processes.train_on(processes.load(tmp_path / "model.keras"))
+    processes.assert_same(one, whole, 1e-5, first=5)
