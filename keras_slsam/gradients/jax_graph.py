@@ -106,7 +106,8 @@ class Gradients(program.Program):
 
 def has_exchanges():
     """Returns whether a step runs on several devices."""
-    return keras.distribution.distribution() is not None
+    distribution = keras.distribution.distribution()
+    return distribution is not None and distribution.device_mesh.devices.size > 1
 
 
 def is_known(number):
