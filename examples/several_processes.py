@@ -41,6 +41,7 @@ def launch():
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(PROCESSES),
+            "LOCAL_WORLD_SIZE": str(PROCESSES),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(ports[0]),
             # TensorFlow needs the addresses of all.
@@ -108,7 +109,8 @@ def train_with_torch(train, test, rank, processes):
     from torch import distributed
     from torch.utils import data
 
-    gpus = torch.cuda.device_count() >= processes  # NCCL needs one for each
+    here = int(os.environ["LOCAL_WORLD_SIZE"])
+    gpus = torch.cuda.device_count() >= here  # NCCL needs one for each process
     if gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("nccl" if gpus else "gloo")

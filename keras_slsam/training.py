@@ -194,11 +194,22 @@ def _prepare(model, optimizer, x):
     with backend.init_scope():
         observers.build(model, inner)
     if model.trainable_variables:
-        processes = backend.processes()
-        # One process may have loaded the optimizer's state alone.
-        if backend.any_process(inner._processes != processes, model):
-            backend.start(model, optimizer)
-            inner._processes = processes
+        start(model, optimizer)
+
+
+def start(model, optimizer):
+    """Makes the processes start alike, unless they did already.
+
+    Args:
+        model: `keras.Model` with trainable weights.
+        optimizer: `keras.optimizers.Optimizer`, built for it.
+    """
+    inner = loss_scale.split(optimizer)[1]
+    processes = backend.processes()
+    # One process may have loaded the optimizer's state alone.
+    if backend.any_process(inner._processes != processes, model):
+        backend.start(model, optimizer)
+        inner._processes = processes
 
 
 def _update_metrics(model, x, y, sample_weight, loss, y_pred):

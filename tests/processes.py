@@ -4,6 +4,7 @@ python processes.py SCENARIO FOLDER, with RANK, WORLD_SIZE, MASTER_ADDR and MAST
 """
 
 import contextlib
+import operator
 import os
 import pathlib
 import signal
@@ -355,6 +356,8 @@ def scenario_refused(folder):
     refused("one fails", train, model, 0, 1)
 
     # The same in all processes, so they take the step.
+    optimizer = keras_slsam.SLSAM("sgd", arms=operator.attrgetter("path"))
+    refused("an argument without a config", take_small_steps, small_model(optimizer))
     model = make_model("sam")
     model.optimizer.learning_rate = np.nan
     refused("nan", train, model, 0, 1)

@@ -224,15 +224,19 @@ def scenario_killed(folder):
         late = take_steps(strategy, model, 5, processes.STEPS - 5)
         masks = np.concatenate([early["masks"], late["masks"]])
         processes.write(folder, f"workers-{method}", {**late, "masks": masks})
-    rate = model.optimizer.learning_rate.numpy()
+    rate, errors = model.optimizer.learning_rate.numpy(), {}
     model.optimizer.learning_rate = rate * (1 + RANK)
+    errors["rate"] = error_of(take_steps, strategy, model, 0, 1)
+    model.optimizer.learning_rate = np.nan  # in all, so it is not a difference
+    errors["nan"] = error_of(take_steps, strategy, model, 0, 1)
     version = keras_slsam.__version__
     keras_slsam.__version__ = f"0.0.{RANK}"
-    error = error_of(take_steps, strategy, model, 0, 1)
+    errors["version"] = error_of(take_steps, strategy, built(strategy, "sam"), 0, 1)
     keras_slsam.__version__ = version
-    model.optimizer.learning_rate = np.nan  # in all, so it is not a difference
-    nan = error_of(take_steps, strategy, model, 0, 1)
-    processes.write(folder, "errors", {"differences": error, "nan": nan})
+    other = built(strategy, "sam")
+    other.trainable_variables[2].assign_add(np.full((2, 4), 1e-3 * RANK))
+    errors["weights"] = error_of(take_steps, strategy, other, 0, 1)
+    processes.write(folder, "errors", errors)
     die_or_wait(folder, strategy, model, rank=1)
 
 

@@ -1,5 +1,7 @@
 """What the processes of a training must have in common before their first step."""
 
+import hashlib
+
 import keras
 
 # The fact of a process that cannot take a step: the message of its error.
@@ -19,6 +21,25 @@ def versions(framework):
 
     packages = keras, keras_slsam, framework
     return {package.__name__: package.__version__ for package in packages}
+
+
+def weights(model):
+    """Returns what tells whether the trained weights of two processes are equal.
+
+    Args:
+        model: `keras.Model`.
+
+    Returns:
+        Dict from the name of each weight to a string.
+    """
+    facts = {}
+    for i, variable in enumerate(model.trainable_variables):
+        value = keras.ops.convert_to_numpy(variable.value)
+        digest = hashlib.sha256(value.tobytes()).hexdigest()[:8]
+        described = f"{value.shape} {variable.dtype}, sha256 {digest}"
+        # Not its path, since names that Keras gives depend on earlier models.
+        facts[f"`trainable_variables[{i}]`"] = described
+    return facts
 
 
 def check(every):

@@ -26,11 +26,14 @@ class Backend:
         Passes: Subclass of `Passes`, the two passes of a step.
         Scope: Subclass of `keras.StatelessScope` in which the loss is computed.
         can_compile: bool, whether a step may run with `jit_compile=True`.
+        starts_before_trace: bool, whether `fit` must call `start` before its first
+            step, because it takes the values out of the variables.
     """
 
     Passes: type[Passes]
     Scope = keras.StatelessScope
     can_compile = True
+    starts_before_trace = False
 
     def check_devices(self, model, optimizer):
         """Raises a `ValueError` if a step on these devices is not supported.

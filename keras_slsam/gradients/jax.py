@@ -64,6 +64,7 @@ class JaxBackend(Backend):
     """JAX, traced under `jit` or with a known mask."""
 
     Passes = Passes
+    starts_before_trace = True
 
     check_devices = staticmethod(jax_processes.check)
     processes = staticmethod(jax.process_count)

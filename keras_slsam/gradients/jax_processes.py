@@ -10,8 +10,6 @@ from jax.experimental import multihost_utils
 
 from keras_slsam.gradients import alike
 
-_BYTES = 256  # more than the versions need
-
 
 def check(model, optimizer):
     """Refuses what does not work in several processes.
@@ -70,20 +68,25 @@ def _check_cpus():
 
 
 def start(model, optimizer):
-    """Checks that all processes run the same versions.
-
-    JAX itself compares the weights, when they are created.
+    """Checks that all processes start with the same versions and weights.
 
     Args:
         model: `keras.Model`.
         optimizer: `keras.optimizers.Optimizer`, built for it.
 
     Raises:
-        ValueError: in all processes, if versions differ.
+        ValueError: in all processes, if something differs or is not supported.
     """
-    own = json.dumps(alike.versions(jax)).ljust(_BYTES).encode()
-    # The step is being traced in this thread. Another one is outside of the trace.
+    check(model, optimizer)
+    # A step may be being traced in this thread. Another one is outside of the trace.
     with concurrent.futures.ThreadPoolExecutor(1) as outside:
-        gather = multihost_utils.process_allgather
-        every = outside.submit(gather, np.frombuffer(own, np.uint8)).result()
-    alike.check([json.loads(bytes(found)) for found in every])
+        outside.submit(_check_alike, model).result()
+
+
+def _check_alike(model):
+    facts = alike.versions(jax) | alike.weights(model)
+    own = np.frombuffer(json.dumps(facts).encode(), np.uint8)
+    gather = multihost_utils.process_allgather
+    sizes = np.ravel(gather(np.array([len(own)])))
+    every = gather(np.pad(own, (0, max(sizes) - len(own))))
+    alike.check([json.loads(bytes(d[:size])) for d, size in zip(every, sizes)])

@@ -105,6 +105,8 @@ class TensorFlowBackend(Backend):
     only_builds = staticmethod(tensorflow_build.only_builds)
 
     check_devices = staticmethod(tensorflow_replicas.check)
+    processes = staticmethod(tensorflow_replicas.processes)
+    start = staticmethod(tensorflow_replicas.start)
     as_one_device = staticmethod(tensorflow_replicas.as_one_device)
     average = staticmethod(tensorflow_replicas.average)
     agree = staticmethod(tensorflow_replicas.agree)

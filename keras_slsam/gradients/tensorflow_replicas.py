@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 import functools
 import itertools
+import json
 import zlib
 
 import keras
@@ -81,6 +82,52 @@ def check(model, optimizer):
                 f"the `{kind}`. Create the model, its optimizer and its metrics, and "
                 "compile it, in `with strategy.scope():`."
             )
+
+
+def processes():
+    """Returns the number of workers, 1 without a strategy for several."""
+    strategy = tf.distribute.get_strategy()
+    if not isinstance(strategy, _Workers):
+        return 1
+    return strategy.num_replicas_in_sync // len(strategy.extended.worker_devices)
+
+
+def start(model, optimizer):
+    """Checks that all workers start with the same versions and weights.
+
+    Args:
+        model: `keras.Model`.
+        optimizer: `keras.optimizers.Optimizer`, built for it.
+
+    Raises:
+        ValueError: in all workers, if something differs.
+    """
+    replica = tf.distribute.get_replica_context()
+    devices = replica.strategy.extended.worker_devices  # of this worker
+    number = tf.get_static_value(replica.replica_id_in_sync_group)
+    rank = number // len(devices)
+
+    def gather(row, name):
+        """Returns the rows of all workers."""
+        shape = [processes(), len(row)]
+        rows = tf.raw_ops.CollectiveReduceV2(
+            input=tf.scatter_nd([[rank]], [row], shape),
+            group_size=shape[0],
+            group_key=_number("workers"),
+            instance_key=_number(f"{name} {shape}"),
+            ordering_token=[],
+            merge_op="Add",
+            final_op="Id",
+        )
+        return rows.numpy()
+
+    # Outside of the graph of the step.
+    with tf.init_scope(), tf.device(devices[0]):
+        facts = alike.versions(tf) | alike.weights(model)
+        own = list(json.dumps(facts).encode())
+        sizes = gather([len(own)], "size").ravel()
+        every = gather(own + [0] * (max(sizes) - len(own)), "facts")
+    alike.check([json.loads(bytes(list(row[:n]))) for row, n in zip(every, sizes)])
 
 
 def as_one_device(model, optimizer):
@@ -155,11 +202,7 @@ def agree(facts, variables):
     replica = _replica.get()
     if replica is None or not isinstance(replica.strategy, _Workers):
         return
-    versions = alike.versions(tf)
-    facts = {
-        **{f"the version of {name}": _number(v) for name, v in versions.items()},
-        **facts(),
-    }
+    facts = facts()
     own = tf.stack([tf.cast(value, "float64") for value in facts.values()])
     own = tf.bitcast(own, "int64")  # so that a NaN equals itself
     both = tf.concat([own, tf.bitwise.invert(own)], 0)
@@ -167,9 +210,9 @@ def agree(facts, variables):
     smallest = tf.bitwise.invert(inverted)
     unlike = tf.boolean_mask(tf.constant(list(facts)), largest != smallest)
     message = (
-        "All processes must take the same step. Install the same versions, and set "
-        "learning rate, `rho` and state to the same values in each process, at the "
-        "same step. Received: different values of"
+        "All processes must take the same step. Set learning rate, `rho` and state to "
+        "the same values in each process, at the same step. Received: different values "
+        "of"
     )
     tf.debugging.Assert(tf.size(unlike) == 0, [message, unlike])
 

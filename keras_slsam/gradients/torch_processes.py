@@ -5,7 +5,6 @@ with all gradients. So they see the same norms, draw the same arms and take the 
 step. Gradients of inactive weights are not exchanged.
 """
 
-import hashlib
 import warnings
 
 import keras
@@ -37,7 +36,7 @@ def average(gradients, arms):
     result, exchanges = list(gradients), []
     for bucket in _buckets(gradients):
         # Divided first, because a sum may overflow in float16.
-        flat = torch.cat([gradients[i].reshape(-1) / processes for i in bucket])
+        flat = torch.cat([gradients[i].reshape(-1) for i in bucket]).div_(processes)
         exchanges.append((bucket, flat, distributed.all_reduce(flat, async_op=True)))
     for bucket, flat, exchange in exchanges:
         exchange.wait()
@@ -96,7 +95,7 @@ def start(model, optimizer):
     try:
         own = _facts(model, optimizer)
     except Exception as error:  # so that the others do not wait
-        own = {alike.FAILED: str(error)}
+        own = {alike.FAILED: f"{type(error).__name__}: {error}"}
     every = [None] * count()
     distributed.all_gather_object(every, own)
     alike.check(every)
@@ -112,18 +111,30 @@ def start(model, optimizer):
 def _facts(model, optimizer):
     """Returns what must be equal, a dict from what it is to a string."""
     _check_is_whole(model)
-    config = optimizer.get_config()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Keras, about lambdas
-        arguments = keras.saving.serialize_keras_object(config)
-    facts = alike.versions(torch)
-    facts |= {f"`{name}`": repr(value) for name, value in arguments.items()}
-    for i, variable in enumerate(model.trainable_variables):
-        value = variable.value.detach()
-        data = value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        digest = hashlib.sha256(data.tobytes()).hexdigest()[:8]
-        facts[f"weight {i}"] = f"{tuple(value.shape)} {value.dtype}, sha256 {digest}"
-    return facts
+    facts = {**alike.versions(torch), "the optimizer": type(optimizer).__name__}
+    for name, value in optimizer.get_config().items():
+        facts |= _flat(name, _serialized(value))
+    return facts | alike.weights(model)
+
+
+def _serialized(value):
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Keras, about lambdas
+            return keras.saving.serialize_keras_object(value)
+    except Exception:  # a step does not need arguments that can be saved
+        return type(value).__name__
+
+
+def _flat(name, value):
+    if isinstance(value, dict):
+        facts = {}
+        for key, part in value.items():
+            facts |= _flat(f"{name}.{key}", part)
+        return facts
+    # The names that Keras gives depend on earlier optimizers.
+    is_name = name == "name" or name.endswith(".name")
+    return {} if is_name else {f"`{name}`": repr(value)}
 
 
 def _check_is_whole(model):
@@ -147,8 +158,8 @@ def agree(facts, variables):
     Args:
         facts: Function that returns a dict from the name of each fact to a number, or
             to a scalar tensor.
-        variables: List of the trained `keras.Variable`s. Their values are compared, bit
-            for bit, because one process may have set them.
+        variables: List of the trained `keras.Variable`s. Their checksums are compared,
+            because one process may have set them.
 
     Raises:
         ValueError: in all processes, if something differs.
@@ -158,7 +169,8 @@ def agree(facts, variables):
     facts, weights = facts(), [variable.value.detach() for variable in variables]
     numbers = [keras.ops.convert_to_tensor(value).double() for value in facts.values()]
     # Compared as bits, so that a NaN equals itself.
-    bits = [x.view(torch.int64) for x in [*numbers, *map(torch.hash_tensor, weights)]]
+    bits = [number.view(torch.int64) for number in numbers]
+    bits += map(_checksum, weights)
     own = torch.stack([x.to(weights[0].device) for x in bits])
     largest = torch.cat([own, ~own])
     distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
@@ -175,3 +187,13 @@ def agree(facts, variables):
             "each process, at the same step. For example, let no callback restore "
             "weights in one process alone."
         )
+
+
+def _checksum(weight):
+    """Returns an integer that depends on all bits, and not on the order of the sum."""
+    data = weight.contiguous().reshape(-1).view(torch.uint8)
+    if data.storage_offset() % 8:
+        data = data.clone()  # so that it can be read as integers of 8 bytes
+    whole = len(data) // 8 * 8
+    total = data[:whole].view(torch.int64).sum()
+    return total + data[whole:].sum() if whole < len(data) else total
