@@ -3,8 +3,8 @@
     pip install keras-slsam scikit-learn jax
     KERAS_BACKEND=jax python examples/several_devices.py
 
-Without an accelerator it divides the CPU into two devices. For PyTorch, and for several
-machines, see `several_processes.py`.
+Without an accelerator it divides the CPU into two devices, with TensorFlow also without
+two. For PyTorch, and for several machines, see `several_processes.py`.
 """
 
 import contextlib
