@@ -112,18 +112,19 @@ def _facts(model, optimizer):
     """Returns what must be equal, a dict from what it is to a string."""
     _check_is_whole(model)
     facts = {**alike.versions(torch), "the optimizer": type(optimizer).__name__}
-    for name, value in optimizer.get_config().items():
-        facts |= _flat(name, _serialized(value))
+    for name, value in _arguments(optimizer).items():
+        facts |= _flat(name, value)
     return facts | alike.weights(model)
 
 
-def _serialized(value):
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Keras, about lambdas
-            return keras.saving.serialize_keras_object(value)
-    except Exception:  # a step does not need arguments that can be saved
-        return type(value).__name__
+def _arguments(optimizer):
+    """Returns the arguments of an optimizer. None, if Keras cannot save one of them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Keras, about lambdas
+        try:
+            return keras.saving.serialize_keras_object(optimizer.get_config())
+        except TypeError:
+            return {}
 
 
 def _flat(name, value):
