@@ -152,9 +152,12 @@ class Directions:
         self._ascent, self._weights, self._gradients = ascent, weights, gradients
 
     def __getitem__(self, index):
-        gradient = self._gradients and backend.dense(self._gradients[index])
+        weight, gradient = self._weights[index], None
+        if self._gradients:
+            # TensorFlow may not know the shape of a gradient that it makes dense.
+            dense = backend.dense(self._gradients[index])
+            gradient = ops.reshape(dense, weight.shape)
         direction = self._ascent.direction(index, gradient)
-        weight = self._weights[index]
         if getattr(direction, "shape", None) != weight.shape:
             raise ValueError(
                 f"`direction()` of `{type(self._ascent).__name__}` must return a "

@@ -90,6 +90,7 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
                 "whether there is an ascent": ascends,
                 "`learning_rate`": optimizer.learning_rate,
                 "`iterations`": optimizer.iterations,
+                "the scale of the loss": 1.0 if scale is None else scale,
             },
             variables,
         )
@@ -208,7 +209,8 @@ def start(model, optimizer):
     processes = backend.processes()
     # One process may have loaded the optimizer's state alone.
     if backend.any_process(inner._processes != processes, model):
-        backend.start(model, optimizer)
+        if processes > 1:
+            backend.start(model, optimizer)
         inner._processes = processes
 
 

@@ -224,6 +224,7 @@ def scenario_float64(folder):
 class Scalar(layers.Layer):
     def build(self, shape):
         self.scale = self.add_weight(shape=(), initializer="ones", dtype="bfloat16")
+        self.empty = self.add_weight(shape=(0, 3))
 
     def call(self, x):
         return x * keras.ops.cast(self.scale, x.dtype)
@@ -350,12 +351,26 @@ def scenario_refused(folder):
         model.set_weights(before)
     refused("weights later", train, model, 2, 1)
 
+    scaler = keras.optimizers.LossScaleOptimizer(keras_slsam.SAM("sgd"))
+    model = small_model(scaler)
+    take_small_steps(model, 1)
+    scaler.dynamic_scale.assign(scaler.dynamic_scale / (1 + RANK))
+    refused("scale later", take_small_steps, model)
+
+    normalizations = layers.BatchNormalization, layers.LayerNormalization
+    model = small_model(keras_slsam.SAM("sgd"), normalizations[RANK]())
+    refused("other layers", take_small_steps, model)
+
     model = make_model("sam")
     if RANK == 1:
         model.optimizer.get_config = lambda: 1 / 0
     refused("one fails", train, model, 0, 1)
 
     # The same in all processes, so they take the step.
+    if RANK == 0:
+        keras.optimizers.SGD()  # so Keras gives the next one another name
+    base = keras.optimizers.SGD()
+    refused("name", take_small_steps, small_model(keras_slsam.SAM(base)))
     optimizer = keras_slsam.SLSAM("sgd", arms=operator.attrgetter("path"))
     refused("an argument without a config", take_small_steps, small_model(optimizer))
     model = make_model("sam")
@@ -383,15 +398,18 @@ def scenario_restored(folder):
     if RANK == 1:
         model.optimizer.set_weights(before)
     write(folder, "restored", train(model, 2, 3))
-    write(folder, "from one", train_on(load(folder / "one.keras")))
+    model = load(folder / "one.keras")
+    write(folder, "from one", train_on(model))
+    return model
 
 
 def scenario_all(folder):
     scenario_train(folder)
     scenario_small(folder)
     scenario_refused(folder)
-    scenario_restored(folder)
+    model = scenario_restored(folder)
     scenario_float64(folder)
+    return model
 
 
 def scenario_killed(folder):
@@ -418,5 +436,7 @@ if __name__ == "__main__":
     from torch import distributed
 
     distributed.init_process_group("gloo")
-    globals()[f"scenario_{sys.argv[1]}"](pathlib.Path(sys.argv[2]))
+    model = globals()[f"scenario_{sys.argv[1]}"](pathlib.Path(sys.argv[2]))
     distributed.destroy_process_group()
+    if model is not None:
+        train(model, 0, 1)  # goes on alone

@@ -99,13 +99,18 @@ def start(model, optimizer):
     every = [None] * count()
     distributed.all_gather_object(every, own)
     alike.check(every)
-    trained = {id(v) for v in model.trainable_variables}
-    others = [v for v in model.weights if id(v) not in trained]
     with torch.no_grad():
-        for variable in optimizer.variables + others:
+        for variable in optimizer.variables:
             distributed.broadcast(variable.value, src=0)
-        for buffer in model.buffers():
-            distributed.broadcast(buffer, src=0)
+        for tensor in _untrained(model):
+            distributed.broadcast(tensor, src=0)
+
+
+def _untrained(model):
+    """Returns the other weights and the buffers of a model."""
+    trained = {id(v) for v in model.trainable_variables}
+    others = [v.value for v in model.weights if id(v) not in trained]
+    return others + list(model.buffers())
 
 
 def _facts(model, optimizer):
@@ -114,6 +119,10 @@ def _facts(model, optimizer):
     facts = {**alike.versions(torch), "the optimizer": type(optimizer).__name__}
     for name, value in _arguments(optimizer).items():
         facts |= _flat(name, value)
+    sizes = [tensor.numel() for tensor in _untrained(model)]
+    facts["the number of other weights and buffers"] = (
+        f"{len(sizes)}, {sum(sizes)} values"
+    )
     return facts | alike.weights(model)
 
 
