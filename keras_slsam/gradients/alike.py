@@ -1,6 +1,7 @@
 """What the processes of a training must have in common before their first step."""
 
 import hashlib
+import json
 
 import keras
 
@@ -40,6 +41,24 @@ def weights(model):
         # Not its path, since names that Keras gives depend on earlier models.
         facts[f"`trainable_variables[{i}]`"] = described
     return facts
+
+
+def compare(facts, gather):
+    """Checks that all processes found the same facts, and exchanges them as numbers.
+
+    Args:
+        facts: Dict of strings.
+        gather: Function from a list of int to an array with a row for each process, the
+            lists of all. They have the same length.
+
+    Raises:
+        ValueError: see `check`.
+    """
+    own = list(json.dumps(facts).encode())
+    sizes = gather([len(own)]).ravel().tolist()
+    rows = gather(own + [0] * (max(sizes) - len(own)))
+    every = [bytes(row[:size].tolist()) for row, size in zip(rows, sizes)]
+    check([json.loads(found) for found in every])
 
 
 def check(every):

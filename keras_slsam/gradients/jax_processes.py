@@ -1,7 +1,6 @@
 """Training in several processes of JAX, which run one program together."""
 
 import concurrent.futures
-import json
 
 import jax
 import keras
@@ -85,8 +84,5 @@ def start(model, optimizer):
 
 def _check_alike(model):
     facts = alike.versions(jax) | alike.weights(model)
-    own = np.frombuffer(json.dumps(facts).encode(), np.uint8)
     gather = multihost_utils.process_allgather
-    sizes = np.ravel(gather(np.array([len(own)])))
-    every = gather(np.pad(own, (0, max(sizes) - len(own))))
-    alike.check([json.loads(bytes(d[:size])) for d, size in zip(every, sizes)])
+    alike.compare(facts, lambda row: gather(np.array(row)))
