@@ -126,6 +126,10 @@ def test_memory(tmp_path):
     if BACKEND == "jax":
         assert row["live"] is None
         assert least < row["planned"]["arguments"] < 1.1 * least
+    elif row["live"] is None:
+        # On CPUs where oneDNN is off by default, such as those without AVX-512,
+        # TensorFlow uses another allocator.
+        assert BACKEND == "tensorflow"
     else:
         assert all(least < live < 3 * least for live in row["live"])
 
