@@ -145,8 +145,7 @@ def exchanged_bytes(text):
 def waits(text):
     """Returns whether what exchanges in a step waits for what exchanges before it.
 
-    One bool for each two that follow one another. An exchange of the metrics may follow
-    any other.
+    One bool for each two that follow one another.
     """
     lines, calls, _ = computations(text)
     exchanging = {
