@@ -4,6 +4,8 @@ python processes.py SCENARIO FOLDER, with RANK, WORLD_SIZE, MASTER_ADDR and MAST
 """
 
 import contextlib
+import faulthandler
+import gc
 import operator
 import os
 import pathlib
@@ -18,6 +20,7 @@ from keras import layers
 
 import keras_slsam
 
+gc.set_threshold(100_000, 50, 100)  # as in conftest.py
 BATCH, STEPS = 16, 20
 METHODS = {
     "sam": lambda base: keras_slsam.SAM(base, rho=0.1),
@@ -30,6 +33,10 @@ METHODS = {
 }
 RANK = int(os.environ.get("RANK", 0))
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+TIMEOUT = 400  # seconds
+if "RANK" in os.environ:
+    # A process that hangs ends, and prints where it was.
+    faulthandler.dump_traceback_later(TIMEOUT, exit=True)
 
 
 def make_model(method, seed=RANK):
@@ -69,13 +76,12 @@ def train(model, first=0, steps=STEPS):
     return {"masks": np.stack(masks), "weights": weights}
 
 
-def launch(processes, *arguments, timeout=120):
+def launch(processes, *arguments):
     """Runs a script in several processes.
 
     Args:
         processes: int.
         *arguments: The path of the script, and its arguments.
-        timeout: Seconds.
 
     Returns:
         List of tuples of the return code and the output of each process.
@@ -97,16 +103,16 @@ def launch(processes, *arguments, timeout=120):
         for rank in range(processes)
     ]
     try:
-        outputs = [each.communicate(timeout=timeout)[0] for each in running]
+        outputs = [each.communicate(timeout=TIMEOUT + 60)[0] for each in running]
         return [(each.returncode, text) for each, text in zip(running, outputs)]
     finally:
         for each in running:
             each.kill()
 
 
-def run(count, *arguments, timeout=120):
+def run(count, *arguments):
     """Runs a script to its end, like `launch`. Returns the outputs of the processes."""
-    found = launch(count, *arguments, timeout=timeout)
+    found = launch(count, *arguments)
     for code, output in found:
         assert code == 0, output
     return [output for _, output in found]

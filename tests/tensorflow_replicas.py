@@ -3,6 +3,7 @@
 python tensorflow_replicas.py SCENARIO FOLDER, with RANK, WORLD_SIZE and PORTS
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -66,14 +67,17 @@ def whole_batches(steps=processes.STEPS):
     return [processes.part_of_batch(step, 0, 1) for step in range(steps)]
 
 
-def run(strategy, model, *batches):
-    """Takes steps like `fit`, which Keras does not support with several workers."""
-
+@functools.cache
+def compiled_step(strategy, model):
     def one(data):
         return keras_slsam.step(model, model.optimizer, data)
 
-    step = tf.function(lambda data: strategy.run(one, args=(data,)), autograph=False)
-    masks = []
+    return tf.function(lambda data: strategy.run(one, args=(data,)), autograph=False)
+
+
+def run(strategy, model, *batches):
+    """Takes steps like `fit`, which Keras does not support with several workers."""
+    step, masks = compiled_step(strategy, model), []
     for batch in batches:
         step(batch)
         masks.append(keras.ops.convert_to_numpy(model.optimizer.active))
@@ -143,7 +147,7 @@ def scenario_mirrored(folder):
             processes.write(folder, f"{replicas}-{method}", {**result, **counts})
             if (replicas, method) == (4, "slsam"):
                 model.save(folder / "model.keras")
-                with mirrored(4).scope():
+                with mirrored(2).scope():
                     model = processes.load(folder / "one.keras")
                 late = fit(model, whole_batches()[5:])
                 processes.write(folder, "from one", late)

@@ -8,10 +8,9 @@ import keras
 import numpy as np
 import trajectory
 
-# JAX and TensorFlow take all steps on PyTorch too, which compiles nothing. So all three
-# backends are compared, and each one resumes the checkpoints of the others.
-COMPARED = {"jax": "torch", "tensorflow": "torch", "torch": None}
-OTHERS = [name for name in COMPARED if name != keras.config.backend()]
+# JAX and TensorFlow are compared with PyTorch, which compiles nothing. It resumes their
+# checkpoints, and they resume its own.
+COMPARED = {"jax": ["torch"], "tensorflow": ["torch"], "torch": ["jax", "tensorflow"]}
 
 
 def on_backend(backend, *arguments):
@@ -35,8 +34,8 @@ def test_other_backends_take_the_same_steps_and_resume_checkpoints(tmp_path):
     resumed = {kind for kind in own if kind.endswith(", resumed")}
     assert len(own) == len(trajectory.KINDS) + len(trajectory.CHECKPOINTS)
     assert len(resumed) == len(trajectory.CHECKPOINTS)
-    for backend in OTHERS:
-        takes_all = backend == COMPARED[keras.config.backend()]
+    for backend in COMPARED[keras.config.backend()]:
+        takes_all = backend == "torch"
         file = tmp_path / f"{backend}.npz"
         on_backend(backend, "all" if takes_all else "resume", tmp_path, file)
         found = np.load(file)

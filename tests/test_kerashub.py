@@ -83,9 +83,11 @@ def arm_names(optimizer):
 def test_text_classifier_on_raw_strings():
     task = keras_slsam.sharpness_aware(text_classifier())
     task.compile(optimizer=slsam(arms="block"))  # default loss and metrics
-    history = task.fit(TEXTS * 8, np.tile(LABELS, 8), 8, epochs=12, verbose=0).history
-    assert history["loss"][-1] < 0.5 * history["loss"][0]
-    assert history["sparse_categorical_accuracy"][-1] > 0.9
+    loss, _ = task.evaluate(TEXTS, LABELS, verbose=0)
+    # One epoch, because KerasHub makes its tokenizer's graph anew for each one.
+    task.fit(TEXTS * 72, np.tile(LABELS, 72), 8, verbose=0)
+    after, accuracy = task.evaluate(TEXTS, LABELS, verbose=0)
+    assert after < 0.5 * loss and accuracy == 1
     names = arm_names(task.optimizer)
     blocks = [{path.split("/")[0] for path in arm} for arm in names]
     assert all(len(block) == 1 for block in blocks)
@@ -141,9 +143,10 @@ def test_causal_lm_on_raw_strings(lora):
     ]
     before = [ops.convert_to_numpy(v) for v in frozen]
     loss, _ = task.evaluate(TEXTS, verbose=0)
-    history = task.fit(TEXTS * 8, batch_size=8, epochs=8, verbose=0).history["loss"]
+    task.fit(TEXTS * 64, batch_size=8, verbose=0)
+    after, _ = task.evaluate(TEXTS, verbose=0)
     # A frozen, untrained network learns little with its low-rank factors.
-    assert history[-1] < (0.99 if lora else 0.5) * loss
+    assert after < (0.99 if lora else 0.5) * loss
     paths = [path for arm in arm_names(task.optimizer) for path in arm]
     assert sorted(paths) == sorted(v.path for v in task.trainable_variables)
     # Only trainable weights are arms: low-rank factors, and biases of the same layers.
