@@ -9,8 +9,9 @@ from keras.src.backend.common import dtypes
 # Programs, which change the settings of JAX and TensorFlow.
 collect_ignore = ["jax_devices.py", "tensorflow_replicas.py"]
 
-# Tracing makes many objects, and the search for garbage took up to a fifth of the time.
-gc.set_threshold(100_000, 50, 100)
+if keras.config.backend() == "tensorflow":
+    # Tracing makes many objects, and the search for garbage took a fifth of the time.
+    gc.set_threshold(100_000, 50, 100)
 
 
 @pytest.fixture
