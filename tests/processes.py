@@ -31,10 +31,9 @@ METHODS = {
 }
 RANK = int(os.environ.get("RANK", 0))
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
-TIMEOUT = 400  # seconds
-if "RANK" in os.environ:
-    # A process that hangs ends, and prints where it was.
-    faulthandler.dump_traceback_later(TIMEOUT, exit=True)
+if "TIMEOUT" in os.environ:
+    # A process that hangs prints its tracebacks and exits.
+    faulthandler.dump_traceback_later(int(os.environ["TIMEOUT"]), exit=True)
 
 
 def make_model(method, seed=RANK):
@@ -74,12 +73,13 @@ def train(model, first=0, steps=STEPS):
     return {"masks": np.stack(masks), "weights": weights}
 
 
-def launch(processes, *arguments):
+def launch(processes, *arguments, timeout=120):
     """Runs a script in several processes.
 
     Args:
         processes: int.
         *arguments: The path of the script, and its arguments.
+        timeout: Seconds.
 
     Returns:
         List of tuples of the return code and the output of each process.
@@ -89,6 +89,7 @@ def launch(processes, *arguments):
     ports = _free_ports(processes)
     environment["MASTER_PORT"], environment["PORTS"] = ports[0], " ".join(ports)
     environment["WORLD_SIZE"] = str(processes)
+    environment["TIMEOUT"] = str(timeout)
     command = [sys.executable, *map(str, arguments)]
     running = [
         subprocess.Popen(
@@ -101,16 +102,16 @@ def launch(processes, *arguments):
         for rank in range(processes)
     ]
     try:
-        outputs = [each.communicate(timeout=TIMEOUT + 60)[0] for each in running]
+        outputs = [each.communicate(timeout=timeout + 30)[0] for each in running]
         return [(each.returncode, text) for each, text in zip(running, outputs)]
     finally:
         for each in running:
             each.kill()
 
 
-def run(count, *arguments):
+def run(count, *arguments, timeout=120):
     """Runs a script to its end, like `launch`. Returns the outputs of the processes."""
-    found = launch(count, *arguments)
+    found = launch(count, *arguments, timeout=timeout)
     for code, output in found:
         assert code == 0, output
     return [output for _, output in found]

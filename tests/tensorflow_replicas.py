@@ -71,6 +71,8 @@ def whole_batches(steps=processes.STEPS):
 
 @functools.cache
 def compiled_step(strategy, model):
+    """Returns a function that takes one step on all replicas."""
+
     def one(data):
         return keras_slsam.step(model, model.optimizer, data)
 

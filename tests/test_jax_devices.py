@@ -46,7 +46,7 @@ def assert_state_is_sharded_like_its_weights(method, found):
 # One test, because starting a process takes longer than the steps.
 def test_devices_take_the_steps_of_one(tmp_path, request):
     processes.save_one(tmp_path)
-    processes.run(1, SCRIPT, "devices", tmp_path)
+    processes.run(1, SCRIPT, "devices", tmp_path, timeout=400)
     expected = processes.alone("slsam")
     processes.assert_same(load(tmp_path, "from one"), expected, 1e-5, first=5)
     for method in processes.METHODS:
@@ -71,7 +71,7 @@ def test_devices_take_the_steps_of_one(tmp_path, request):
 
 
 def test_two_processes_and_a_killed_one(tmp_path):
-    first, killed = processes.launch(2, SCRIPT, "killed", tmp_path)
+    first, killed = processes.launch(2, SCRIPT, "killed", tmp_path, timeout=400)
     assert processes.seconds_after_death(tmp_path, 1) < 30
     assert killed[0] == -9, killed[1]
     assert re.search("an error: .*Gloo", first[1]), first[1]
@@ -90,7 +90,7 @@ def test_two_processes_and_a_killed_one(tmp_path):
         assert "jax_cpu_enable_async_dispatch=True" in errors["dispatch"]
         assert "ModelParallel" in errors["model"]
 
-    killed, second = processes.launch(2, SCRIPT, "resumed", tmp_path)
+    killed, second = processes.launch(2, SCRIPT, "resumed", tmp_path, timeout=400)
     assert processes.seconds_after_death(tmp_path, 0) < 30
     assert killed[0] == -9, killed[1]
     assert re.search("an error: .*Gloo", second[1]), second[1]

@@ -84,7 +84,7 @@ def test_text_classifier_on_raw_strings():
     task = keras_slsam.sharpness_aware(text_classifier())
     task.compile(optimizer=slsam(arms="block"))  # default loss and metrics
     loss, _ = task.evaluate(TEXTS, LABELS, verbose=0)
-    # One epoch, because KerasHub makes its tokenizer's graph anew for each one.
+    # Train for one epoch. KerasHub traces the tokenizer again in each epoch.
     task.fit(TEXTS * 72, np.tile(LABELS, 72), 8, verbose=0)
     after, accuracy = task.evaluate(TEXTS, LABELS, verbose=0)
     assert after < 0.5 * loss and accuracy == 1

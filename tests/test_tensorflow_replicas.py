@@ -13,7 +13,7 @@ SCRIPT = pathlib.Path(__file__).with_name("tensorflow_replicas.py")
 
 
 def run(count, scenario, folder):
-    processes.run(count, SCRIPT, scenario, folder)
+    processes.run(count, SCRIPT, scenario, folder, timeout=400)
 
 
 def load(folder, name, rank=0):
@@ -69,7 +69,7 @@ def test_other_state_and_refusals(tmp_path):
 
 
 def test_workers_and_a_killed_one(tmp_path):
-    first, killed = processes.launch(2, SCRIPT, "killed", tmp_path)
+    first, killed = processes.launch(2, SCRIPT, "killed", tmp_path, timeout=400)
     assert processes.seconds_after_death(tmp_path, 1) < 30
     assert killed[0] == -9, killed[1]
     assert first[0] == 1 and "UnavailableError" in first[1], first[1]
@@ -86,7 +86,7 @@ def test_workers_and_a_killed_one(tmp_path):
         assert "keras_slsam is 0.0.1 in process 1, 0.0.0 in" in errors["version"]
         assert "`trainable_variables[2]` is (2, 4) float32" in errors["weights"]
 
-    killed, second = processes.launch(2, SCRIPT, "resumed", tmp_path)
+    killed, second = processes.launch(2, SCRIPT, "resumed", tmp_path, timeout=400)
     assert processes.seconds_after_death(tmp_path, 0) < 30
     assert killed[0] == -9, killed[1]
     assert second[0] != 0, second[1]
