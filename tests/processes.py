@@ -23,10 +23,10 @@ BATCH, STEPS = 16, 20
 METHODS = {
     "sam": lambda base: keras_slsam.SAM(base, rho=0.1),
     "slsam": lambda base: keras_slsam.SLSAM(
-        base, rho=0.1, active_fraction=0.4, sampler="proportional"
+        base, rho=0.1, active_fraction=0.4, sampler="proportional", arms="layer"
     ),
     "sl+s2": lambda base: keras_slsam.SLSAM(
-        base, rho=0.1, active_fraction=0.4, sampler="bandit", single_step=True
+        base, 0.1, 0.4, sampler="bandit", single_step=True, arms="layer"
     ),
 }
 RANK = int(os.environ.get("RANK", 0))
@@ -148,12 +148,28 @@ def assert_same(found, expected, tolerance, first=0):
 
 def die(folder):
     """Kills this process, and leaves the time in a file."""
-    (folder / f"killed-{RANK}").write_text(str(time.time()))
+    (folder / "killed").write_text(str(time.time()))
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def seconds_after_death(folder, rank):
-    return time.time() - float((folder / f"killed-{rank}").read_text())
+def end_after_death(rank, within, folder, *arguments, timeout=120):
+    """Runs a script in two processes, of which one kills itself.
+
+    Args:
+        rank: int, of the process that kills itself.
+        within: Seconds after its death in which the other process must end.
+        folder: Path, the last argument of the script.
+        *arguments: The path of the script, and its other arguments.
+        timeout: Seconds.
+
+    Returns:
+        Tuple of the return code and the output of the other process.
+    """
+    found = launch(2, *arguments, folder, timeout=timeout)
+    ended, outputs = time.time(), "\n".join(output for _, output in found)
+    assert found[rank][0] == -signal.SIGKILL, outputs
+    assert ended - float((folder / "killed").read_text()) < within, outputs
+    return found[1 - rank]
 
 
 def _free_ports(count):

@@ -42,11 +42,13 @@ def make_model(dtype=None):
 
 def all_arms(base, **kwargs):
     """Returns SL-SAM with all arms active, which uses the code that can skip arms."""
+    kwargs = {"arms": "layer", **kwargs}
     return keras_slsam.SLSAM(base, TINY, 1.0, sampler="uniform", **kwargs)
 
 
 def half_the_arms(base="adam", **kwargs):
-    return keras_slsam.SLSAM(base, rho=0.05, active_fraction=0.5, seed=0, **kwargs)
+    kwargs = {"rho": 0.05, "active_fraction": 0.5, "seed": 0, "arms": "layer", **kwargs}
+    return keras_slsam.SLSAM(base, **kwargs)
 
 
 def compiled(optimizer, model=None, **kwargs):
@@ -199,7 +201,7 @@ def assert_trains_as_in_float32(model):
 
     def train(model):
         base = keras.optimizers.SGD(0.3)
-        model = compiled(half_the_arms(base, sampler="uniform"), model)
+        model = compiled(half_the_arms(base, sampler="uniform", arms="variable"), model)
         return model, fit(model, epochs=10)["loss"]
 
     single, expected = train(make_model())
@@ -803,13 +805,13 @@ def test_freezing_and_unfreezing():
         model.train_on_batch(X, Y)
     compiled(half_the_arms(), model)
     fit(model)
-    assert len(model.optimizer.arms) == 4
+    assert len(model.optimizer.arms) == 2
     for old, new in zip(frozen, model.layers[0].get_weights()):
         np.testing.assert_array_equal(old, new)
     model.layers[0].trainable = True
     compiled(half_the_arms(), model)
     fit(model)
-    assert len(model.optimizer.arms) == 6
+    assert len(model.optimizer.arms) == 3
     assert any((a != b).any() for a, b in zip(frozen, model.layers[0].get_weights()))
 
 
@@ -918,8 +920,9 @@ def test_torch_modules(make):
             model.layers[0].set_weights([kernel, bias])
         return compiled(optimizer, model), module
 
-    expected, _ = model(make("sgd"), wrapped=False)
-    actual, module = model(make("sgd"), wrapped=True)
+    # Each weight of a module is an arm.
+    expected, _ = model(make("sgd", arms="variable"), wrapped=False)
+    actual, module = model(make("sgd", arms="variable"), wrapped=True)
     for each in (expected, actual):
         fit(each)
     np.testing.assert_allclose(

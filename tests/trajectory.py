@@ -18,10 +18,8 @@ from keras_slsam import samplers
 STEPS = 20
 FRACTION = keras.optimizers.schedules.PiecewiseConstantDecay([4], [0.2, 0.5])
 KINDS = {
-    "bandit": {"sampler": "bandit"},
     "proportional": {"sampler": "proportional"},
     "bandit, single step": {"sampler": "bandit", "single_step": True},
-    "proportional, single step": {"sampler": "proportional", "single_step": True},
     "part of the batch, scheduled radius": {
         "sampler": "proportional",
         "ascent_fraction": 0.25,
@@ -46,8 +44,7 @@ def make_model():
     x = layers.Embedding(13, 8)(tokens)
     attended = layers.MultiHeadAttention(2, 4)(x, x)
     x = layers.LayerNormalization()(x + attended)
-    hidden = layers.Dense(16, activation="gelu")(x)
-    x = layers.LayerNormalization()(x + layers.Dense(8)(hidden))
+    x = layers.LayerNormalization()(x + layers.Dense(8, activation="gelu")(x))
     x = layers.GlobalAveragePooling1D()(x)
     model = keras.Model(tokens, layers.Dense(3)(x))
     rng = np.random.default_rng(0)

@@ -100,8 +100,7 @@ def attention():
     x = layers.Embedding(VOCABULARY, WIDTH)(inputs)
     attended = layers.MultiHeadAttention(2, 4, dropout=0.1)(x, x)
     x = layers.LayerNormalization()(x + layers.Dropout(0.1)(attended))
-    hidden = layers.Dense(2 * WIDTH, activation="gelu")(x)
-    x = layers.LayerNormalization()(x + layers.Dense(WIDTH)(hidden))
+    x = x + layers.Dense(WIDTH, activation="gelu")(x)
     x = layers.GlobalAveragePooling1D()(x)
     return keras.Model(inputs, layers.Dense(CLASSES)(x)), _tokens()
 

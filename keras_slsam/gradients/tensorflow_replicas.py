@@ -207,7 +207,7 @@ def agree(facts, variables):
         "the same values in each process, at the same step. Received: different values "
         "of"
     )
-    tf.debugging.Assert(tf.size(unlike) == 0, [message, unlike])
+    replica.wait_for(tf.debugging.Assert(tf.size(unlike) == 0, [message, unlike]))
 
 
 def _has_replicas():
@@ -241,11 +241,12 @@ class _Copies(keras.StatelessScope):
             copies = self.strategy.experimental_local_results(variable.value)
             # Each process has equally many replicas, with successive numbers.
             self.state_mapping[id(variable)] = copies[number % len(copies)]
-        self._token = self.state_mapping[id(token)]
+        copy = self.state_mapping[id(token)]
+        self._token = copy.handle
         self._exchanges = itertools.count()
         # With a strategy of its own, Keras neither divides the loss by the number of
         # replicas, nor exchanges gradients, nor leaves the replica to update variables.
-        alone = tf.distribute.OneDeviceStrategy(self._token.device)
+        alone = tf.distribute.OneDeviceStrategy(copy.device)
         self._alone = tf.distribute.ReplicaContext(alone, 0)
 
     def __enter__(self):
@@ -286,10 +287,22 @@ class _Copies(keras.StatelessScope):
             # TensorFlow allows one shape and dtype for each number.
             instance_key=_number(exchange),
             # Makes the order of the exchanges the same in all replicas.
-            ordering_token=[self._token.handle],
+            ordering_token=[self._token],
             merge_op=merge,
             final_op="Id",
         )
+
+    def wait_for(self, operation):
+        """Starts no later exchange before an operation has succeeded.
+
+        If a step fails during an exchange, TensorFlow refuses all later exchanges of
+        this process. The others then wait for it, without an end while it lives.
+
+        Args:
+            operation: `tf.Operation`.
+        """
+        with tf.control_dependencies([operation]):
+            self._token = tf.identity(self._token)
 
     def _group(self):
         """Returns a string that names the replicas, the same in all of them."""
