@@ -855,8 +855,8 @@ def methods():
     return {
         "sam": keras_slsam.SAM("sgd"),
         "s2sam": keras_slsam.S2SAM("sgd"),
-        "slsam": half_the_arms(),
-        "sl+s2": half_the_arms(single_step=True),
+        "slsam": half_the_arms(arms="variable"),
+        "sl+s2": half_the_arms(arms="variable", single_step=True),
         "rst": keras_slsam.RST("sgd", seed=0),
     }
 
@@ -1094,7 +1094,7 @@ def test_tfsm_layer(tmp_path):
 def test_frozen_tfsm_layer(tmp_path):
     model = model_with_a_layer_from_a_file(tmp_path)
     model.layers[0].trainable = False
-    compiled(half_the_arms(), model)
+    compiled(half_the_arms(arms="variable"), model)
     fit(model)
     assert len(model.optimizer.arms) == 2
 

@@ -5,6 +5,8 @@ created variables.
 """
 
 import contextvars
+import itertools
+import types
 
 import tensorflow as tf
 
@@ -25,19 +27,23 @@ def build_first(model, train_function):
     """
     fresh = True
 
-    def build(iterator):
+    def train_step(data):
+        return model.distribute_strategy.run(model.train_step, args=(data,))
+
+    def build(data):
         token = _builds.set(True)
         try:
-            step = tf.function(model.train_step, autograph=False)
-            step.get_concrete_function(iterator.element_spec)
+            tf.function(train_step, autograph=False).get_concrete_function(data)
         finally:
             _builds.reset(token)
 
     def call(iterator):
         nonlocal fresh
         try:
-            if fresh and _is_traced(model, iterator):
-                build(iterator)
+            if fresh and _is_traced(model):
+                data, iterator = _peek(iterator)
+                if data is not None:
+                    build(data)
             result = train_function(iterator)
         except BaseException:
             if fresh:
@@ -51,11 +57,20 @@ def build_first(model, train_function):
     return call
 
 
-def _is_traced(model, iterator):
-    """Returns whether the step runs in a graph, on the iterator's own batches."""
-    if model.run_eagerly or tf.config.functions_run_eagerly():
-        return False
-    if not isinstance(iterator, tf.data.Iterator):
-        return False
-    specs = tf.nest.flatten(iterator.element_spec)
-    return not any(isinstance(spec, tf.OptionalSpec) for spec in specs)
+def _is_traced(model):
+    """Returns whether the step runs in a graph, without replicas."""
+    eager = model.run_eagerly or tf.config.functions_run_eagerly()
+    return not eager and model.distribute_strategy.num_replicas_in_sync == 1
+
+
+def _peek(iterator):
+    """Returns the specs of batches, or the first batch, and an iterator over all."""
+    if isinstance(iterator, types.GeneratorType):  # of `train_on_batch`
+        batch = next(iterator)
+        return batch, itertools.chain([batch], iterator)
+    if isinstance(iterator, tf.data.Iterator):
+        spec = iterator.element_spec
+        leaves = tf.nest.flatten(spec)
+        if not any(isinstance(leaf, tf.OptionalSpec) for leaf in leaves):
+            return spec, iterator
+    return None, iterator
