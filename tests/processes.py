@@ -23,10 +23,10 @@ BATCH, STEPS = 16, 20
 METHODS = {
     "sam": lambda base: keras_slsam.SAM(base, rho=0.1),
     "slsam": lambda base: keras_slsam.SLSAM(
-        base, rho=0.1, active_fraction=0.4, sampler="proportional", arms="layer"
+        base, rho=0.1, active_fraction=0.4, arms="layer", sampler="proportional"
     ),
     "sl+s2": lambda base: keras_slsam.SLSAM(
-        base, 0.1, 0.4, sampler="bandit", single_step=True, arms="layer"
+        base, rho=0.1, active_fraction=0.4, arms="layer", single_step=True
     ),
 }
 RANK = int(os.environ.get("RANK", 0))

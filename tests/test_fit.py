@@ -40,15 +40,16 @@ def make_model(dtype=None):
     return keras.Sequential([keras.Input((5,)), *layers])
 
 
-def all_arms(base, **kwargs):
+# Arms of layers are fewer to trace and compile than the usual arms of variables.
+def all_arms(base, arms="layer", **kwargs):
     """Returns SL-SAM with all arms active, which uses the code that can skip arms."""
-    kwargs = {"arms": "layer", **kwargs}
-    return keras_slsam.SLSAM(base, TINY, 1.0, sampler="uniform", **kwargs)
+    return keras_slsam.SLSAM(base, TINY, 1.0, sampler="uniform", arms=arms, **kwargs)
 
 
-def half_the_arms(base="adam", **kwargs):
-    kwargs = {"rho": 0.05, "active_fraction": 0.5, "seed": 0, "arms": "layer", **kwargs}
-    return keras_slsam.SLSAM(base, **kwargs)
+def half_the_arms(base="adam", arms="layer", **kwargs):
+    return keras_slsam.SLSAM(
+        base, rho=0.05, active_fraction=0.5, arms=arms, seed=0, **kwargs
+    )
 
 
 def compiled(optimizer, model=None, **kwargs):

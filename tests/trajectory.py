@@ -18,8 +18,8 @@ from keras_slsam import samplers
 STEPS = 20
 FRACTION = keras.optimizers.schedules.PiecewiseConstantDecay([4], [0.2, 0.5])
 KINDS = {
-    "proportional": {"sampler": "proportional"},
-    "bandit, single step": {"sampler": "bandit", "single_step": True},
+    "bandit": {"sampler": "bandit"},
+    "proportional, single step": {"sampler": "proportional", "single_step": True},
     "part of the batch, scheduled radius": {
         "sampler": "proportional",
         "ascent_fraction": 0.25,
@@ -36,7 +36,10 @@ KINDS = {
     "ascent of the user": {"sampler": "uniform", "ascent": Friendly},
 }
 # Together these two kinds have all state of the optimizers and of samplers that learn.
-CHECKPOINTS = {"proportional": "model.keras", "bandit, single step": "model.weights.h5"}
+CHECKPOINTS = {
+    "bandit": "model.keras",
+    "proportional, single step": "model.weights.h5",
+}
 
 
 def make_model():

@@ -10,6 +10,8 @@ import types
 
 import tensorflow as tf
 
+from keras_slsam.gradients import tensorflow_replicas
+
 # Whether `build_first` is tracing now.
 _builds = contextvars.ContextVar("builds", default=False)
 
@@ -27,13 +29,11 @@ def build_first(model, train_function):
     """
     fresh = True
 
-    def train_step(data):
-        return model.distribute_strategy.run(model.train_step, args=(data,))
-
     def build(data):
         token = _builds.set(True)
         try:
-            tf.function(train_step, autograph=False).get_concrete_function(data)
+            step = tf.function(model.train_step, autograph=False)
+            step.get_concrete_function(data)
         finally:
             _builds.reset(token)
 
@@ -58,13 +58,23 @@ def build_first(model, train_function):
 
 
 def _is_traced(model):
-    """Returns whether the step runs in a graph, without replicas."""
-    eager = model.run_eagerly or tf.config.functions_run_eagerly()
-    return not eager and model.distribute_strategy.num_replicas_in_sync == 1
+    """Returns whether the step runs in a graph, and not in replicas."""
+    if model.run_eagerly or tf.config.functions_run_eagerly():
+        return False
+    # For replicas Keras has built everything.
+    return not isinstance(model.distribute_strategy, tensorflow_replicas.STRATEGIES)
 
 
 def _peek(iterator):
-    """Returns the specs of batches, or the first batch, and an iterator over all."""
+    """Looks at the data of a step.
+
+    Args:
+        iterator: Iterator over batches. It must not be used again.
+
+    Returns:
+        Tuple of what to trace a step with, or `None` if unknown, and an iterator over
+        all batches.
+    """
     if isinstance(iterator, types.GeneratorType):  # of `train_on_batch`
         batch = next(iterator)
         return batch, itertools.chain([batch], iterator)

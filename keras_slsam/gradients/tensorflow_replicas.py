@@ -18,6 +18,8 @@ import tensorflow as tf
 from keras_slsam.gradients import alike
 
 _Workers = tf.distribute.MultiWorkerMirroredStrategy
+# The supported strategies that have replicas.
+STRATEGIES = tf.distribute.MirroredStrategy, _Workers
 
 # The `_Copies` of the replica that takes a step.
 _replica = contextvars.ContextVar("replica", default=None)
@@ -37,7 +39,7 @@ def check(model, optimizer):
         return
     strategy = tf.distribute.get_strategy()
     kind = type(strategy).__name__
-    if not isinstance(strategy, (tf.distribute.MirroredStrategy, _Workers)):
+    if not isinstance(strategy, STRATEGIES):
         raise ValueError(
             "Sharpness-aware steps support `MirroredStrategy`, "
             "`MultiWorkerMirroredStrategy` and `OneDeviceStrategy` of `tf.distribute`. "
@@ -296,7 +298,8 @@ class _Copies(keras.StatelessScope):
         """Starts no later exchange before an operation has succeeded.
 
         If a step fails during an exchange, TensorFlow refuses all later exchanges of
-        this process. The others then wait for it, without an end while it lives.
+        this process, and others may wait for as long as it lives. With several replicas
+        per process that is still possible: they do not wait for each other's operation.
 
         Args:
             operation: `tf.Operation`.
