@@ -3,6 +3,7 @@
 import keras
 import keras_hub
 import numpy as np
+import pytest
 from keras import ops
 
 import keras_slsam
@@ -129,11 +130,13 @@ def test_image_classifier_on_raw_images():
         assert (ops.convert_to_numpy(variable) != old).any()
 
 
-def test_causal_lm_with_lora_on_raw_strings():
+@pytest.mark.parametrize("lora", [False, True])
+def test_causal_lm_on_raw_strings(lora):
     task = causal_lm()
-    task.backbone.enable_lora(2)
+    if lora:
+        task.backbone.enable_lora(2)
     task = keras_slsam.sharpness_aware(task)
-    task.compile(optimizer=slsam(0.3))
+    task.compile(optimizer=slsam(0.3 if lora else 0.03))
     task.optimizer.build(task.trainable_variables)
     frozen = [
         v for v in task.variables if v.path.endswith("kernel") and not v.trainable
@@ -143,12 +146,13 @@ def test_causal_lm_with_lora_on_raw_strings():
     task.fit(TEXTS * 64, batch_size=8, verbose=0)
     after, _ = task.evaluate(TEXTS, verbose=0)
     # A frozen, untrained network learns little with its low-rank factors.
-    assert after < 0.99 * loss
+    assert after < (0.99 if lora else 0.5) * loss
     paths = [path for arm in arm_names(task.optimizer) for path in arm]
     assert sorted(paths) == sorted(v.path for v in task.trainable_variables)
     # Only trainable weights are arms: low-rank factors, and biases of the same layers.
-    assert all("lora" in path or path.endswith("bias") for path in paths)
-    assert frozen
+    assert all("lora" in path or path.endswith("bias") for path in paths) == lora
+    assert bool(frozen) == lora
     for old, variable in zip(before, frozen):
         np.testing.assert_array_equal(old, ops.convert_to_numpy(variable))
-    assert task.generate("the", max_length=8).startswith("the")
+    if lora:  # Keras has compiled both models again
+        assert task.generate("the", max_length=8).startswith("the")
