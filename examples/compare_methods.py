@@ -23,9 +23,13 @@ the run resumes where it stopped, with the same result. A complete run is not re
 but with more `--epochs` it starts from the beginning. From all complete runs in the
 folder the script makes `results.csv`, the picture `results.svg`, and the page
 `results.md` with a table, which it also prints. `arms.svg` shows which arms the sparse
-methods activated. In the table, `at equal time` is the
-accuracy at the time when the shortest run on this backend ended, interpolated between
-the evaluations before and after.
+methods activated.
+
+In the table, `at equal time` is the accuracy at the time when the shortest run on this
+backend ended, and `at equal training loss` that when the mean training loss of an epoch
+first fell to one that all runs on this backend reached. Both are interpolated between
+two evaluations. Methods with one pass report the loss at the perturbed weights, and
+label smoothing changes it, so compare those with care.
 """
 
 import argparse
@@ -281,6 +285,11 @@ def run(method, rate, rho, fraction, seed, train, test, args):
         record = comparison.read(file, experiment(args))
     points, parts = record["points"], round(args.epochs * args.parts)
     if len(points) >= parts:
+        if args.robust and "robustness" not in record:
+            raise SystemExit(
+                f"{name} is complete, and was trained without --robust. Its weights "
+                "are not kept, so give another --folder."
+            )
         return
     if not checkpoint(len(points)).exists():
         points.clear()

@@ -71,18 +71,33 @@ def spread(values):
     return f"{np.mean(values):.3f}" + (f" ± {error:.3f}" if error is not None else "")
 
 
-def results(record, seconds):
+def at_loss(points, loss):
+    """Returns the accuracy when the training loss first falls to `loss`.
+
+    It is interpolated between the evaluations before and after.
+    """
+    for i, point in enumerate(points):
+        if point["training_loss"] <= loss:
+            both = points[max(i - 1, 0) : i + 1][::-1]  # with increasing losses
+            losses = [point["training_loss"] for point in both]
+            return np.interp(loss, losses, [point["accuracy"] for point in both])
+    raise ValueError(f"The training loss does not fall to {loss}.")
+
+
+def results(record, seconds, loss):
     """Returns what the table says of a run: a dict of numbers.
 
     Args:
         record: The run.
         seconds: Float, the time of the shortest run.
+        loss: Float, a training loss that all runs reach.
     """
     points = record["points"]
     times, scores = ([point[k] for point in points] for k in ("seconds", "accuracy"))
     found = {
         "at the end": scores[-1],
         "at equal time": np.interp(seconds, times, scores),
+        "at equal training loss": at_loss(points, loss),
     }
     if "validation" in points[0]:
         in_time = [point for point in points if point["seconds"] <= seconds]
@@ -106,14 +121,18 @@ def write_page(groups, file, picture):
         file: Path of the page, in Markdown.
         picture: Path of the picture that it shows.
     """
-    shortest = {}
-    for (backend, *_), records in groups.items():
-        seconds = [record["points"][-1]["seconds"] for record in records]
-        shortest[backend] = min(seconds + [shortest.get(backend, np.inf)])
+    shortest, reached = {}, {}
+    for record in itertools.chain.from_iterable(groups.values()):
+        backend, points = record["backend"], record["points"]
+        seconds = points[-1]["seconds"]
+        shortest[backend] = min(seconds, shortest.get(backend, np.inf))
+        lowest = min(point["training_loss"] for point in points)
+        reached[backend] = max(lowest, reached.get(backend, -np.inf))
     rows = []
     for key, records in groups.items():
-        found = [results(record, shortest[key[0]]) for record in records]
         settings = dict(zip(SETTINGS, key))
+        limits = shortest[settings["backend"]], reached[settings["backend"]]
+        found = [results(record, *limits) for record in records]
         measured = set.intersection(*map(set, found))  # in each of the runs
         names = [name for name in found[0] if name in measured]
         means = {name: spread([each[name] for each in found]) for name in names}

@@ -198,9 +198,24 @@ def _made(model, keras_make, optimizer, scaler):
     function = model.train_function
     if optimizer is not None:
         function = backend.build_first(model, function)
+        if backend.starts_before_trace:
+            function = _started(model, model.optimizer, function)
     if scaler is not None:
         function = _checked(scaler, function)
     return function
+
+
+def _started(model, optimizer, train_function):
+    """Returns a train function before which the processes start alike.
+
+    They must do so again if a callback has loaded a file.
+    """
+
+    def call(state, data):
+        training.start(model, optimizer, state[0])
+        return train_function(state, data)
+
+    return call
 
 
 def _checked(scaler, train_function):

@@ -198,19 +198,20 @@ def _prepare(model, optimizer, x):
         start(model, optimizer)
 
 
-def start(model, optimizer):
+def start(model, optimizer, weights=None):
     """Makes the processes start alike, unless they did already.
 
     Args:
         model: `keras.Model` with trainable weights.
         optimizer: `keras.optimizers.Optimizer`, built for it.
+        weights: See `Backend.start`.
     """
     inner = loss_scale.split(optimizer)[1]
     processes = backend.processes()
     # One process may have loaded the optimizer's state alone.
     if backend.any_process(inner._processes != processes, model):
         if processes > 1:
-            backend.start(model, optimizer)
+            backend.start(model, optimizer, weights)
         inner._processes = processes
 
 

@@ -3,6 +3,8 @@
 python jax_devices.py SCENARIO FOLDER, with RANK, WORLD_SIZE and MASTER_PORT
 """
 
+import contextlib
+import functools
 import os
 import pathlib
 import re
@@ -41,19 +43,21 @@ def distribute(kind):
         chosen = distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch")
     else:
         count = 4 if kind == "data 4" else 2
-        chosen = distribution.DataParallel(devices=devices[:count])
+        chosen = distribution.DataParallel(
+            devices=devices[:count], auto_shard_dataset=False
+        )
     distribution.set_distribution(chosen)
     return chosen.device_mesh.backend_mesh
 
 
-def compiled_step(model, mesh):
+def compiled_step(model, mesh, part_of_batch=processes.part_of_batch):
     """Returns the text of the program of a step, in the order of its execution."""
     state = keras_slsam.get_state(model, model.optimizer)
 
     def step(state, data):
         return keras_slsam.stateless_step(model, model.optimizer, state, data)
 
-    return compiled(step, state, mesh)
+    return compiled(step, state, mesh, part_of_batch)
 
 
 def compiled_step_of_adamw(model, mesh):
@@ -67,14 +71,14 @@ def compiled_step_of_adamw(model, mesh):
         model.metrics_variables,
     )
     state = tuple([v.value for v in variables] for variables in groups)
-    return compiled(model.train_step, state, mesh)
+    return compiled(model.train_step, state, mesh, processes.part_of_batch)
 
 
-def compiled(step, state, mesh):
+def compiled(step, state, mesh, part_of_batch):
     by_batch = NamedSharding(mesh, PartitionSpec("batch"))
     data = [
         jax.make_array_from_process_local_data(by_batch, part)
-        for part in processes.part_of_batch(0)
+        for part in part_of_batch(0)
     ]
     return jax.jit(step).lower(state, tuple(data)).compile().as_text()
 
@@ -167,6 +171,27 @@ def waits(text):
     return found
 
 
+def waits_of_branches(mesh, **kwargs):
+    """Returns what `waits` returns of a step of a model with two branches.
+
+    The exchanges of BatchNormalization are in the branch that the first condition does
+    not read.
+    """
+    inputs = keras.Input((4,))
+    deep = inputs
+    for _ in range(3):
+        deep = keras.layers.Dense(4, activation="tanh")(deep)
+    x = keras.layers.Dense(4, name="other")(inputs)
+    x = keras.layers.Dense(1)(deep + keras.layers.BatchNormalization()(x))
+    model = keras_slsam.sharpness_aware(keras.Model(inputs, x))
+    model.compile(
+        keras_slsam.SLSAM("sgd", arms="layer", sampler="uniform", seed=0, **kwargs),
+        "mse",
+    )
+    model.optimizer.build(model.trainable_variables)
+    return waits(compiled_step(model, mesh, processes.small_part))
+
+
 def train(folder, kind):
     mesh = distribute(kind)
     for method in processes.METHODS:
@@ -191,6 +216,13 @@ def train(folder, kind):
         processes.write(folder, "from one", resumed)
         small = {kind: processes.small(kind) for kind in processes.SMALL}
         processes.write(folder, "small", small)
+        order = {
+            "nearly always": waits_of_branches(mesh, active_fraction=0.9),
+            "always": waits_of_branches(
+                mesh, active_fraction=0.5, always_active="other"
+            ),
+        }
+        processes.write(folder, "order", order)
 
 
 def scenario_devices(folder):
@@ -233,6 +265,9 @@ def refusals():
     jax.config.update("jax_cpu_enable_async_dispatch", True)
     refused("dispatch")
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    mesh = distribution.DeviceMesh((1,), ("batch",), jax.local_devices())
+    distribution.set_distribution(distribution.DataParallel(device_mesh=mesh))
+    refused("alone")
     mesh = distribution.DeviceMesh((2, 1), ("batch", "model"), jax.devices())
     layouts = distribution.LayoutMap(mesh)
     distribution.set_distribution(
@@ -241,6 +276,29 @@ def refusals():
     refused("model")
     distribution.set_distribution(own)
     return errors
+
+
+class Interrupts(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        raise KeyboardInterrupt
+
+
+def backed_up(folder):
+    """Returns the weights of a `fit` that goes on from a backup, and of a whole one."""
+
+    def fit(*callbacks):
+        model = processes.make_model("slsam", seed=0)
+        x, y = processes.part_of_batch(0)
+        model.fit(x, y, len(x), epochs=3, verbose=0, callbacks=callbacks)
+        return np.concatenate([w.ravel() for w in model.get_weights()])
+
+    backup = functools.partial(
+        keras.callbacks.BackupAndRestore, str(folder / f"backup-{processes.RANK}")
+    )
+    whole = fit()
+    with contextlib.suppress(KeyboardInterrupt):
+        fit(backup(), Interrupts())
+    return {"whole": whole, "resumed": fit(backup())}
 
 
 def die_or_wait(folder, model, rank):
@@ -270,6 +328,7 @@ def scenario_killed(folder):
             late["waits"] = waits(compiled_step(model, mesh))
         processes.write(folder, f"processes-{method}", late)
     processes.write(folder, "errors", refusals())
+    processes.write(folder, "backed up", backed_up(folder))
     die_or_wait(folder, model, rank=1)
 
 

@@ -5,6 +5,7 @@ python processes.py SCENARIO FOLDER, with RANK, WORLD_SIZE, MASTER_ADDR and MAST
 
 import contextlib
 import faulthandler
+import functools
 import operator
 import os
 import pathlib
@@ -119,6 +120,11 @@ def run(count, *arguments, timeout=120):
 
 def alone(method):
     """Returns what `train` returns, of one process with the whole batches."""
+    return _alone(method, keras.config.floatx())
+
+
+@functools.cache
+def _alone(method, floatx):
     return train(make_model(method))
 
 
@@ -251,6 +257,13 @@ class Scalar(layers.Layer):
         return x * keras.ops.cast(self.scale, x.dtype)
 
 
+class Decay(keras.optimizers.schedules.LearningRateSchedule):
+    """A schedule without `get_config`."""
+
+    def __call__(self, step):
+        return 0.1 / (1.0 + keras.ops.cast(step, "float32"))
+
+
 def small_model(optimizer, *hidden, metrics=("mae",)):
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((4,)), *hidden, layers.Dense(1)])
@@ -295,8 +308,12 @@ def small(kind, take_steps=take_small_steps):
     elif kind == "scalar":
         hidden = Scalar()
     elif kind == "accumulated":
-        base = sgd(0.1, gradient_accumulation_steps=2)
-        optimizer = keras_slsam.S2SAM(base)
+        optimizer = keras_slsam.SLSAM(
+            sgd(0.1, gradient_accumulation_steps=2),
+            active_fraction=0.5,
+            single_step=True,
+            seed=1,
+        )
     elif kind == "scheduled":  # the exchanges of an ascent are in a condition
         rho = keras.optimizers.schedules.PiecewiseConstantDecay([1, 3], [0.0, 0.1, 0.0])
         optimizer = keras_slsam.SLSAM(sgd(0.1), rho=rho, active_fraction=0.5, seed=1)
@@ -394,6 +411,9 @@ def scenario_refused(folder):
     refused("name", take_small_steps, small_model(keras_slsam.SAM(base)))
     optimizer = keras_slsam.SLSAM("sgd", arms=operator.attrgetter("path"))
     refused("an argument without a config", take_small_steps, small_model(optimizer))
+    without_source = eval("lambda path: path")
+    optimizer = keras_slsam.SLSAM(keras.optimizers.SGD(Decay()), arms=without_source)
+    refused("no config and no source", take_small_steps, small_model(optimizer))
     model = make_model("sam")
     model.optimizer.learning_rate = np.nan
     refused("nan", train, model, 0, 1)

@@ -157,6 +157,36 @@ def scenario_mirrored(folder):
                 processes.write(folder, "from one", late)
 
 
+def train_pair(strategy):
+    """Returns the weights of two models that one function trains."""
+    with strategy.scope():
+        models = [
+            processes.small_model(keras_slsam.SAM("sgd"), metrics=()) for _ in range(2)
+        ]
+        for model in models:
+            model.optimizer.build(model.trainable_variables)
+
+    def step(x, y):
+        for model, target in zip(models, (y, -y)):
+            keras_slsam.step(model, model.optimizer, (x, target))
+
+    on_replicas = tf.function(lambda *data: strategy.run(step, data), autograph=False)
+    count = strategy.num_replicas_in_sync
+    for number in range(3):
+        parts = [processes.small_part(number, None, i, count) for i in range(count)]
+        data = [
+            strategy.experimental_distribute_values_from_function(
+                lambda replica, of_all=of_all: tf.constant(
+                    of_all[replica.replica_id_in_sync_group], "float32"
+                )
+            )
+            for of_all in zip(*parts)
+        ]
+        on_replicas(*data)
+    weights = [w.ravel() for model in models for w in model.get_weights()]
+    return np.concatenate(weights)
+
+
 def scenario_small(folder):
     strategy = mirrored(2)
     one = tf.distribute.MirroredStrategy(DEVICES[3:])  # other devices work too
@@ -164,6 +194,8 @@ def scenario_small(folder):
     with strategy.scope():
         results = {kind: processes.small(kind, processes.fit_small) for kind in SMALL}
     processes.write(folder, "small", results)
+    alone = train_pair(tf.distribute.OneDeviceStrategy(DEVICES[0]))
+    processes.write(folder, "pair", {"alone": alone, "both": train_pair(strategy)})
 
     def outside():
         optimizer = keras_slsam.SAM("sgd")

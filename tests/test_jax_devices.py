@@ -64,6 +64,8 @@ def test_devices_take_the_steps_of_one(tmp_path, request):
         assert_state_is_sharded_like_its_weights(method, parallel)
     adamw = load(tmp_path, "adamw")
     assert not adamw["inside"].size and adamw["outside"] == found["sizes"].sum() + 4
+    for waits in load(tmp_path, "order").values():
+        assert waits.all() and len(waits) > 15
     for kind, found in load(tmp_path, "small").items():
         tolerance = 1e-3 if kind == "scalar" else 1e-6  # it is in bfloat16
         np.testing.assert_allclose(found, processes.small(kind), 1e-5, tolerance)
@@ -90,7 +92,12 @@ def test_two_processes_and_a_killed_one(tmp_path):
         assert "`trainable_variables[2]` is (2, 4) float32" in errors["weights"]
         assert "ascent_fraction=0.5" in errors["part"]
         assert "jax_cpu_enable_async_dispatch=True" in errors["dispatch"]
+        assert "1 of 2 devices" in errors["alone"]
         assert "ModelParallel" in errors["model"]
+        backed_up = load(tmp_path, "backed up", rank)
+        np.testing.assert_allclose(
+            backed_up["resumed"], backed_up["whole"], rtol=0, atol=1e-6
+        )
 
     _, output = end_after_death(0, "resumed", tmp_path)
     assert re.search("an error: .*Gloo", output), output

@@ -60,6 +60,8 @@ def test_other_state_and_refusals(tmp_path):
         tolerance = 1e-4 if kind == "scalar" else 1e-6  # it is in bfloat16
         expected = processes.small(kind, processes.fit_small)
         np.testing.assert_allclose(found, expected, 1e-5, tolerance)
+    pair = load(tmp_path, "pair")
+    np.testing.assert_allclose(pair["both"], pair["alone"], rtol=1e-5, atol=1e-6)
     few = processes.train(processes.make_model("slsam"), 0, 3)
     processes.assert_same(load(tmp_path, "one"), few, 1e-5)
     errors = {name: str(error) for name, error in load(tmp_path, "errors").items()}
@@ -89,8 +91,9 @@ def test_workers_and_a_killed_one(tmp_path):
         assert "keras_slsam is 0.0.1 in process 1, 0.0.0 in" in errors["version"]
         assert "`trainable_variables[2]` is (2, 4) float32" in errors["weights"]
 
+    # TensorFlow may end the others when the first one dies.
     code, output = end_after_death(0, "resumed", tmp_path)
-    assert code != 0, output
+    assert code < 0 or "UnavailableError" in output, output
     expected = processes.alone("slsam")
     for rank in range(2):
         resumed = load(tmp_path, "resumed", rank)

@@ -24,18 +24,21 @@ def versions(framework):
     return {package.__name__: package.__version__ for package in packages}
 
 
-def weights(model):
+def weights(model, values=None):
     """Returns what tells whether the trained weights of two processes are equal.
 
     Args:
         model: `keras.Model`.
+        values: List of tensors, the values of its trainable variables, or `None` if the
+            variables hold them.
 
     Returns:
         Dict from the name of each weight to a string.
     """
-    facts = {}
-    for i, variable in enumerate(model.trainable_variables):
-        value = keras.ops.convert_to_numpy(variable.value)
+    facts, variables = {}, model.trainable_variables
+    for i, variable in enumerate(variables):
+        value = variable.value if values is None else values[i]
+        value = keras.ops.convert_to_numpy(value)
         digest = hashlib.sha256(value.tobytes()).hexdigest()[:8]
         described = f"{value.shape} {variable.dtype}, sha256 {digest}"
         # Not its path, since names that Keras gives depend on earlier models.
@@ -43,22 +46,31 @@ def weights(model):
     return facts
 
 
-def compare(facts, gather):
-    """Checks that all processes found the same facts, and exchanges them as numbers.
+def compare(find, gather):
+    """Checks that all processes find the same facts, and exchanges them as numbers.
 
     Args:
-        facts: Dict of strings.
+        find: Function that returns a dict of strings. If it raises an error in one
+            process, this is the error in all.
         gather: Function from a list of int to an array with a row for each process, the
             lists of all. They have the same length.
 
     Raises:
         ValueError: see `check`.
     """
-    own = list(json.dumps(facts).encode())
+    own = list(json.dumps(found_by(find)).encode())
     sizes = gather([len(own)]).ravel().tolist()
     rows = gather(own + [0] * (max(sizes) - len(own)))
     every = [bytes(row[:size].tolist()) for row, size in zip(rows, sizes)]
     check([json.loads(found) for found in every])
+
+
+def found_by(find):
+    """Returns the facts, or the error, so that the other processes do not wait."""
+    try:
+        return find()
+    except Exception as error:
+        return {FAILED: f"{type(error).__name__}: {error}"}
 
 
 def check(every):
@@ -89,7 +101,7 @@ def check(every):
             "All processes must start with the same versions, arguments and weights. "
             f"Received: {'; '.join(lines[:3])}"
             + (f"; and {len(lines) - 3} more differences" if lines[3:] else "")
-            + ". Install the same versions. Call `keras.utils.set_random_seed(seed)` "
-            "with the same seed before you create the model, or load the same file in "
-            "each process."
+            + ". Install the same versions, and pass the same arguments. Call "
+            "`keras.utils.set_random_seed(seed)` with the same seed before you create "
+            "the model, or load the same file in each process."
         )

@@ -26,7 +26,7 @@ class Backend:
         Passes: Subclass of `Passes`, the two passes of a step.
         Scope: Subclass of `keras.StatelessScope` in which the loss is computed.
         can_compile: bool, whether a step may run with `jit_compile=True`.
-        starts_before_trace: bool, whether `fit` must call `start` before its first
+        starts_before_trace: bool, whether `fit` must call `start` before it traces a
             step, because it takes the values out of the variables.
     """
 
@@ -65,12 +65,14 @@ class Backend:
         """
         return condition
 
-    def start(self, model, optimizer):
+    def start(self, model, optimizer, weights=None):
         """Checks and shares the state of several processes before their first step.
 
         Args:
             model: `keras.Model`.
             optimizer: `keras.optimizers.Optimizer`, built for it.
+            weights: List of arrays, the values of the model's trainable variables, or
+                `None` if the variables hold them.
 
         Raises:
             ValueError: if the processes do not start alike.

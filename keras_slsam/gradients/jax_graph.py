@@ -6,6 +6,8 @@ by the arms that need them. Each group becomes one `jax.lax.cond` with the predi
 equation.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import keras
@@ -54,7 +56,13 @@ class Gradients(program.Program):
         independent = set()
         if passes.twice:
             independent = partition.find_independent(nodes, closed.jaxpr.invars)
-        needs = [None] * (len(outputs) - len(passes.arm_of)) + passes.arm_of
+        others = len(outputs) - len(passes.arm_of)
+        needs = [None] * others + passes.arm_of
+        self._gradients = set(outputs[others:])
+        if has_exchanges():
+            # Work of arms that are nearly always active may have exchanges, as that of
+            # BatchNorm has, which are in order only in conditions.
+            passes = dataclasses.replace(passes, min_probability=0.0)
         super().__init__(nodes, outputs, needs, independent, passes)
 
     def choose_copied(self, nodes, outputs):
@@ -75,11 +83,16 @@ class Gradients(program.Program):
         work = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))
         made = work(*(values[v] for v in part.inputs))
         if part.arms == self._everyone and has_exchanges():
-            # The first condition waits for the loss.
-            scalars = [
-                v for v in made if v.ndim == 0 and jnp.issubdtype(v.dtype, jnp.floating)
+            # The first condition waits for the loss, and for the gradients of arms that
+            # are always active. All devices have these whole.
+            whole = [
+                value
+                for v, value in zip(part.outputs, made)
+                if v in self._gradients or not value.ndim
             ]
-            self._turn = sum((v.astype("float32") for v in scalars), self._turn)
+            numbers = [v for v in whole if jnp.issubdtype(v.dtype, jnp.floating)]
+            firsts = (v.ravel()[0].astype("float32") for v in numbers if v.size)
+            self._turn = sum(firsts, self._turn)
         return made
 
     def evaluate(self, parts, values, before=None):

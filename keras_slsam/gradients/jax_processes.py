@@ -32,6 +32,13 @@ def check(model, optimizer):
             "`keras.distribution.set_distribution` with one before you create the "
             "model."
         )
+    devices = distribution.device_mesh.devices.size
+    if devices != jax.device_count():
+        raise ValueError(
+            "The `keras.distribution.DataParallel` of several processes of JAX must "
+            f"have the devices of all. Received: {devices} of {jax.device_count()} "
+            "devices. Pass `devices=keras.distribution.list_devices()`."
+        )
     inner = getattr(optimizer, "inner_optimizer", optimizer)  # of a loss scaler
     if getattr(inner, "ascent_fraction", 1.0) < 1:
         # Choosing rows of a sharded batch adds exchanges, which XLA does not order.
@@ -66,23 +73,26 @@ def _check_cpus():
         )
 
 
-def start(model, optimizer):
+def start(model, optimizer, weights=None):
     """Checks that all processes start with the same versions and weights.
 
     Args:
         model: `keras.Model`.
         optimizer: `keras.optimizers.Optimizer`, built for it.
+        weights: See `Backend.start`.
 
     Raises:
         ValueError: in all processes, if something differs or is not supported.
     """
-    check(model, optimizer)
+    # In this thread, because each has its own distribution.
+    refused = alike.found_by(lambda: check(model, optimizer) or {})
+
+    def find():
+        return refused or alike.versions(jax) | alike.weights(model, weights)
+
+    def gather(row):
+        return multihost_utils.process_allgather(np.array(row))
+
     # A step may be being traced in this thread. Another one is outside of the trace.
     with concurrent.futures.ThreadPoolExecutor(1) as outside:
-        outside.submit(_check_alike, model).result()
-
-
-def _check_alike(model):
-    facts = alike.versions(jax) | alike.weights(model)
-    gather = multihost_utils.process_allgather
-    alike.compare(facts, lambda row: gather(np.array(row)))
+        outside.submit(alike.compare, find, gather).result()

@@ -8,8 +8,10 @@ arms are not exchanged.
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
 import itertools
+import typing
 import zlib
 
 import keras
@@ -59,8 +61,8 @@ def check(model, optimizer):
     if not optimizer.built or not model.built:
         raise ValueError(
             f"Under a `{kind}` model and optimizer must be built before the first "
-            "step. Call `optimizer.build(model.trainable_variables)` in the scope of "
-            "the strategy."
+            "step. In the scope of the strategy, call the model on a batch, unless it "
+            "has an `Input`, and then `optimizer.build(model.trainable_variables)`."
         )
     inner = getattr(optimizer, "inner_optimizer", optimizer)  # of a loss scaler
     if inner.use_ema and inner.ema_overwrite_frequency:
@@ -93,12 +95,13 @@ def processes():
     return strategy.num_replicas_in_sync // len(strategy.extended.worker_devices)
 
 
-def start(model, optimizer):
+def start(model, optimizer, weights=None):
     """Checks that all workers start with the same versions and weights.
 
     Args:
         model: `keras.Model`.
         optimizer: `keras.optimizers.Optimizer`, built for it.
+        weights: See `Backend.start`.
 
     Raises:
         ValueError: in all workers, if something differs.
@@ -120,9 +123,12 @@ def start(model, optimizer):
             final_op="Id",
         ).numpy()
 
+    def find():
+        return alike.versions(tf) | alike.weights(model, weights)
+
     # Outside of the graph of the step.
-    with tf.init_scope(), tf.device(devices[0]):
-        alike.compare(alike.versions(tf) | alike.weights(model), gather)
+    with tf.init_scope(), tf.device("CPU:0"):
+        alike.compare(find, gather)
 
 
 def as_one_device(model, optimizer):
@@ -223,12 +229,40 @@ def _variables(model, optimizer):
     return model.variables + model.metrics_variables + optimizer.variables
 
 
+@dataclasses.dataclass
+class _Order:
+    """The order of a replica's exchanges in one graph.
+
+    Attributes:
+        token: Tensor of a resource. TensorFlow keeps operations that read it in order.
+        numbers: Iterator of int, by which the replicas know each exchange.
+    """
+
+    token: tf.Tensor
+    numbers: typing.Iterator[int] = dataclasses.field(default_factory=itertools.count)
+
+
+def _order_of(replica, token):
+    """Returns the order of a replica in this graph, which may have several steps.
+
+    Args:
+        replica: int.
+        token: Tensor of a resource, if this is its first step.
+    """
+    graph = tf.compat.v1.get_default_graph()
+    # An inner graph has a copy of what an outer one collects.
+    found = graph.get_collection_ref(f"keras_slsam {id(graph)} {replica}")
+    if not found:
+        found.append(_Order(token))
+    return found[0]
+
+
 class _Copies(keras.StatelessScope):
     """Scope in which Keras reads and assigns the copies of one replica.
 
     Args:
         variables: List of the `keras.Variable`s that a step may assign.
-        token: One of them, by which TensorFlow keeps the exchanges in order.
+        token: One of them, a token of the order of the exchanges.
 
     Attributes:
         strategy: `tf.distribute.Strategy`.
@@ -244,8 +278,7 @@ class _Copies(keras.StatelessScope):
             # Each process has equally many replicas, with successive numbers.
             self.state_mapping[id(variable)] = copies[number % len(copies)]
         copy = self.state_mapping[id(token)]
-        self._token = copy.handle
-        self._exchanges = itertools.count()
+        self._order = _order_of(number, copy.handle)
         # With a strategy of its own, Keras neither divides the loss by the number of
         # replicas, nor exchanges gradients, nor leaves the replica to update variables.
         alone = tf.distribute.OneDeviceStrategy(copy.device)
@@ -281,7 +314,8 @@ class _Copies(keras.StatelessScope):
             tensor: Tensor of known shape.
             merge: String, `"Add"` or `"Max"`.
         """
-        exchange = f"{next(self._exchanges)} {merge} {tensor.dtype} {tensor.shape}"
+        number = next(self._order.numbers)
+        exchange = f"{number} {merge} {tensor.dtype} {tensor.shape}"
         return tf.raw_ops.CollectiveReduceV2(
             input=tensor,
             group_size=self.strategy.num_replicas_in_sync,
@@ -289,7 +323,7 @@ class _Copies(keras.StatelessScope):
             # TensorFlow allows one shape and dtype for each number.
             instance_key=_number(exchange),
             # Makes the order of the exchanges the same in all replicas.
-            ordering_token=[self._token],
+            ordering_token=[self._order.token],
             merge_op=merge,
             final_op="Id",
         )
@@ -305,7 +339,7 @@ class _Copies(keras.StatelessScope):
             operation: `tf.Operation`.
         """
         with tf.control_dependencies([operation]):
-            self._token = tf.identity(self._token)
+            self._order.token = tf.identity(self._order.token)
 
     def _group(self):
         """Returns a string that names the replicas, the same in all of them."""

@@ -77,7 +77,7 @@ def any_process(condition, model):
     return bool(largest)
 
 
-def start(model, optimizer):
+def start(model, optimizer, weights=None):
     """Checks that all processes start alike, and shares the other state.
 
     Trained weights must be equal. The state of the optimizer, other weights and buffers
@@ -87,23 +87,21 @@ def start(model, optimizer):
     Args:
         model: `keras.Model`.
         optimizer: `keras.optimizers.Optimizer`, built for it.
+        weights: See `Backend.start`.
 
     Raises:
         ValueError: in all processes, if versions, arguments or weights differ, or if
             a weight is sharded.
     """
-    try:
-        own = _facts(model, optimizer)
-    except Exception as error:  # so that the others do not wait
-        own = {alike.FAILED: f"{type(error).__name__}: {error}"}
     every = [None] * count()
+    own = alike.found_by(lambda: _facts(model, optimizer, weights))
     distributed.all_gather_object(every, own)
     alike.check(every)
     with torch.no_grad():
-        for variable in optimizer.variables:
-            distributed.broadcast(variable.value, src=0)
-        for tensor in _untrained(model):
-            distributed.broadcast(tensor, src=0)
+        for tensor in [v.value for v in optimizer.variables] + _untrained(model):
+            whole = tensor.contiguous()  # others cannot be sent
+            distributed.broadcast(whole, src=0)
+            tensor.copy_(whole)
 
 
 def _untrained(model):
@@ -113,7 +111,7 @@ def _untrained(model):
     return others + list(model.buffers())
 
 
-def _facts(model, optimizer):
+def _facts(model, optimizer, weights):
     """Returns what must be equal, a dict from what it is to a string."""
     _check_is_whole(model)
     facts = {**alike.versions(torch), "the optimizer": type(optimizer).__name__}
@@ -123,7 +121,7 @@ def _facts(model, optimizer):
     facts["the number of other weights and buffers"] = (
         f"{len(sizes)}, {sum(sizes)} values"
     )
-    return facts | alike.weights(model)
+    return facts | alike.weights(model, weights)
 
 
 def _arguments(optimizer):
@@ -132,7 +130,7 @@ def _arguments(optimizer):
         warnings.simplefilter("ignore")  # of Keras, about lambdas
         try:
             return keras.saving.serialize_keras_object(optimizer.get_config())
-        except TypeError:
+        except (NotImplementedError, OSError, TypeError):
             return {}
 
 
