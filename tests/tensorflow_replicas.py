@@ -147,14 +147,16 @@ def scenario_mirrored(folder):
         for method in processes.METHODS:
             counts.update(inside=0, outside=0)
             model = built(mirrored(replicas), method)
-            result = fit(model, whole_batches())
-            processes.write(folder, f"{replicas}-{method}", {**result, **counts})
+            early = fit(model, whole_batches()[:5])
             if (replicas, method) == (4, "slsam"):
                 model.save(folder / "model.keras")
                 with mirrored(2).scope():
-                    model = processes.load(folder / "one.keras")
-                late = fit(model, whole_batches()[5:])
+                    other = processes.load(folder / "one.keras")
+                late = fit(other, whole_batches()[5:])
                 processes.write(folder, "from one", late)
+            late = fit(model, whole_batches()[5:])
+            late["masks"] = np.concatenate([early["masks"], late["masks"]])
+            processes.write(folder, f"{replicas}-{method}", {**late, **counts})
 
 
 def train_pair(strategy):

@@ -36,10 +36,8 @@ def test_mirrored_replicas(tmp_path, request):
     adamw = load(tmp_path, "adamw")["exchanged"]
     assert adamw == expected["weights"].nbytes
     # The state of several replicas goes on with one.
-    model = processes.load(tmp_path / "model.keras")
-    one = processes.train(model, processes.STEPS, 5)
-    whole = processes.train(processes.make_model("slsam"), 0, processes.STEPS + 5)
-    processes.assert_same(one, whole, 1e-5, first=processes.STEPS)
+    one = processes.train_on(processes.load(tmp_path / "model.keras"))
+    processes.assert_same(one, processes.alone("slsam"), 1e-5, first=5)
 
     request.getfixturevalue("float64")
     for method in processes.METHODS:

@@ -17,8 +17,9 @@ class S2SAM(SharpnessAware):
     evaluates no others. Keeps one more tensor per weight, the last gradient.
 
     Do not use it with a large radius while a new head is random: the direction is that
-    of another batch, and training may collapse. It needs a larger `rho` than `SAM` for
-    the same effect, see docs/choosing.md.
+    of another batch, and training may collapse. With clean labels and short training,
+    or on text, it was no better than the base optimizer. With wrong labels keep the
+    best epoch, because after the last one the gain is gone. See docs/choosing.md.
 
     The model needs the matching train step: `keras_slsam.sharpness_aware(model)`.
 

@@ -17,8 +17,8 @@ class SAM(SharpnessAware):
     A step costs two forward and two backward passes. `S2SAM` and `SLSAM` cost less.
 
     Do not use it if the labels are clean and training is short: at equal time the base
-    optimizer alone is then at least as good. With wrong labels the gain is large if
-    `rho` is tuned, see docs/choosing.md.
+    optimizer alone is then at least as good. With wrong labels and a tuned `rho` it
+    memorises far fewer of them, see docs/choosing.md.
 
     The model needs the matching train step: `keras_slsam.sharpness_aware(model)`.
 
