@@ -411,9 +411,10 @@ def scenario_refused(folder):
     refused("name", take_small_steps, small_model(keras_slsam.SAM(base)))
     optimizer = keras_slsam.SLSAM("sgd", arms=operator.attrgetter("path"))
     refused("an argument without a config", take_small_steps, small_model(optimizer))
-    without_source = eval("lambda path: path")
-    optimizer = keras_slsam.SLSAM(keras.optimizers.SGD(Decay()), arms=without_source)
-    refused("no config and no source", take_small_steps, small_model(optimizer))
+    optimizer = keras_slsam.SLSAM("sgd", arms=eval("lambda variable: variable.path"))
+    refused("a function without source", take_small_steps, small_model(optimizer))
+    optimizer = keras_slsam.SAM(keras.optimizers.SGD(Decay()))
+    refused("a schedule without a config", take_small_steps, small_model(optimizer))
     model = make_model("sam")
     model.optimizer.learning_rate = np.nan
     refused("nan", train, model, 0, 1)

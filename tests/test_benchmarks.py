@@ -4,6 +4,7 @@ import argparse
 import json
 import pathlib
 import re
+import shlex
 import sys
 
 import keras
@@ -218,6 +219,20 @@ def test_long(tmp_path, monkeypatch):
     assert max(row["drawn"]) <= 3 <= sum(row["drawn"])
     text, _ = reported(tmp_path, "long")
     assert f"| {name} |" in text
+
+
+@pytest.mark.parametrize("line", gpu.MEASUREMENTS.values())
+def test_gpu_has_commands_that_exist(line, monkeypatch):
+    class Understood(Exception):
+        pass
+
+    def measure(args):
+        raise Understood
+
+    command, *flags = shlex.split(line)
+    monkeypatch.setattr(report.COMMANDS[command], "measure", measure)
+    with pytest.raises(Understood):
+        main([command, *flags, "--model", "dense"])
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="starts processes, the fastest here")

@@ -1,7 +1,9 @@
 """The examples of several devices and processes train on each backend."""
 
+import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 
@@ -12,10 +14,20 @@ EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
 
 def found(script, pattern):
-    command = [sys.executable, EXAMPLES / script]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return re.findall(pattern, done.stdout)
+    process = subprocess.Popen(
+        [sys.executable, EXAMPLES / script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # so that all of its processes can be ended
+    )
+    try:
+        output, _ = process.communicate(timeout=400)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == 0, output
+    return re.findall(pattern, output)
 
 
 @pytest.mark.skipif(keras.config.backend() == "torch", reason="has processes only")

@@ -74,8 +74,8 @@ def assert_what_would_drift_apart_is_refused(folder):
         )
         assert "the scale of the loss" in errors["scale later"]
         assert "other weights and buffers" in errors["other layers"]
-        equal = "nan", "name", "an argument without a config", "no config and no source"
-        assert not errors.keys() & {*equal}
+        assert not {"nan", "name"} & errors.keys()
+        assert not [name for name in errors if "without" in name]
         assert "`model.module`" in errors["wrapped"]
         assert "fully_shard" in errors["sharded"]
 
