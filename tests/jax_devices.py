@@ -214,7 +214,8 @@ def train(folder, kind):
         processes.write(folder, "adamw", {"inside": inside, "outside": outside})
         resumed = processes.train_on(processes.load(folder / "one.keras"))
         processes.write(folder, "from one", resumed)
-        small = {kind: processes.small(kind) for kind in processes.SMALL}
+        kinds = *processes.SMALL, "normalised"
+        small = {kind: processes.small(kind) for kind in kinds}
         processes.write(folder, "small", small)
         order = {
             "nearly always": waits_of_branches(mesh, active_fraction=0.9),

@@ -305,6 +305,13 @@ def small(kind, take_steps=take_small_steps):
     optimizer = keras_slsam.SAM(sgd(0.1))
     if kind == "scaled":  # a gradient that is not finite in one process
         optimizer, broken = keras.optimizers.LossScaleOptimizer(optimizer), 1
+    elif kind == "mixed":
+        # With the usual scale, the gradients of fewer rows may overflow.
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=256.0)
+        hidden = layers.Dense(3, dtype="mixed_float16")
+    elif kind == "normalised":
+        normal, dropout = layers.BatchNormalization(), layers.Dropout(0.5, seed=1)
+        hidden = keras.Sequential([hidden, normal, dropout])
     elif kind == "scalar":
         hidden = Scalar()
     elif kind == "accumulated":
@@ -337,7 +344,10 @@ def small(kind, take_steps=take_small_steps):
     return np.concatenate(found)
 
 
-SMALL = ("scaled", "scalar", "accumulated", "scheduled", "random", "frozen", "averaged")
+SMALL = (
+    *("scaled", "mixed", "scalar", "accumulated", "scheduled", "random", "frozen"),
+    "averaged",
+)
 
 
 def scenario_small(folder):

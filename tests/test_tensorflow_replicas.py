@@ -55,7 +55,7 @@ def test_mirrored_replicas(tmp_path, request):
 def test_other_state_and_refusals(tmp_path):
     run(1, "small", tmp_path)
     for kind, found in load(tmp_path, "small").items():
-        tolerance = 1e-4 if kind == "scalar" else 1e-6  # it is in bfloat16
+        tolerance = {"scalar": 1e-4, "mixed": 2e-3}.get(kind, 1e-6)  # in 16 bits
         expected = processes.small(kind, processes.fit_small)
         np.testing.assert_allclose(found, expected, 1e-5, tolerance)
     pair = load(tmp_path, "pair")

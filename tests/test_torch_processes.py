@@ -55,7 +55,8 @@ def assert_other_state_is_the_same(folder):
     for kind in processes.SMALL:
         expected = processes.small(kind)
         for found in of(folder, "small", 2):
-            np.testing.assert_allclose(found[kind], expected, rtol=1e-5, atol=1e-6)
+            tolerance = 2e-3 if kind == "mixed" else 1e-6  # it is in float16
+            np.testing.assert_allclose(found[kind], expected, 1e-5, tolerance)
 
 
 def assert_what_would_drift_apart_is_refused(folder):
