@@ -74,14 +74,15 @@ def spread(values):
 def at_loss(points, loss):
     """Returns the accuracy when the training loss first falls to `loss`.
 
-    It is interpolated between the evaluations before and after.
+    It is interpolated between the evaluations before and after. NaN, if the training
+    loss does not fall to it.
     """
     for i, point in enumerate(points):
         if point["training_loss"] <= loss:
             both = points[max(i - 1, 0) : i + 1][::-1]  # with increasing losses
             losses = [point["training_loss"] for point in both]
             return np.interp(loss, losses, [point["accuracy"] for point in both])
-    raise ValueError(f"The training loss does not fall to {loss}.")
+    return np.nan
 
 
 def results(record, seconds, loss):
@@ -97,8 +98,9 @@ def results(record, seconds, loss):
     found = {
         "at the end": scores[-1],
         "at equal time": np.interp(seconds, times, scores),
-        "at equal training loss": at_loss(points, loss),
     }
+    if np.isfinite(equal := at_loss(points, loss)):
+        found["at equal training loss"] = equal
     if "validation" in points[0]:
         in_time = [point for point in points if point["seconds"] <= seconds]
         for name, some in (("", points), (" at equal time", in_time or points[:1])):
@@ -126,12 +128,15 @@ def write_page(groups, file, picture):
         backend, points = record["backend"], record["points"]
         seconds = points[-1]["seconds"]
         shortest[backend] = min(seconds, shortest.get(backend, np.inf))
-        lowest = min(point["training_loss"] for point in points)
-        reached[backend] = max(lowest, reached.get(backend, -np.inf))
+        losses = np.array([point["training_loss"] for point in points])
+        lowest = losses[np.isfinite(losses)].min(initial=np.inf)
+        if np.isfinite(lowest):
+            reached[backend] = max(lowest, reached.get(backend, -np.inf))
     rows = []
     for key, records in groups.items():
         settings = dict(zip(SETTINGS, key))
-        limits = shortest[settings["backend"]], reached[settings["backend"]]
+        backend = settings["backend"]
+        limits = shortest[backend], reached.get(backend, np.nan)
         found = [results(record, *limits) for record in records]
         measured = set.intersection(*map(set, found))  # in each of the runs
         names = [name for name in found[0] if name in measured]
@@ -147,6 +152,8 @@ def write_page(groups, file, picture):
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |"
         for row in table
     ]
+    equal = [f"{loss:.3f} on {backend}" for backend, loss in reached.items()]
+    lines += ["", f"The equal training loss is {', '.join(equal)}."]
     page = "\n".join([*lines, "", f"![Test accuracy]({picture.name})", ""])
     file.write_text(page)
     print(page)

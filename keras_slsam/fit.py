@@ -168,8 +168,8 @@ def _make(model, keras_make, force):
         optimizer = None  # Keras does not compare optimizers
     else:
         optimizer._prepare_fit(model)
-        if backend.starts_before_trace and optimizer.built:
-            training.start(model, model.optimizer)
+        if backend.starts_before_trace:
+            training.start(model, model.optimizer)  # an error leaves the model whole
     always_ascends = getattr(optimizer, "_always_ascends", False)
     versions = {} if force else getattr(model.train_function, "versions", {})
     key = optimizer, *observers.of(model)

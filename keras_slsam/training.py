@@ -203,13 +203,13 @@ def start(model, optimizer, weights=None):
 
     Args:
         model: `keras.Model` with trainable weights.
-        optimizer: `keras.optimizers.Optimizer`, built for it.
+        optimizer: `keras.optimizers.Optimizer`. If it is not built, nothing is done.
         weights: See `Backend.start`.
     """
     inner = loss_scale.split(optimizer)[1]
     processes = backend.processes()
     # One process may have loaded the optimizer's state alone.
-    if backend.any_process(inner._processes != processes, model):
+    if inner.built and backend.any_process(inner._processes != processes, model):
         if processes > 1:
             backend.start(model, optimizer, weights)
         inner._processes = processes

@@ -285,21 +285,22 @@ class Interrupts(keras.callbacks.Callback):
 
 
 def backed_up(folder):
-    """Returns the weights of a `fit` that goes on from a backup, and of a whole one."""
+    """Returns what a `fit` that goes on from a backup did, and a whole one."""
 
     def fit(*callbacks):
         model = processes.make_model("slsam", seed=0)
         x, y = processes.part_of_batch(0)
-        model.fit(x, y, len(x), epochs=3, verbose=0, callbacks=callbacks)
-        return np.concatenate([w.ravel() for w in model.get_weights()])
+        history = model.fit(x, y, len(x), epochs=3, verbose=0, callbacks=callbacks)
+        return history.epoch, np.concatenate([w.ravel() for w in model.get_weights()])
 
     backup = functools.partial(
         keras.callbacks.BackupAndRestore, str(folder / f"backup-{processes.RANK}")
     )
-    whole = fit()
+    _, whole = fit()
     with contextlib.suppress(KeyboardInterrupt):
         fit(backup(), Interrupts())
-    return {"whole": whole, "resumed": fit(backup())}
+    epochs, resumed = fit(backup())
+    return {"whole": whole, "resumed": resumed, "epochs": epochs}
 
 
 def die_or_wait(folder, model, rank):

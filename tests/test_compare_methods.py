@@ -5,6 +5,7 @@ import pathlib
 import sys
 
 import keras
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
@@ -69,5 +70,6 @@ def test_accuracy_at_a_training_loss():
     found = [comparison.at_loss(points, loss) for loss in (2.5, 1.5, 1.0, 0.75)]
     # It first falls to 1.5 half way between the first two evaluations.
     assert found == pytest.approx([0.2, 0.4, 0.6, 0.625])
-    with pytest.raises(ValueError, match="0.25"):
-        comparison.at_loss(points, 0.25)
+    assert np.isnan(comparison.at_loss(points, 0.25))
+    points[0]["training_loss"] = np.nan
+    assert comparison.at_loss(points, 1.0) == 0.6

@@ -95,6 +95,7 @@ def test_two_processes_and_a_killed_one(tmp_path):
         assert "1 of 2 devices" in errors["alone"]
         assert "ModelParallel" in errors["model"]
         backed_up = load(tmp_path, "backed up", rank)
+        assert backed_up["epochs"].tolist() == [1, 2]
         np.testing.assert_allclose(
             backed_up["resumed"], backed_up["whole"], rtol=0, atol=1e-6
         )

@@ -23,8 +23,9 @@ def found(script, pattern):
     )
     try:
         output, _ = process.communicate(timeout=400)
-    except subprocess.TimeoutExpired:
+    except BaseException:
         os.killpg(process.pid, signal.SIGKILL)
+        print(process.communicate()[0])
         raise
     assert process.returncode == 0, output
     return re.findall(pattern, output)

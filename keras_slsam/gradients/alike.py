@@ -58,14 +58,14 @@ def compare(find, gather):
     Raises:
         ValueError: see `check`.
     """
-    own = list(json.dumps(found_by(find)).encode())
+    own = list(json.dumps(facts_or_error(find)).encode())
     sizes = gather([len(own)]).ravel().tolist()
     rows = gather(own + [0] * (max(sizes) - len(own)))
     every = [bytes(row[:size].tolist()) for row, size in zip(rows, sizes)]
     check([json.loads(found) for found in every])
 
 
-def found_by(find):
+def facts_or_error(find):
     """Returns the facts, or the error, so that the other processes do not wait."""
     try:
         return find()

@@ -84,14 +84,14 @@ class Gradients(program.Program):
         made = work(*(values[v] for v in part.inputs))
         if part.arms == self._everyone and has_exchanges():
             # The first condition waits for the loss, and for the gradients of arms that
-            # are always active. All devices have these whole.
+            # are always active. With `DataParallel`, all devices have these whole.
             whole = [
                 value
                 for v, value in zip(part.outputs, made)
                 if v in self._gradients or not value.ndim
             ]
             numbers = [v for v in whole if jnp.issubdtype(v.dtype, jnp.floating)]
-            firsts = (v.ravel()[0].astype("float32") for v in numbers if v.size)
+            firsts = [v[(0,) * v.ndim].astype("float32") for v in numbers if v.size]
             self._turn = sum(firsts, self._turn)
         return made
 

@@ -47,12 +47,13 @@ def check(model, optimizer):
             f"Received: ascent_fraction={inner.ascent_fraction}. Set it to 1.0, or use "
             "one process with all devices."
         )
-    if jax.default_backend() == "cpu":
-        _check_cpus()
+    _check_cpus()
 
 
 def _check_cpus():
     """Raises a `ValueError` where processes on CPUs could wait for each other."""
+    if jax.process_count() == 1 or jax.default_backend() != "cpu":
+        return
     devices = jax.local_device_count()
     if devices > 1:
         # All devices of a process share a few threads, which block in an exchange.
@@ -84,8 +85,9 @@ def start(model, optimizer, weights=None):
     Raises:
         ValueError: in all processes, if something differs or is not supported.
     """
+    _check_cpus()  # before there is an exchange
     # In this thread, because each has its own distribution.
-    refused = alike.found_by(lambda: check(model, optimizer) or {})
+    refused = alike.facts_or_error(lambda: check(model, optimizer) or {})
 
     def find():
         return refused or alike.versions(jax) | alike.weights(model, weights)

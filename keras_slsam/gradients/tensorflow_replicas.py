@@ -242,16 +242,16 @@ class _Order:
     numbers: typing.Iterator[int] = dataclasses.field(default_factory=itertools.count)
 
 
-def _order_of(replica, token):
+def _order_of(number, token):
     """Returns the order of a replica in this graph, which may have several steps.
 
     Args:
-        replica: int.
+        number: int, of the replica.
         token: Tensor of a resource, if this is its first step.
     """
     graph = tf.compat.v1.get_default_graph()
     # An inner graph has a copy of what an outer one collects.
-    found = graph.get_collection_ref(f"keras_slsam {id(graph)} {replica}")
+    found = graph.get_collection_ref(f"keras_slsam {id(graph)} {number}")
     if not found:
         found.append(_Order(token))
     return found[0]

@@ -94,7 +94,7 @@ def start(model, optimizer, weights=None):
             a weight is sharded.
     """
     every = [None] * count()
-    own = alike.found_by(lambda: _facts(model, optimizer, weights))
+    own = alike.facts_or_error(lambda: _facts(model, optimizer, weights))
     distributed.all_gather_object(every, own)
     alike.check(every)
     with torch.no_grad():
