@@ -63,8 +63,9 @@ def sparse(sampler, **kwargs):
     return make
 
 
-# Controls: AdamW, and what else is said to help. They have no radius. "adamw-ema" keeps
-# a moving average of the weights, "adamw-ema-epoch" goes on from it after each epoch.
+# Controls: AdamW, and what else is said to help. They have no radius. Methods with
+# "-ema" keep a moving average of the weights, with which they are evaluated, and
+# "adamw-ema-epoch" goes on from it after each epoch.
 CONTROLS = {
     "adamw": lambda base, *_: base,
     "adamw-smoothing": lambda base, *_: base,
@@ -75,6 +76,7 @@ CONTROLS = {
 # seed to an optimizer.
 DENSE = {
     "sam": dense(keras_slsam.SAM),
+    "sam-ema": dense(keras_slsam.SAM),
     "asam": dense(keras_slsam.SAM, adaptive=True),
     "sam-quarter": dense(keras_slsam.SAM, ascent_fraction=0.25),
     "s2sam": dense(keras_slsam.S2SAM),
@@ -86,6 +88,7 @@ SPARSE = {
     "sparse-adamw": sparse("proportional", single_step=True, rho=0.0),
     "slsam-bandit": sparse("bandit"),
     "slsam-proportional": sparse("proportional"),
+    "slsam-ema": sparse("proportional"),
     "slsam-quarter": sparse("proportional", ascent_fraction=0.25),
     "slsam-uniform": sparse("uniform"),
     "sl+s2": sparse("proportional", single_step=True),
