@@ -36,8 +36,9 @@ def weights(model, values=None):
         Dict from the name of each weight to a string.
     """
     facts, variables = {}, model.trainable_variables
-    for i, variable in enumerate(variables):
-        value = variable.value if values is None else values[i]
+    if values is None:
+        values = [variable.value for variable in variables]
+    for i, (variable, value) in enumerate(zip(variables, values)):
         value = keras.ops.convert_to_numpy(value)
         digest = hashlib.sha256(value.tobytes()).hexdigest()[:8]
         described = f"{value.shape} {variable.dtype}, sha256 {digest}"

@@ -85,14 +85,11 @@ class Gradients(program.Program):
         if part.arms == self._everyone and has_exchanges():
             # The first condition waits for the loss, and for the gradients of arms that
             # are always active. With `DataParallel`, all devices have these whole.
-            whole = [
-                value
-                for v, value in zip(part.outputs, made)
-                if v in self._gradients or not value.ndim
-            ]
-            numbers = [v for v in whole if jnp.issubdtype(v.dtype, jnp.floating)]
-            firsts = [v[(0,) * v.ndim].astype("float32") for v in numbers if v.size]
-            self._turn = sum(firsts, self._turn)
+            for variable, value in zip(part.outputs, made):
+                whole = value.ndim == 0 or variable in self._gradients
+                if whole and value.size and jnp.issubdtype(value.dtype, jnp.floating):
+                    first = value[(0,) * value.ndim]
+                    self._turn = self._turn + first.astype("float32")
         return made
 
     def evaluate(self, parts, values, before=None):

@@ -35,8 +35,8 @@ class SLSAM(SharpnessAware):
     this one pass. The papers say that the two methods combine. This rule for combining
     them is specific to this package.
 
-    Only a share of the variables changes in a step, so tune the learning rate anew. The
-    best one was between a third of the base optimizer's and twice it.
+    Only a share of the variables changes in a step, so tune the learning rate again.
+    The best one was between a third of the base optimizer's and twice it.
 
     Do not use it for models with steps of a few milliseconds, where drawing and
     skipping take longer than the work that they save, nor if the loss must fall as fast
