@@ -39,7 +39,7 @@ def distribute(kind):
         mesh = distribution.DeviceMesh((2, 2), ("batch", "model"), devices)
         layouts = distribution.LayoutMap(mesh)
         layouts["hidden/kernel"] = (None, "model")
-        layouts["(query|key|value)/kernel"] = (None, "model", None)
+        layouts["narrow/kernel"] = ("model", None)
         chosen = distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch")
     else:
         count = 4 if kind == "data 4" else 2
@@ -257,7 +257,7 @@ def refusals():
     keras_slsam.__version__ = version
 
     model = processes.make_model("sam", seed=0)
-    weight = model.trainable_variables[2]
+    weight = model.trainable_variables[3]
     # Of a number in an array JAX does not see that it differs.
     weight.assign(weight.value + 1e-3 * jax.numpy.array(processes.RANK))
     errors["weights"] = error_of(lambda: processes.train(model, 0, 1))

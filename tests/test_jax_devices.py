@@ -89,7 +89,7 @@ def test_two_processes_and_a_killed_one(tmp_path):
     for rank in range(2):
         errors = {k: str(v) for k, v in load(tmp_path, "errors", rank).items()}
         assert "keras_slsam is 0.0.1 in process 1, 0.0.0 in" in errors["version"]
-        assert "`trainable_variables[2]` is (2, 4) float32" in errors["weights"]
+        assert "`trainable_variables[3]` is (8, 16) float32" in errors["weights"]
         assert "ascent_fraction=0.5" in errors["part"]
         assert "jax_cpu_enable_async_dispatch=True" in errors["dispatch"]
         assert "1 of 2 devices" in errors["alone"]
@@ -108,3 +108,4 @@ def test_two_processes_and_a_killed_one(tmp_path):
         processes.assert_same(resumed, expected, 1e-5, first=5)
     one = processes.train_on(processes.load(tmp_path / "model-0.keras"))
     processes.assert_same(one, expected, 1e-5, first=5)
+    processes.assert_another_backend_goes_on(tmp_path, "torch")

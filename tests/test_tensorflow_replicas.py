@@ -39,6 +39,7 @@ def test_mirrored_replicas(tmp_path, request):
     # The state of several replicas goes on with one.
     one = processes.train_on(processes.load(tmp_path / "model.keras"))
     processes.assert_same(one, processes.alone("slsam"), 1e-5, first=5)
+    processes.assert_another_backend_goes_on(tmp_path, "torch")
 
     request.getfixturevalue("float64")
     for method in processes.METHODS:
@@ -88,7 +89,7 @@ def test_workers_and_a_killed_one(tmp_path):
         # The workers exchange nothing while a step is refused, so they can go on.
         assert errors["nan"] == "no error"
         assert "keras_slsam is 0.0.1 in process 1, 0.0.0 in" in errors["version"]
-        assert "`trainable_variables[2]` is (2, 4) float32" in errors["weights"]
+        assert "`trainable_variables[3]` is (8, 16) float32" in errors["weights"]
 
     # TensorFlow may end the others when the first one dies.
     code, output = end_after_death(0, "resumed", tmp_path)

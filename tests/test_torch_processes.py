@@ -62,7 +62,7 @@ def assert_other_state_is_the_same(folder):
 def assert_what_would_drift_apart_is_refused(folder):
     for errors in of(folder, "errors", 2):
         errors = {name: str(error) for name, error in errors.items()}
-        assert "`trainable_variables[2]` is (2, 4) float32" in errors["weights"]
+        assert "`trainable_variables[3]` is (8, 16) float32" in errors["weights"]
         assert "in process 1" in errors["weights"]
         assert "`rho` is 0.2 in process 1, 0.1 in process 0" in errors["rho"]
         assert "the optimizer is SLSAM in process 1, SAM in" in errors["method"]
@@ -100,3 +100,4 @@ def test_a_killed_process_ends_the_others_and_training_resumes(tmp_path):
         processes.assert_same(resumed, whole, 1e-6, first=5)
     one = processes.train_on(processes.load(tmp_path / "model.keras"))
     processes.assert_same(one, whole, 1e-5, first=5)
+    processes.assert_another_backend_goes_on(tmp_path, "jax")
