@@ -16,6 +16,7 @@ from keras_slsam.optimizers.sharpness_aware import SharpnessAware
 from keras_slsam.uphill import UphillGradients
 
 
+@backend.unconverted
 def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
     """Takes one sharpness-aware training step, for custom training loops.
 

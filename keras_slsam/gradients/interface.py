@@ -105,6 +105,14 @@ class Backend:
         """Context in which nothing is recorded for differentiation."""
         return contextlib.nullcontext()
 
+    def unconverted(self, function):
+        """Decorator of a function that a tracer runs as it is written.
+
+        Args:
+            function: Function.
+        """
+        return function
+
     def variable_scope(self, model):
         """Context in which variables are created like those of a model.
 

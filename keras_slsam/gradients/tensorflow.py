@@ -111,6 +111,9 @@ class TensorFlowBackend(Backend):
     average = staticmethod(tensorflow_replicas.average)
     agree = staticmethod(tensorflow_replicas.agree)
 
+    # AutoGraph takes seconds to convert all that a step calls.
+    unconverted = staticmethod(tf.autograph.experimental.do_not_convert)
+
     def variable_scope(self, model):
         return model.distribute_strategy.scope()
 
