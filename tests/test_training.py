@@ -1,7 +1,6 @@
 """The train step does the same as Keras' own, plus what the methods add."""
 
 import functools
-import itertools
 import random
 
 import keras
@@ -17,17 +16,27 @@ from keras_slsam.gradients import backend
 
 BACKEND = keras.config.backend()
 TINY = 1e-9
+# TensorFlow traces a step for longer than it runs it eagerly, so references are eager.
+EAGER = {"run_eagerly": BACKEND == "tensorflow"}
+ARMS = "variable" if BACKEND == "torch" else "layer"  # fewer to trace
 
 
-def methods(rho):
+def methods(rho, arms="variable"):
     """Returns an optimizer for each kind of step, with all arms active."""
+    sparse = {"active_fraction": 1.0, "sampler": "uniform", "arms": arms}
     return {
         "sam": keras_slsam.SAM("sgd", rho=rho),
         "s2sam": keras_slsam.S2SAM("sgd", rho=rho),
-        "slsam": keras_slsam.SLSAM("sgd", rho, 1.0, sampler="uniform"),
-        "sl+s2": keras_slsam.SLSAM("sgd", rho, 1.0, "uniform", single_step=True),
+        "slsam": keras_slsam.SLSAM("sgd", rho, **sparse),
+        "sl+s2": keras_slsam.SLSAM("sgd", rho, single_step=True, **sparse),
         "rst": keras_slsam.RST("sgd", rho=rho, seed=0),
     }
+
+
+def traced_methods(*traced):
+    """Parametrizes by `method`: those given where steps are traced, else more."""
+    found = ("sam", "s2sam", "slsam") if BACKEND == "torch" else traced
+    return pytest.mark.parametrize("method", found)
 
 
 def compiled(name, optimizer, sharpness_aware=True, **kwargs):
@@ -53,21 +62,18 @@ def fit(model, x, y, epochs=2, batch_size=zoo.BATCH // 2, **kwargs):
     ).history
 
 
-def trained_by_keras(name, **kwargs):
+@functools.cache
+def trained_by_keras(name):
     """Trains with Keras' own step. Returns the history and the variables' values."""
-    plain, x, y = compiled(name, "sgd", sharpness_aware=False)
-    history = fit(plain, x, y, **kwargs)
+    plain, x, y = compiled(name, "sgd", sharpness_aware=False, **EAGER)
+    history = fit(plain, x, y)
     return history, [ops.convert_to_numpy(v).copy() for v in plain.variables]
 
 
-once_trained_by_keras = functools.cache(trained_by_keras)
-
-
-def assert_same_training(name, optimizer, compile_kwargs=None, **kwargs):
-    train = trained_by_keras if kwargs else once_trained_by_keras
-    expected, values = train(name, **kwargs)
-    model, x, y = compiled(name, optimizer, **(compile_kwargs or {}))
-    history = fit(model, x, y, **kwargs)
+def assert_same_training(name, optimizer):
+    expected, values = trained_by_keras(name)
+    model, x, y = compiled(name, optimizer)
+    history = fit(model, x, y)
     assert sorted(history) == sorted(expected)
     for key in expected:
         np.testing.assert_allclose(history[key], expected[key], rtol=2e-4, atol=1e-5)
@@ -81,47 +87,38 @@ def assert_same_training(name, optimizer, compile_kwargs=None, **kwargs):
         )
 
 
-@pytest.mark.parametrize("name", zoo.MODELS)
-def test_sam_with_a_tiny_radius_equals_the_step_of_keras(name):
+# The methods where steps are traced. test_fit.py has SL-SAM on two inputs.
+METHODS_OF = {
+    "attention": ("sam", "slsam", "s2sam", "rst"),
+    "convolution": ("sam", "slsam", "sl+s2"),
+    "lstm": ("slsam",),
+    **dict.fromkeys(("dense", "tied", "unreached"), ("sam",)),
+    **dict.fromkeys(("gru", "shared", "nested", "subclassed", "frozen"), ("s2sam",)),
+}
+
+
+@pytest.mark.parametrize("name", zoo.MODELS if BACKEND == "torch" else METHODS_OF)
+def test_a_tiny_radius_equals_the_step_of_keras(name):
     """Losses, metrics, BatchNorm and seeds are the same, so they are updated once.
 
     The applied gradient comes from the second pass, so both passes have the same
     dropout.
     """
-    assert_same_training(name, methods(TINY)["sam"])
+    optimizers = methods(TINY, ARMS)
+    for method in optimizers if BACKEND == "torch" else METHODS_OF[name]:
+        assert_same_training(name, optimizers[method])
 
 
-# RST has the passes of SAM, and SL+S2 has the first pass of SL-SAM. test_fit.py tests
-# SL-SAM on the dense model.
-@pytest.mark.parametrize(
-    ("name", "method"),
-    [
-        *itertools.product(
-            ("attention", "convolution", "dense", "lstm"), ("s2sam", "slsam")
-        ),
-        *itertools.product(("attention", "convolution"), ("sl+s2", "rst")),
-    ],
-)
-def test_any_method_with_a_tiny_radius_equals_the_step_of_keras(name, method):
-    assert_same_training(name, methods(TINY)[method])
+INACTIVE = ("attention", "convolution", "frozen", "unreached")
 
 
-@pytest.mark.parametrize("method", ["sam", "slsam"])
-def test_sample_and_class_weights(method):
-    weights = np.linspace(0.1, 2.0, zoo.BATCH)
-    optimizer = methods(TINY)[method]
-    # The last batch is smaller.
-    assert_same_training("dense", optimizer, batch_size=4, sample_weight=weights)
-    optimizer = methods(TINY)[method]
-    assert_same_training("dense", optimizer, class_weight={0: 1.0, 1: 0.2, 2: 3.0})
-
-
-@pytest.mark.parametrize("name", zoo.MODELS)
+@pytest.mark.parametrize("name", zoo.MODELS if BACKEND == "torch" else INACTIVE)
 def test_fit_with_inactive_arms(name):
-    optimizer = keras_slsam.SLSAM("adam", rho=0.05, active_fraction=0.4, seed=0)
+    arms = ARMS if name == "attention" else "variable"
+    optimizer = keras_slsam.SLSAM("adam", 0.05, active_fraction=0.4, arms=arms, seed=0)
     model, x, y = compiled(name, optimizer)
     frozen = [ops.convert_to_numpy(v) for v in model.non_trainable_weights]
-    history = fit(model, x, y, epochs=6)
+    history = fit(model, x, y, epochs=3)
     assert np.isfinite(history["loss"]).all()
     norms = ops.convert_to_numpy(optimizer.gradient_norms)
     active = ops.convert_to_numpy(optimizer.active)
@@ -133,9 +130,9 @@ def test_fit_with_inactive_arms(name):
             np.testing.assert_array_equal(old, ops.convert_to_numpy(variable))
 
 
+# test_fit.py compiles a BatchNorm.
 @pytest.mark.parametrize(
-    ("name", "single_step"),
-    [("attention", False), ("convolution", True), ("lstm", False), ("tied", True)],
+    ("name", "single_step"), [("attention", False), ("lstm", False), ("tied", True)]
 )
 def test_jit_compile_gives_the_same(name, single_step):
     if BACKEND == "torch":
@@ -143,31 +140,32 @@ def test_jit_compile_gives_the_same(name, single_step):
     results = []
     for jit_compile in (False, True):
         optimizer = keras_slsam.SLSAM(
-            "sgd", rho=0.05, active_fraction=0.4, single_step=single_step, seed=0
+            "sgd", 0.05, 0.4, arms="layer", single_step=single_step, seed=0
         )
         model, x, y = compiled(
             name,
             optimizer,
             jit_compile=jit_compile,
-            run_eagerly=BACKEND == "jax" and not jit_compile,
+            # The test above has "attention" in a graph of TensorFlow.
+            run_eagerly=not jit_compile and (BACKEND == "jax" or name == "attention"),
         )
         for layer in model._flatten_layers():
             # XLA and TensorFlow draw different random numbers.
             if isinstance(layer, keras.layers.Dropout):
                 layer.rate = 0.0
-        fit(model, x, y, epochs=3)
+        fit(model, x, y)
         results.append(model.get_weights())
     for one, other in zip(*results):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["sam", "s2sam", "slsam", "rst"])
+@pytest.mark.parametrize("method", ["s2sam", "rst"])
 def test_run_eagerly_gives_the_same(method):
     results = []
     for run_eagerly in (False, True):
         optimizer = methods(0.05)[method]
         model, x, y = compiled("dense", optimizer, run_eagerly=run_eagerly)
-        fit(model, x, y, epochs=2)
+        fit(model, x, y)
         results.append(model.get_weights())
     for one, other in zip(*results):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
@@ -238,18 +236,15 @@ def test_weights_are_restored_if_a_metric_raises():
 
 
 @row("masks of outputs, in losses and metrics")
-@pytest.mark.parametrize("method", ["sam", "slsam", "sl+s2"])
-def test_metrics_see_the_mask_of_the_outputs(method):
+def test_metrics_see_the_mask_of_the_outputs():
     tokens = np.array([[1, 2, 0, 0], [3, 0, 0, 0]])
     inputs = keras.Input((4,), dtype="int32")
     x = keras.layers.Embedding(5, 4, mask_zero=True)(inputs)
     model = keras.Model(inputs, keras.layers.Dense(2)(x))
     model = keras_slsam.sharpness_aware(model)
-    model.compile(
-        loss=zoo.loss(), metrics=["accuracy"], optimizer=methods(TINY)[method]
-    )
+    model.compile(methods(TINY)["slsam"], zoo.loss(), metrics=["accuracy"])
     # Predictions are right for all tokens, and wrong for all padding.
-    predicted = np.argmax(model.predict(tokens, verbose=0), axis=-1)
+    predicted = np.argmax(ops.convert_to_numpy(model(tokens)), axis=-1)
     y = np.where(tokens > 0, predicted, 1 - predicted)
     expected = model.evaluate(tokens, y, return_dict=True, verbose=0)
     logs = model.train_on_batch(tokens, y, return_dict=True)
@@ -257,24 +252,24 @@ def test_metrics_see_the_mask_of_the_outputs(method):
     np.testing.assert_allclose(logs["loss"], expected["loss"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["sam", "s2sam", "slsam"])
+@traced_methods("sam")
 def test_sample_weights_and_a_mask_of_the_outputs(method):
     """On PyTorch, Keras multiplies one by the other in place."""
     rng = np.random.default_rng(0)
     tokens, y = rng.integers(0, 4, (6, 7)), rng.normal(size=(6, 7, 2))
     weights = rng.random((6, 7)).astype("float32")
 
-    def trained(optimizer):
+    def trained(optimizer, **kwargs):
         keras.utils.set_random_seed(0)
         inputs = keras.Input((7,), dtype="int32")
         x = keras.layers.Embedding(9, 4, mask_zero=True)(inputs)
         model = keras.Model(inputs, keras.layers.Dense(2)(x))
         model = keras_slsam.sharpness_aware(model)
-        model.compile(optimizer=optimizer, loss="mse")
+        model.compile(optimizer=optimizer, loss="mse", **kwargs)
         model.fit(tokens, y, 4, 2, sample_weight=weights, shuffle=False, verbose=0)
         return model.get_weights()
 
-    for one, other in zip(trained("sgd"), trained(methods(TINY)[method])):
+    for one, other in zip(trained("sgd", **EAGER), trained(methods(TINY)[method])):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
@@ -291,27 +286,22 @@ class Rematerialised(keras.layers.Layer):
         return (keras.remat(self.dense) if self.remat else self.dense)(x)
 
 
-def remat_model(optimizer, remat):
-    keras.utils.set_random_seed(0)
-    layers = [Rematerialised(remat), keras.layers.Dense(1)]
-    model = keras_slsam.sharpness_aware(keras.Sequential([keras.Input((4,)), *layers]))
-    model.compile(optimizer=optimizer, loss="mse")
-    return model
-
-
-@pytest.mark.parametrize("method", ["sam", "s2sam", "slsam"])
+@pytest.mark.skipif(BACKEND == "jax", reason="Keras' own step has no gradients there")
+@traced_methods("slsam")  # test_foreign_code.py has the others
 def test_rematerialised_layers(method):
     x = np.linspace(-1, 1, 24).reshape(6, 4).astype("float32")
-    if BACKEND == "jax":
-        # There Keras' own step has no gradients of weights behind a bare `remat`.
-        return
-    results = []
-    for remat in (False, True):
-        model = remat_model(methods(0.5)[method], remat)
+
+    def trained(remat, **kwargs):
+        keras.utils.set_random_seed(0)
+        layers = [Rematerialised(remat), keras.layers.Dense(1)]
+        model = keras.Sequential([keras.Input((4,)), *layers])
+        model = keras_slsam.sharpness_aware(model)
+        model.compile(methods(0.5)[method], "mse", **kwargs)
         for _ in range(3):
             model.train_on_batch(x, x[:, :1])
-        results.append(model.get_weights())
-    for one, other in zip(*results):
+        return model.get_weights()
+
+    for one, other in zip(trained(False, **EAGER), trained(True)):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
@@ -335,7 +325,7 @@ def test_remat_scope():
 
 
 @pytest.mark.skipif(BACKEND == "jax", reason="refused by Keras on JAX")
-@pytest.mark.parametrize("method", ["sam", "s2sam", "slsam"])
+@traced_methods("slsam")
 def test_random_numbers_without_a_seed(method):
     """They are new in each step, and the same in both of its passes."""
 
@@ -343,20 +333,20 @@ def test_random_numbers_without_a_seed(method):
         def call(self, x):
             return x + keras.random.normal(ops.shape(x))
 
-    def outputs(optimizer, steps=4):
+    def outputs(optimizer, **kwargs):
         keras.utils.set_random_seed(0)
         layers = [keras.layers.Dense(1), Noise()]
         model = keras.Sequential([keras.Input((4,)), *layers])
         model = keras_slsam.sharpness_aware(model)
-        model.compile(optimizer=optimizer, loss=lambda y, y_pred: ops.mean(y_pred))
+        model.compile(optimizer, lambda y, y_pred: ops.mean(y_pred), **kwargs)
         x, y = np.ones((8, 4), "float32"), np.ones((8, 1), "float32")
         losses = []
-        for _ in range(steps):
+        for _ in range(4):
             losses.append(model.train_on_batch(x, y))
             model.reset_metrics()
         return losses
 
-    plain, ours = outputs("sgd"), outputs(methods(TINY)[method])
+    plain, ours = outputs("sgd", **EAGER), outputs(methods(TINY)[method])
     assert len(set(np.round(plain, 3))) == 4
     np.testing.assert_allclose(ours, plain, rtol=1e-4)
 
@@ -427,28 +417,26 @@ class Centred(keras.layers.Layer):
         return x - self.mean
 
 
-def test_a_variable_that_is_read_after_it_was_assigned():
+@traced_methods("slsam")
+def test_a_variable_that_is_read_after_it_was_assigned(method):
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(8, 4)), rng.normal(size=(8, 1))
 
-    def trained(optimizer):
+    def trained(optimizer, **kwargs):
         keras.utils.set_random_seed(0)
         layers = [keras.layers.Dense(3), Centred(), keras.layers.Dense(1)]
         model = keras.Sequential([keras.Input((4,)), *layers])
         model = keras_slsam.sharpness_aware(model)
-        model.compile(optimizer=optimizer, loss="mse")
+        model.compile(optimizer=optimizer, loss="mse", **kwargs)
         for _ in range(5):
             model.train_on_batch(x, y)
         return model.get_weights()
 
-    sam = trained(methods(TINY)["sam"])
-    assert abs(sam[2]).max() > 0.01
-    for method in ("s2sam", "slsam"):
-        for one, other in zip(sam, trained(methods(TINY)[method])):
-            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
-    if BACKEND != "jax":  # there Keras' step differentiates through the assigned value
-        for one, other in zip(sam, trained("sgd")):
-            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+    # On JAX, Keras' own step differentiates through the assigned value.
+    expected = trained(methods(TINY)["sam"] if BACKEND == "jax" else "sgd", **EAGER)
+    assert abs(expected[2]).max() > 0.01
+    for one, other in zip(trained(methods(TINY)[method]), expected):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_a_layer_that_assigns_to_its_trainable_weight_is_refused():
@@ -516,19 +504,18 @@ class Outputs(keras.Model):
         return self.get_metrics_result()
 
 
+NESTED = {"b": 2.0, "d": [3, True], "e": np.arange(3)}
+if BACKEND != "jax":  # Keras cannot build such a model on JAX
+    NESTED.update(name="b", part=slice(2))
 OUTPUTS = {
     "None": lambda tensor: (tensor, None),
-    "int": lambda tensor: [tensor, 3, True],
-    "array": lambda tensor: (tensor, np.arange(3)),
-    "dict": lambda tensor: {"a": (tensor, None), "b": 2.0, "c": [tensor]},
+    "nested": lambda tensor: {"a": (tensor, None), "c": [tensor], **NESTED},
 }
-if BACKEND != "jax":  # Keras cannot build such a model on JAX
-    OUTPUTS["string"] = lambda tensor: {"a": tensor, "name": "b", "part": slice(2)}
 
 
-@pytest.mark.parametrize("run_eagerly", [False, True])
+@pytest.mark.parametrize(("run_eagerly", "method"), [(False, "slsam"), (True, "sam")])
 @pytest.mark.parametrize("outputs", OUTPUTS)
-def test_outputs_that_are_not_tensors(outputs, run_eagerly):
+def test_outputs_that_are_not_tensors(outputs, run_eagerly, method):
     def trained(optimizer):
         model = keras_slsam.sharpness_aware(Outputs(OUTPUTS[outputs]))
         model.compile(optimizer=optimizer, run_eagerly=run_eagerly)
@@ -536,10 +523,9 @@ def test_outputs_that_are_not_tensors(outputs, run_eagerly):
         return model.fit(x, y, 2, shuffle=False, verbose=0).history["loss"], model.seen
 
     losses, seen = trained("sgd")
-    for method in ("sam", "slsam"):
-        ours, seen_by_ours = trained(methods(TINY)[method])
-        np.testing.assert_allclose(ours, losses, rtol=1e-4)
-        assert seen_by_ours == seen
+    ours, seen_by_ours = trained(methods(TINY)[method])
+    np.testing.assert_allclose(ours, losses, rtol=1e-4)
+    assert seen_by_ours == seen
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="other backends build beforehand")
@@ -588,7 +574,9 @@ def test_number_of_forward_passes(method, passes):
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="nothing is traced on PyTorch")
-@pytest.mark.parametrize("single_step", [False, True])
+@pytest.mark.parametrize(
+    "single_step", [True] if BACKEND == "tensorflow" else [False, True]
+)
 def test_no_retrace_after_the_first_steps(single_step):
     counts = Counts()
     inputs = keras.Input((8,))
@@ -669,7 +657,7 @@ def test_the_compiled_step_grows_in_proportion_to_the_depth(method):
         program = step.lower(state).compile()
         return program.as_text().count("\n")
 
-    sizes = [size(depth) for depth in (8, 16, 32)]
+    sizes = [size(depth) for depth in (4, 8, 16)]
     assert sizes[2] - sizes[1] < 2.2 * (sizes[1] - sizes[0])
 
 
@@ -713,28 +701,24 @@ def test_two_synchronisations_per_step(sampler, accumulated, monkeypatch):
     assert ours <= plain + 2
 
 
-@pytest.mark.parametrize("name", ["dense", "two_inputs_and_outputs"])
-def test_custom_loop_takes_the_same_step_as_fit(name):
-    results = []
-    for custom in (False, True):
-        optimizer = keras_slsam.SLSAM("adamw", active_fraction=0.5, seed=0)
-        model, x, y = compiled(name, optimizer)
-        if custom:
-            logs = run_custom_loop(model, optimizer, (x, y), steps=4)
-        else:
-            x, y = keras.tree.map_structure(lambda a: np.concatenate([a] * 4), (x, y))
-            kwargs = {"batch_size": zoo.BATCH, "shuffle": False, "verbose": 0}
-            history = model.fit(x, y, **kwargs).history
-            logs = {key: values[-1] for key, values in history.items()}
-        results.append((model.get_weights(), logs))
-    (weights, logs), (custom_weights, custom_logs) = results
-    for one, other in zip(weights, custom_weights):
+def test_custom_loop_takes_the_same_step_as_fit():
+    def prepared(**kwargs):
+        optimizer = keras_slsam.SLSAM(
+            "adamw", active_fraction=0.5, arms="layer", seed=0
+        )
+        return compiled("two_inputs_and_outputs", optimizer, **kwargs)
+
+    model, x, y = prepared(**EAGER)
+    data = keras.tree.map_structure(lambda a: np.concatenate([a] * 4), (x, y))
+    history = fit(model, *data, epochs=1, batch_size=zoo.BATCH)
+    custom, x, y = prepared()
+    logs = run_custom_loop(custom, custom.optimizer, (x, y), steps=4)
+    for one, other in zip(model.get_weights(), custom.get_weights()):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
     # Metrics and the losses of the outputs are averages over all steps.
-    assert sorted(logs) == sorted(custom_logs)
-    assert len(logs) == {"dense": 2, "two_inputs_and_outputs": 4}[name]
-    for key, value in logs.items():
-        np.testing.assert_allclose(float(custom_logs[key]), value, rtol=1e-4)
+    assert sorted(history) == sorted(logs) and len(logs) == 4
+    for key, (value,) in history.items():
+        np.testing.assert_allclose(float(logs[key]), value, rtol=1e-4)
 
 
 def run_custom_loop(model, optimizer, batch, steps):
@@ -784,7 +768,7 @@ def test_state_that_lacks_variables_is_refused():
 
 def test_a_state_is_a_copy_that_can_be_restored():
     optimizer = keras_slsam.SLSAM("adamw", active_fraction=0.5, seed=0)
-    model, x, y = compiled("dense", optimizer)
+    model, x, y = compiled("dense", optimizer, **EAGER)
     before = keras_slsam.get_state(model, optimizer, (x, y))
     assert not any(np.any(ops.convert_to_numpy(value)) for value in before[3])
     model.train_on_batch(x, y)
@@ -854,10 +838,9 @@ def test_sharpness_aware_twice_is_once():
     assert model.train_step is step
 
 
-@pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("single_step", [False, True])
-def test_perturbation_matches_the_formula(adaptive, single_step):
-    """Compares two steps with NumPy: one Dense layer, mean squared error."""
+def test_adaptive_perturbation_matches_the_formula(single_step):
+    """Compares with NumPy: one Dense layer, mean squared error."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(6, 3)), rng.normal(size=(6, 2))
     masks = [[True, False], [True, True], [False, True], [True, True]]
@@ -871,7 +854,7 @@ def test_perturbation_matches_the_formula(adaptive, single_step):
         keras.optimizers.SGD(0.1),
         rho,
         sampler=Replay(masks),
-        adaptive=adaptive,
+        adaptive=True,
         single_step=single_step,
     )
     model.compile(optimizer=optimizer, loss="mse")
@@ -884,10 +867,10 @@ def test_perturbation_matches_the_formula(adaptive, single_step):
     for mask in masks:
         g = gradients(weights)
         along = previous if single_step else g
-        scaled = [abs(w) * a if adaptive else a for w, a in zip(weights, along)]
+        scaled = [abs(w) * a for w, a in zip(weights, along)]
         norm = np.sqrt(sum((s**2).sum() for s, on in zip(scaled, mask) if on))
         ascent = [
-            on * rho / (norm + 1e-12) * (w**2 * a if adaptive else a)
+            on * rho / (norm + 1e-12) * w**2 * a
             for w, a, on in zip(weights, along, mask)
         ]
         h = gradients([w + e for w, e in zip(weights, ascent)])
@@ -904,27 +887,28 @@ def test_perturbation_matches_the_formula(adaptive, single_step):
             np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_rst_perturbs_a_share_of_the_steps():
-    def train(optimizer):
-        model, x, y = compiled("dense", optimizer)
-        history = []
-        for _ in range(12):
-            model.set_weights(start)
-            model.train_on_batch(x, y)
-            history.append(model.get_weights()[0])
-        return np.stack(history)
+def test_rst_perturbs_a_share_of_the_steps_that_can_be_set():
+    def step(model):
+        model.set_weights(start)
+        model.train_on_batch(x, y)
+        return np.concatenate([w.ravel() for w in model.get_weights()])
 
-    start = zoo.build("dense")[0].get_weights()
-    sam = train(keras_slsam.SAM("sgd", rho=0.5))
-    plain = train(keras_slsam.RST("sgd", rho=0.5, probability=0.0, seed=0))
-    always = train(keras_slsam.RST("sgd", rho=0.5, probability=1.0, seed=0))
-    mixed = train(keras_slsam.RST("sgd", rho=0.5, probability=0.5, seed=0))
-    np.testing.assert_allclose(always, sam, atol=1e-6)
+    optimizer = keras_slsam.RST("sgd", rho=0.5, probability=0.0, seed=0)
+    model, x, y = compiled("dense", optimizer)
+    start = model.get_weights()
+    sam = step(compiled("dense", keras_slsam.SAM("sgd", rho=0.5), **EAGER)[0])
+    plain = step(compiled("dense", "sgd", **EAGER)[0])
     assert abs(plain - sam).max() > 1e-4
-    is_sam = abs(mixed - sam).max(axis=(1, 2)) < 1e-6
-    is_plain = abs(mixed - plain).max(axis=(1, 2)) < 1e-6
-    assert (is_sam ^ is_plain).all()
-    assert 2 <= is_sam.sum() <= 10
+    counts = []
+    for change, probability in ((0.0, 0.0), (1.0, 1.0), (-0.5, 0.5)):
+        optimizer.probability = optimizer.probability + change
+        assert optimizer.get_config()["probability"] == probability
+        weights = np.stack([step(model) for _ in range(12)])
+        is_sam = abs(weights - sam).max(axis=1) < 1e-6
+        is_plain = abs(weights - plain).max(axis=1) < 1e-6
+        assert (is_sam ^ is_plain).all()
+        counts.append(is_sam.sum())
+    assert counts[:2] == [0, 12] and 2 <= counts[2] <= 10
 
 
 def test_a_thread_that_loads_data_draws_each_number_once():
