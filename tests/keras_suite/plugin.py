@@ -6,6 +6,7 @@ reason that is not in the list.
 """
 
 import collections
+import functools
 import gc
 import importlib
 import inspect
@@ -18,6 +19,10 @@ import pytest
 
 BACKEND = os.environ["KERAS_BACKEND"]
 OPTIMIZERS = ("sam", "slsam")
+# With `--optimizer=both`, a folder of tests has one of them, because tracing and
+# compilation take long.
+STEPS = ("optimizers", "trainers")  # the other folders have callbacks, models and files
+OF_STEPS, OF_OTHERS = ("sam", "slsam") if BACKEND == "torch" else ("slsam", "sam")
 TAKE_STEPS = {"apply", "apply_gradients", "fit", "stateless_apply", "train_on_batch"}
 
 
@@ -29,6 +34,13 @@ def make(name, base):
     return keras_slsam.SLSAM(
         base, rho=0, sampler="uniform", active_fraction=1.0, seed=0
     )
+
+
+def optimizer_of(test, config):
+    """Returns the name of the optimizer that wraps those of a test."""
+    if config.option.optimizer != "both":
+        return config.option.optimizer
+    return OF_STEPS if test.split("/")[2] in STEPS else OF_OTHERS
 
 
 def read_list(kind):
@@ -55,9 +67,14 @@ def read_list(kind):
 def pytest_addoption(parser):
     parser.addoption(
         "--optimizer",
-        choices=[*OPTIMIZERS, "none"],
+        choices=[*OPTIMIZERS, "both", "none"],
         required=True,
         help="the optimizer that wraps the optimizers of the tests",
+    )
+    parser.addoption(
+        "--variants",
+        type=int,
+        help="the number of variants of a parameterized test that run, at most",
     )
     parser.addoption(
         "--fewest",
@@ -87,9 +104,9 @@ def pytest_configure(config):
     if config.option.optimizer != "none":
         from routing import Routing
 
-        routing = Routing(lambda base: make(config.option.optimizer, base))
+        routing = Routing()
         routing.install()
-        config.pluginmanager.register(Steps(routing))
+        config.pluginmanager.register(Steps(routing, config))
 
 
 def pytest_ignore_collect(collection_path):
@@ -101,8 +118,19 @@ def pytest_ignore_collect(collection_path):
 
 
 def names_used(item):
-    """Returns the names in a test, and in the code of its file that it uses."""
-    names, found = set(), [inspect.unwrap(item.function), vars(item.cls).get("setUp")]
+    """Returns the names in a test, and in the code of its file that it uses.
+
+    A variant of a parameterized test may have the name of a method that it calls.
+    """
+    own = {
+        name: value
+        for name, value in vars(item.module).items()
+        if getattr(value, "__module__", None) == item.module.__name__
+    }
+    names, found = (
+        {*item.name.split("_")},
+        [inspect.unwrap(item.function), vars(item.cls).get("setUp")],
+    )
     while found:
         code = found.pop()
         if isinstance(code, type):
@@ -112,32 +140,42 @@ def names_used(item):
             found += code.co_consts
             for name in {*code.co_names} - names:
                 names.add(name)
-                found += [getattr(item.cls, name, None), vars(item.module).get(name)]
+                found += [getattr(item.cls, name, None), own.get(name)]
     return names
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out tests that cannot take a step, because they name no such method."""
-    without = [item for item in items if not TAKE_STEPS & names_used(item)]
-    items[:] = [item for item in items if item not in without]
-    config.hook.pytest_deselected(items=without)
-    listed = read_list(config.option.optimizer)
+    """Leaves out tests that name no method that takes a step, and many variants."""
+    kept, variants = [], collections.Counter()
+    for item in items:
+        if TAKE_STEPS & names_used(item):
+            test = item.cls, inspect.unwrap(item.function).__name__
+            variants[test] += 1
+            if variants[test] <= (config.option.variants or len(items)):
+                kept.append(item)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+    listed = {kind: read_list(kind) for kind in OPTIMIZERS}
     for item in items:
         if item.get_closest_marker("multi_device"):
             item.add_marker(pytest.mark.skip("needs several devices"))
-        if item.nodeid in listed:
-            item.add_marker(pytest.mark.xfail(reason=listed[item.nodeid], strict=True))
+        reason = listed.get(optimizer_of(item.nodeid, config), {}).get(item.nodeid)
+        if reason:
+            item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
 
 
 class Steps:
     """Counts our steps in each test."""
 
-    def __init__(self, routing):
-        self._routing = routing
+    def __init__(self, routing, config):
+        self._routing, self._config = routing, config
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item):
-        self._routing.start(of_optimizers="/optimizers/" in item.nodeid)
+        kind = optimizer_of(item.nodeid, self._config)
+        self._routing.start(
+            functools.partial(make, kind), of_optimizers="/optimizers/" in item.nodeid
+        )
         try:
             return (yield)
         finally:
@@ -168,7 +206,7 @@ class Account:
         if option.optimizer == "none" or option.collectonly:
             return
         seen = self._outcomes.get
-        listed, skips = read_list(option.optimizer), read_list("skip")
+        skips = read_list("skip")
         for test, reason in self._skips.items():
             if reason not in skips:
                 self._errors.append(f"skipped for an unlisted reason: {test}: {reason}")
@@ -179,9 +217,12 @@ class Account:
             or session.shouldstop
         ):
             return
-        for test in filter(self._is_chosen, listed):
-            if seen(test) not in ("listed", "failed"):
-                self._errors.append(f"listed, but {seen(test, 'missing')}: {test}")
+        # What is not among the first variants of a test may be missing.
+        fine = {"listed", "failed", *([None] if option.variants else [])}
+        for kind in OPTIMIZERS:
+            for test in filter(self._is_chosen, read_list(kind)):
+                if optimizer_of(test, self._config) == kind and seen(test) not in fine:
+                    self._errors.append(f"listed, but {seen(test, 'missing')}: {test}")
         if len(self._stepped) < option.fewest:
             self._errors.append(f"fewer than {option.fewest} tests took our step")
         if self._errors and session.exitstatus == pytest.ExitCode.OK:

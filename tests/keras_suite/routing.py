@@ -24,23 +24,20 @@ BackendTrainer = keras.Model.__bases__[0]
 
 
 class Routing:
-    """The patches, and their state for the current test.
+    """The patches, and their state for the current test."""
 
-    Args:
-        make: Function that wraps a Keras optimizer in `SAM` or `SLSAM`.
-    """
-
-    def __init__(self, make):
-        self._make = make
+    def __init__(self):
         self._depth = 0
-        self.start()
+        self.start(None)
 
-    def start(self, of_optimizers=False):
+    def start(self, make, of_optimizers=False):
         """Resets the state for a new test.
 
         Args:
+            make: Function that wraps a Keras optimizer in `SAM` or `SLSAM`.
             of_optimizers: bool, whether the test may use optimizers without a model.
         """
+        self._make = make
         self.steps = 0  # calls of our step, or its traces if it is compiled
         self._of_optimizers = of_optimizers
         self._made = {}  # id of an optimizer -> the optimizer, and ours around it
