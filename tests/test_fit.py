@@ -5,7 +5,7 @@ method equals the base optimizer, so `fit` must give the same results.
 """
 
 import copy
-import os
+import functools
 import pathlib
 import pickle
 import warnings
@@ -25,8 +25,10 @@ import keras_slsam
 BACKEND = keras.config.backend()
 TINY = 1e-9
 RNG = np.random.default_rng(0)
-X = RNG.normal(size=(14, 5)).astype("float32")
-Y = RNG.integers(0, 3, 14)
+X = RNG.normal(size=(16, 5)).astype("float32")
+Y = RNG.integers(0, 3, 16)
+# For references: a few eager steps cost less than a trace on TensorFlow, not on JAX.
+EAGER = {"run_eagerly": BACKEND == "tensorflow"}
 
 
 def make_model(dtype=None):
@@ -40,22 +42,25 @@ def make_model(dtype=None):
     return keras.Sequential([keras.Input((5,)), *layers])
 
 
+def sgd(**kwargs):
+    return keras.optimizers.SGD(0.1, momentum=0.9, **kwargs)
+
+
 # Arms of layers are fewer to trace and compile than the usual arms of variables.
 def all_arms(base, arms="layer", **kwargs):
     """Returns SL-SAM with all arms active, which uses the code that can skip arms."""
     return keras_slsam.SLSAM(base, TINY, 1.0, sampler="uniform", arms=arms, **kwargs)
 
 
-def half_the_arms(base="adam", arms="layer", **kwargs):
+def half_the_arms(base=None, arms="layer", **kwargs):
     return keras_slsam.SLSAM(
-        base, rho=0.05, active_fraction=0.5, arms=arms, seed=0, **kwargs
+        base or sgd(), rho=0.05, active_fraction=0.5, arms=arms, seed=0, **kwargs
     )
 
 
 def compiled(optimizer, model=None, **kwargs):
     model = keras_slsam.sharpness_aware(model or make_model())
-    kwargs = {"loss": zoo.loss(), "metrics": ["accuracy"], **kwargs}
-    model.compile(optimizer=optimizer, **kwargs)
+    model.compile(optimizer=optimizer, **{"loss": zoo.loss(), **kwargs})
     return model
 
 
@@ -65,7 +70,7 @@ def fit(model, x=X, y=Y, **kwargs):
 
 
 def values(model):
-    return [ops.convert_to_numpy(v) for v in model.weights]
+    return [ops.convert_to_numpy(v).copy() for v in model.weights]
 
 
 def assert_same(model, other, atol=2e-6):
@@ -73,49 +78,41 @@ def assert_same(model, other, atol=2e-6):
         np.testing.assert_allclose(one, two, rtol=1e-4, atol=atol)
 
 
-def assert_as_keras(make_base, compile_kwargs=None, wrap=all_arms, **kwargs):
-    """Checks that the base optimizer, and ours around it, train in the same way."""
-    model = compiled(wrap(make_base()), **(compile_kwargs or {}))
-    history = fit(model, **kwargs)
-    plain = compiled(make_base(), **(compile_kwargs or {}))
-    expected = fit(plain, **kwargs)
+def assert_same_histories(history, expected):
     assert sorted(history) == sorted(expected)
     for key in expected:
         np.testing.assert_allclose(history[key], expected[key], rtol=1e-4)
+
+
+def assert_as_keras(make_base, epochs=2, **kwargs):
+    """Checks that the base optimizer, and ours around it, train in the same way."""
+    kwargs = {"metrics": ["accuracy"], **kwargs}
+    model = compiled(all_arms(make_base()), **kwargs)
+    plain = compiled(make_base(), **{**EAGER, **kwargs})
+    assert_same_histories(fit(model, epochs=epochs), fit(plain, epochs=epochs))
     assert_same(model, plain)
-
-
-def adam(**kwargs):
-    return lambda: keras.optimizers.Adam(0.01, **kwargs)
 
 
 # --- Precision ---------------------------------------------------------------------
 
 
 @row("`mixed_float16`", "a step with a gradient that is not finite is skipped")
-@pytest.mark.parametrize("method", ["sam", "s2sam", "rst", "slsam", "sl+s2", "windows"])
-def test_loss_scaling_changes_nothing(method):
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: keras_slsam.SAM(sgd()),
+        lambda: half_the_arms(single_step=True),
+        lambda: half_the_arms(sgd(gradient_accumulation_steps=2)),
+    ],
+    ids=["sam", "sl+s2", "windows"],
+)
+def test_loss_scaling_changes_nothing(make):
     """Norms and gradients are unscaled, so loss scaling keeps the trajectory."""
-
-    def make(method):
-        return {
-            "sam": lambda: keras_slsam.SAM("adam"),
-            "s2sam": lambda: keras_slsam.S2SAM("adam"),
-            "rst": lambda: keras_slsam.RST("adam", seed=0),
-            "slsam": half_the_arms,
-            "sl+s2": lambda: half_the_arms(single_step=True),
-            "windows": lambda: half_the_arms(adam(gradient_accumulation_steps=2)()),
-        }[method]()
-
-    plain = compiled(make(method))
-    expected = fit(plain)
     optimizer = keras.optimizers.LossScaleOptimizer(
-        make(method), initial_scale=2.0**10, dynamic_growth_steps=3
+        make(), initial_scale=2.0**10, dynamic_growth_steps=3
     )
-    model = compiled(optimizer)
-    history = fit(model)
-    for key in expected:
-        np.testing.assert_allclose(history[key], expected[key], rtol=1e-4)
+    model, plain = compiled(optimizer), compiled(make(), **EAGER)
+    assert_same_histories(fit(model, epochs=1), fit(plain, epochs=1))
     assert_same(model, plain)
     np.testing.assert_allclose(
         ops.convert_to_numpy(optimizer.inner_optimizer.gradient_norms),
@@ -123,15 +120,14 @@ def test_loss_scaling_changes_nothing(method):
         rtol=1e-3,
         atol=1e-6,
     )
-    # In eight steps the scale grows twice, after every three steps.
-    assert float(optimizer.dynamic_scale) == 2.0**12
-    assert int(optimizer.step_counter) == 2
+    # The scale grew after three of the four steps.
+    assert float(optimizer.dynamic_scale) == 2.0**11
+    assert int(optimizer.step_counter) == 1
 
 
 @row("`mixed_float16`", "a step with a gradient that is not finite is skipped")
-@pytest.mark.parametrize("at", ["first pass", "second pass"])
 @pytest.mark.parametrize("kind", ["sam", "slsam"])
-def test_a_step_with_gradients_that_are_not_finite_is_skipped(kind, at):
+def test_a_step_with_gradients_that_are_not_finite_is_skipped(kind):
     class Cube(keras.layers.Layer):
         def build(self, input_shape):
             self.w = self.add_weight(shape=(1,), initializer="ones", name="w")
@@ -157,11 +153,9 @@ def test_a_step_with_gradients_that_are_not_finite_is_skipped(kind, at):
             "adam", rho=rho, sampler=keras_slsam.samplers.Bandit(1.0)
         )
     )
-    optimizer = keras.optimizers.LossScaleOptimizer(
-        inner, initial_scale=1.0 if at == "second pass" else 2.0**100
-    )
+    optimizer = keras.optimizers.LossScaleOptimizer(inner)
     model = keras.Sequential([keras.Input((1,)), Seen(), Cube()])
-    model = compiled(optimizer, model, loss=lambda y, y_pred: y_pred, metrics=[])
+    model = compiled(optimizer, model, loss=lambda y, y_pred: y_pred)
     optimizer.build(model.trainable_variables)
     skipped = inner.skipped_steps
     kept = [
@@ -172,47 +166,42 @@ def test_a_step_with_gradients_that_are_not_finite_is_skipped(kind, at):
         and v is not skipped
     ]
     before = [ops.convert_to_numpy(v).copy() for v in model.weights + kept]
-    scale = float(optimizer.dynamic_scale)
-    model.train_on_batch(np.ones((1, 1)), np.ones((1, 1)))
-    after = [ops.convert_to_numpy(v) for v in model.weights + kept]
-    for old, new in zip(before, after):
-        np.testing.assert_array_equal(old, new)
-    assert int(optimizer.iterations) == 0
-    assert int(skipped) == 1
-    assert float(optimizer.dynamic_scale) == scale / 2
+    # The gradients of the first pass overflow, then those of the second pass.
+    for steps, scale in enumerate((2.0**100, 1.0), 1):
+        optimizer.dynamic_scale.assign(scale)
+        model.train_on_batch(np.ones((1, 1)), np.ones((1, 1)))
+        for old, variable in zip(before, model.weights + kept):
+            np.testing.assert_array_equal(old, ops.convert_to_numpy(variable))
+        assert int(optimizer.iterations) == 0
+        assert int(skipped) == steps
+        assert float(optimizer.dynamic_scale) == scale / 2
 
 
 @row("`mixed_float16`", "a step with a gradient that is not finite is skipped")
-def test_mixed_float16():
-    model = make_model("mixed_float16")
-    model.dtype_policy = keras.DTypePolicy("mixed_float16")
-    model = assert_trains_as_in_float32(model)
-    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
-    assert int(model.optimizer.iterations) == 40
-
-
 @row("`mixed_bfloat16`")
-def test_mixed_bfloat16():
-    model = assert_trains_as_in_float32(make_model("mixed_bfloat16"))
-    assert not isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+def test_mixed_precision_trains_as_float32():
+    """The weights, arms and losses are those in float32."""
 
-
-def assert_trains_as_in_float32(model):
-    """Checks that the weights and arms are those in float32. Returns the model."""
-
-    def train(model):
+    def train(policy=None):
+        model = make_model(policy)
+        if policy == "mixed_float16":
+            model.dtype_policy = keras.DTypePolicy(policy)
         base = keras.optimizers.SGD(0.3)
-        model = compiled(half_the_arms(base, sampler="uniform", arms="variable"), model)
-        return model, fit(model, epochs=10)["loss"]
+        model = compiled(half_the_arms(base, sampler="uniform"), model)
+        return model, fit(model, epochs=5)["loss"]
 
-    single, expected = train(make_model())
-    model, losses = train(model)
+    single, expected = train()
     assert expected[-1] < 0.7 * expected[0]
-    np.testing.assert_allclose(losses, expected, rtol=0.05)
-    assert {v.dtype for v in model.trainable_variables} == {"float32"}
-    for start, one, other in zip(values(make_model()), values(single), values(model)):
-        assert abs(other - one).max() < 0.1 * abs(one - start).max()
-    return model
+    for policy in ("mixed_float16", "mixed_bfloat16"):
+        model, losses = train(policy)
+        np.testing.assert_allclose(losses, expected, rtol=0.05)
+        assert {v.dtype for v in model.trainable_variables} == {"float32"}
+        starts = values(make_model())
+        for start, one, other in zip(starts, values(single), values(model)):
+            assert abs(other - one).max() < 0.1 * abs(one - start).max()
+        scaled = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+        assert scaled == (policy == "mixed_float16")
+        assert int(model.optimizer.iterations) == 20
 
 
 @row("`bfloat16`", "Adam never moves: its 0.999 rounds to 1, as in plain Keras")
@@ -222,9 +211,9 @@ def test_bfloat16():
     losses = fit(model, epochs=8)["loss"]
     assert np.isfinite(losses).all() and losses[-1] < losses[0]
     assert {v.dtype for v in model.trainable_variables} == {"bfloat16"}
-    plain = compiled(adam()(), make_model("bfloat16"))
+    plain = compiled(keras.optimizers.Adam(0.01), make_model("bfloat16"), **EAGER)
     before = [ops.convert_to_numpy(v) for v in plain.trainable_variables]
-    fit(plain)
+    fit(plain, epochs=1)
     for old, variable in zip(before, plain.trainable_variables):
         np.testing.assert_array_equal(old, ops.convert_to_numpy(variable))
     optimizer = model.optimizer
@@ -239,22 +228,18 @@ ACCUMULATION = "one mask per window; one ascent per micro-batch"
 
 
 @row("`gradient_accumulation_steps`", ACCUMULATION)
-@pytest.mark.parametrize("wrap", [all_arms, keras_slsam.SAM])
-def test_gradient_accumulation_matches_keras(wrap):
-    # The last batch is smaller, and the last window is not complete.
-    kwargs = {} if wrap is all_arms else {"rho": TINY}
-
-    def make_base():
-        schedule = keras.optimizers.schedules.CosineDecay(0.01, 3)
-        return keras.optimizers.Adam(
+def test_gradient_accumulation_matches_keras():
+    # The last window is not complete.
+    schedule = keras.optimizers.schedules.CosineDecay(0.01, 3)
+    assert_as_keras(
+        lambda: keras.optimizers.Adam(
             schedule,
             gradient_accumulation_steps=3,
             global_clipnorm=0.3,
             use_ema=True,
             ema_momentum=0.7,
         )
-
-    assert_as_keras(make_base, wrap=lambda base: wrap(base, **kwargs))
+    )
 
 
 @row("`gradient_accumulation_steps`", ACCUMULATION)
@@ -269,7 +254,7 @@ def test_a_run_resumes_within_a_window(tmp_path):
     model = keras.Sequential([keras.Input((5,), dtype="int32"), *layers])
     base = keras.optimizers.Adam(0.01, gradient_accumulation_steps=3)
     model = compiled(half_the_arms(base), model)
-    x = RNG.integers(0, 9, (14, 5))
+    x = RNG.integers(0, 9, (12, 5))
 
     def train(model):
         for start in (0, 4, 8, 4, 0):
@@ -279,7 +264,7 @@ def test_a_run_resumes_within_a_window(tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     loaded = keras_slsam.sharpness_aware(loaded)
-    before = [v.copy() for v in values(model)]
+    before = values(model)
     for each in (model, loaded):
         train(each)
     assert any((old != new).any() for old, new in zip(before, values(model)))
@@ -298,11 +283,10 @@ def test_one_mask_and_one_sampler_update_per_window():
             self.updates.assign_add(1)
             self.norms.assign(norms)
 
-    masks = RNG.random((4, 6)) < 0.5
-    masks[:, 0] = True
+    masks = np.array([[1, 0, 1], [1, 1, 0], [1, 1, 1]], bool)
     sampler = Counting(masks)
-    base = keras.optimizers.Adam(0.01, gradient_accumulation_steps=3)
-    model = compiled(keras_slsam.SLSAM(base, sampler=sampler))
+    base = keras.optimizers.SGD(0.1, gradient_accumulation_steps=3)
+    model = compiled(keras_slsam.SLSAM(base, sampler=sampler, arms="layer"))
     for step in range(9):
         before = model.get_weights()
         model.train_on_batch(X[:4], Y[:4])
@@ -315,22 +299,23 @@ def test_one_mask_and_one_sampler_update_per_window():
             for old, new, v in zip(before, model.get_weights(), model.weights)
             if v.path in trained
         ]
-        assert moved == (masks[window].tolist() if step % 3 == 2 else [False] * 6)
+        # Each layer has two weights.
+        assert moved == (np.repeat(active, 2) & (step % 3 == 2)).tolist()
         assert int(sampler.updates) == (step + 1) // 3
         if step % 3 == 2:
             norms = ops.convert_to_numpy(optimizer.gradient_norms)
             np.testing.assert_array_equal(ops.convert_to_numpy(sampler.norms), norms)
             assert ((norms > 0) == masks[window]).all()
     counts = ops.convert_to_numpy(optimizer._base_step._own_iterations)
-    np.testing.assert_array_equal(counts, masks[:3].sum(axis=0))
+    np.testing.assert_array_equal(counts, masks.sum(axis=0))
     assert int(optimizer.iterations) == 3
 
 
 @row("`gradient_accumulation_steps`", ACCUMULATION)
 def test_gradient_norms_of_a_window_are_root_mean_squares():
     base = keras.optimizers.SGD(0.0, gradient_accumulation_steps=2)
-    window = compiled(keras_slsam.SAM(base), metrics=[])
-    single = compiled(keras_slsam.SAM(keras.optimizers.SGD(0.0)), metrics=[])
+    window = compiled(keras_slsam.SAM(base))
+    single = compiled(keras_slsam.SAM(keras.optimizers.SGD(0.0)), **EAGER)
     squares = []
     for rows in (slice(0, 4), slice(4, 8)):
         for model in (window, single):
@@ -345,54 +330,71 @@ def test_gradient_norms_of_a_window_are_root_mean_squares():
 
 
 @row("`gradient_accumulation_steps`", ACCUMULATION)
-def test_a_norm_that_is_not_finite_affects_only_its_window():
-    base = keras.optimizers.SGD(0.1, gradient_accumulation_steps=2, clipvalue=0.01)
-    model = compiled(half_the_arms(base))
-    x = X[:4].copy()
-    x[0] = 1e30
-    for batch in (x, X[:4], X[:4], X[:4]):
-        model.train_on_batch(batch, Y[:4])
-    norms = ops.convert_to_numpy(model.optimizer.gradient_norms)
-    assert np.isfinite(norms).all() and (norms > 0).any()
+def test_a_norm_that_is_not_finite_skips_only_its_micro_batch():
+    """The gradients are finite, but their squares overflow."""
+
+    def train(*batches, **kwargs):
+        keras.utils.set_random_seed(0)
+        layers = [keras.layers.Dense(8), keras.layers.Dense(3)]
+        base = keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)
+        model = compiled(
+            half_the_arms(base),
+            keras.Sequential([keras.Input((5,)), *layers]),
+            loss=lambda y, y_pred: y_pred,
+            **kwargs,
+        )
+        for x in batches:
+            model.train_on_batch(x, Y[:4])
+        return model
+
+    expected = train(X[:4], X[4:8], **EAGER)
+    model = train(X[:4], np.full_like(X[:4], 1e30), X[4:8])
+    assert int(model.optimizer.skipped_steps) == 1
+    assert_same(model, expected)
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(model.optimizer.gradient_norms),
+        ops.convert_to_numpy(expected.optimizer.gradient_norms),
+        rtol=1e-4,
+    )
 
 
 @row("`gradient_accumulation_steps`", ACCUMULATION)
-@pytest.mark.parametrize("arms", ["all", "half"])
-def test_a_window_of_s2sam_equals_one_large_batch(arms):
+def test_a_window_of_s2sam_equals_one_large_batch():
     """All micro-batches are evaluated at one point, along the last applied gradient."""
 
-    def make(steps):
-        base = keras.optimizers.Adam(0.01, gradient_accumulation_steps=steps)
-        if arms == "all":
-            return keras_slsam.S2SAM(base, rho=0.3)
-        return keras_slsam.SLSAM(
-            base,
-            rho=0.3,
-            single_step=True,
-            sampler=Replay([[1, 0, 1, 1], [0, 1, 1, 0]]),
-        )
-
-    def model(optimizer):
+    def train(steps, batch_size, **kwargs):
         keras.utils.set_random_seed(0)
         layers = [keras.layers.Dense(8, activation="tanh"), keras.layers.Dense(3)]
-        return compiled(optimizer, keras.Sequential([keras.Input((5,)), *layers]))
+        model = keras.Sequential([keras.Input((5,)), *layers])
+        optimizer = keras_slsam.SLSAM(
+            keras.optimizers.SGD(0.1, gradient_accumulation_steps=steps),
+            rho=0.3,
+            arms="layer",
+            single_step=True,
+            sampler=Replay([[1, 0], [1, 1], [0, 1]]),
+        )
+        fit(compiled(optimizer, model, **kwargs), batch_size=batch_size, epochs=1)
+        return model
 
-    large, small = model(make(None)), model(make(2))
-    fit(large, X[:12], Y[:12], batch_size=4, epochs=3)
-    fit(small, X[:12], Y[:12], batch_size=2, epochs=3)
-    assert_same(small, large)
+    assert_same(train(2, batch_size=2), train(None, batch_size=4, **EAGER))
 
 
 @row("`steps_per_execution` > 1", "refused by Keras itself", torch="refused")
 def test_steps_per_execution():
-    assert_as_keras(adam(), compile_kwargs={"steps_per_execution": 3})
+    assert_as_keras(sgd, steps_per_execution=3)
+
+
+@functools.cache
+def trained_eagerly():
+    model = compiled(half_the_arms(), run_eagerly=True)
+    fit(model, epochs=1)
+    return model
 
 
 def assert_as_eager(**kwargs):
     model = compiled(half_the_arms(), **kwargs)
-    reference = compiled(half_the_arms(), run_eagerly=True)
-    fit(model), fit(reference)
-    assert_same(model, reference, atol=1e-5)
+    fit(model, epochs=1)
+    assert_same(model, trained_eagerly(), atol=1e-5)
 
 
 @row("`jit_compile=True`", "each new mask would be compiled again", torch="refused")
@@ -402,33 +404,28 @@ def test_jit_compile():
 
 @row("`jit_compile=False`")
 @row('`jit_compile="auto"`')
-@pytest.mark.parametrize("jit_compile", [False, "auto"])
-def test_jit_compile_false_and_auto(jit_compile):
-    assert_as_eager(jit_compile=jit_compile)
+def test_jit_compile_false_and_auto():
+    assert_as_eager(jit_compile=False)
+    # On CPUs "auto" is one of the cases that are tested already.
+    auto = compiled(half_the_arms(), jit_compile="auto").jit_compile
+    assert auto == (BACKEND == "jax")
 
 
 @row("`run_eagerly=True`")
 def test_run_eagerly():
-    assert_as_keras(adam(), compile_kwargs={"run_eagerly": True}, epochs=1)
+    assert_as_keras(sgd, epochs=1, run_eagerly=True)
 
 
 @row("`train_on_batch`")
 def test_train_on_batch():
-    model, other = compiled(half_the_arms()), compiled(half_the_arms())
-    for start in range(0, 14, 4):
+    model, other = compiled(half_the_arms()), compiled(half_the_arms(), **EAGER)
+    for start in range(0, 16, 4):
         model.train_on_batch(X[start : start + 4], Y[start : start + 4])
     fit(other, epochs=1)
     assert_same(model, other)
 
 
 # --- Losses and weights ------------------------------------------------------------
-
-
-@row("sample weights")
-@row("class weights")
-def test_sample_and_class_weights():
-    assert_as_keras(adam(), sample_weight=np.linspace(0.1, 2.0, 14))
-    assert_as_keras(adam(), class_weight={0: 1.0, 1: 0.2, 2: 3.0})
 
 
 @row("several inputs, outputs and losses")
@@ -439,28 +436,35 @@ def test_several_outputs_and_added_losses(name):
     test_training.assert_same_training(name, optimizer)
 
 
+@row("sample weights")
+@row("class weights")
 @row("last batch smaller")
 @row("validation data, metrics")
-def test_validation_data():
-    assert_as_keras(adam(), validation_data=(X[::-1].copy(), Y), epochs=2)
-
-
 @row("`clipnorm`, `clipvalue`, `global_clipnorm`", "over the active variables")
-@pytest.mark.parametrize("clip", ["clipnorm", "clipvalue", "global_clipnorm"])
-def test_clipping(clip):
-    assert_as_keras(adam(**{clip: 0.01}))
+@row("learning-rate schedules", "count all steps")
+def test_arguments_of_fit_clipping_and_schedules():
+    def train(wrap):
+        schedule = keras.optimizers.schedules.CosineDecay(1.0, 15)
+        base = keras.optimizers.SGD(schedule, clipnorm=0.1)
+        model = compiled(wrap(base), metrics=["accuracy"])
+        # The last batch is smaller.
+        data = {"x": X[:14], "y": Y[:14], "validation_data": (X[::-1].copy(), Y)}
+        first = fit(model, **data, sample_weight=np.linspace(0.1, 2.0, 14))
+        second = fit(model, **data, class_weight={0: 1.0, 1: 0.2, 2: 3.0})
+        return model, first, second
+
+    model, *histories = train(all_arms)
+    plain, *expected = train(lambda base: base)
+    for one, other in zip(histories, expected):
+        assert_same_histories(one, other)
+    assert_same(model, plain)
 
 
 # --- Learning rates and averages ---------------------------------------------------
 
 
-@row("learning-rate schedules", "count all steps")
-def test_schedules():
-    schedule = keras.optimizers.schedules.CosineDecay(0.01, 6)
-    assert_as_keras(lambda: keras.optimizers.Adam(schedule))
-
-
 @row("`LearningRateScheduler`, `ReduceLROnPlateau`")
+@row("`clipnorm`, `clipvalue`, `global_clipnorm`", "over the active variables")
 def test_callbacks_that_set_the_learning_rate():
     def callbacks():
         return [
@@ -470,38 +474,35 @@ def test_callbacks_that_set_the_learning_rate():
             ),
         ]
 
-    plain, model = compiled(adam()()), compiled(all_arms(adam()()))
-    for each in (plain, model):
+    def make_base():
+        return keras.optimizers.SGD(1.0, clipvalue=0.01)
+
+    model, plain = compiled(all_arms(make_base())), compiled(make_base())
+    for each in (model, plain):
         history = fit(each, epochs=4, callbacks=callbacks())
         np.testing.assert_allclose(
-            history["learning_rate"], [5e-3, 2.5e-3, 1.25e-4, 6.25e-6], rtol=1e-5
+            history["learning_rate"], [0.5, 0.25, 1.25e-2, 6.25e-4], rtol=1e-5
         )
     assert_same(model, plain)
 
 
 @row("`use_ema`, `SwapEMAWeights`", "every step averages all weights")
-@pytest.mark.parametrize("swap_on_epoch", [False, True])
-def test_moving_average_and_swap(swap_on_epoch):
-    make_base = adam(use_ema=True, ema_momentum=0.7)
+def test_moving_average_and_swap():
+    kwargs = {"use_ema": True, "ema_momentum": 0.7}
+    model, plain = compiled(all_arms(sgd(**kwargs))), compiled(sgd(**kwargs))
 
-    def train(optimizer):
-        model = compiled(optimizer)
+    def train(model, swap_on_epoch):
+        # On JAX `fit` leaves a weight and its average in one buffer, and then fails.
+        model.set_weights(model.get_weights())
         callback = keras.callbacks.SwapEMAWeights(swap_on_epoch=swap_on_epoch)
-        history = fit(model, validation_data=(X, Y), callbacks=[callback])
-        return model, history
+        return fit(model, validation_data=(X, Y), callbacks=[callback])
 
-    plain, expected = train(make_base())
-    model, history = train(all_arms(make_base()))
-    for key in expected:
-        np.testing.assert_allclose(history[key], expected[key], rtol=1e-4)
-    assert_same(model, plain)
-    without = compiled(all_arms("adam"))
+    for swap_on_epoch in (False, True):
+        assert_same_histories(train(model, swap_on_epoch), train(plain, swap_on_epoch))
+        assert_same(model, plain)
+    without = compiled(all_arms("sgd"))
     with pytest.raises(ValueError, match="use_ema"):
-        fit(
-            without,
-            validation_data=(X, Y),
-            callbacks=[keras.callbacks.SwapEMAWeights()],
-        )
+        train(without, swap_on_epoch=False)
 
 
 # --- What changes between two calls ------------------------------------------------
@@ -522,7 +523,7 @@ class AwareSequential(keras_slsam.SAMTrainStep, keras.Sequential):
     pass
 
 
-def changing_model(kind=keras.Sequential):
+def changing_model(kind=keras.Sequential, run_eagerly=False):
     keras.utils.set_random_seed(0)
     layers = [
         keras.layers.Dense(4, activation="tanh"),
@@ -530,11 +531,17 @@ def changing_model(kind=keras.Sequential):
         Adds(),
         keras.layers.Dense(1),
     ]
-    return kind([keras.Input((5,)), *layers])
+    model = kind([keras.Input((5,)), *layers])
+    model.run_eagerly = run_eagerly
+    return model
+
+
+SGD = keras.optimizers.SGD
+DATA = X[:8], np.full((8, 1), 5.0, "float32")
 
 
 def compile_again(model, optimizer, loss="mse", **kwargs):
-    model.compile(optimizer=optimizer, loss=loss, **kwargs)
+    model.compile(optimizer, loss, run_eagerly=model.run_eagerly, **kwargs)
 
 
 def swap_a_layer(model):
@@ -542,57 +549,47 @@ def swap_a_layer(model):
     model.add(keras.layers.Dense(1, kernel_initializer="ones"))
 
 
-SGD = keras.optimizers.SGD
-# Functions of the model, and of the function that wraps the base optimizer.
-CHANGES = {
-    "loss": lambda m, wrap: compile_again(m, wrap(SGD(0.1)), "mae"),
-    "loss, same optimizer": lambda m, wrap: compile_again(m, m.optimizer, "mae"),
-    "metrics": lambda m, wrap: compile_again(m, wrap(SGD(0.1)), metrics=["mae"]),
-    "optimizer": lambda m, wrap: compile_again(m, wrap(SGD(0.1, clipnorm=0.01))),
-    "other optimizer": lambda m, wrap: compile_again(m, wrap("adam")),
-    "trainable": lambda m, wrap: (
-        setattr(m.layers[0], "trainable", False),
-        compile_again(m, wrap(SGD(0.1))),
-    ),
-    "learning rate": lambda m, wrap: setattr(m.optimizer, "learning_rate", 0.01),
-    "run_eagerly": lambda m, wrap: setattr(m, "run_eagerly", True),
-    "added loss": lambda m, wrap: setattr(m.layers[2], "on", True),
-    "added loss, compiled": lambda m, wrap: (
-        setattr(m.layers[2], "on", True),
-        compile_again(m, wrap(SGD(0.1))),
-    ),
-    "dropout": lambda m, wrap: setattr(m.layers[1], "rate", 0.0),
-    "dropout, compiled": lambda m, wrap: (
-        setattr(m.layers[1], "rate", 0.0),
-        compile_again(m, wrap(SGD(0.1))),
-    ),
-    "policy": lambda m, wrap: setattr(m.layers[0], "dtype_policy", "mixed_bfloat16"),
-    "policy, compiled": lambda m, wrap: (
-        setattr(m.layers[0], "dtype_policy", "mixed_bfloat16"),
-        compile_again(m, wrap(SGD(0.1))),
-    ),
-    "layer, compiled": lambda m, wrap: (
-        swap_a_layer(m),
-        compile_again(m, wrap(SGD(0.1))),
-    ),
-}
-if BACKEND != "torch":  # PyTorch refuses a compiled step
-    CHANGES["jit_compile"] = lambda m, wrap: setattr(
-        m, "jit_compile", not m.jit_compile
-    )
+def change_layers(model):
+    model.layers[0].dtype_policy = "mixed_bfloat16"
+    model.layers[1].rate = 0.0
+    model.layers[2].on = True
+
+
+def change_attributes(model, wrap):
+    change_layers(model)
+    model.optimizer.learning_rate = 0.01
+    model.run_eagerly = True
+    if BACKEND != "torch":  # PyTorch refuses a compiled step
+        model.jit_compile = not model.jit_compile
+
+
+def change_the_loss(model, wrap):
+    compile_again(model, model.optimizer, "mae")
+
+
+def freeze(model, wrap):
+    model.layers[0].trainable = False
+    compile_again(model, wrap(SGD(0.1)))
+
+
+def change_everything(model, wrap):
+    change_layers(model)
+    swap_a_layer(model)
+    base = keras.optimizers.Adagrad(1.0, clipnorm=0.1)
+    compile_again(model, wrap(base), "mae", metrics=["mse"])
+
+
+def fit_data(model):
+    keras.utils.set_random_seed(1)  # PyTorch's dropout
+    return fit(model, *DATA, epochs=1)
 
 
 def train_and_change(model, change, wrap=lambda base: base):
-    """Trains, makes a change, then trains with `fit` and `train_on_batch`."""
-    data = X[:8], np.full((8, 1), 5.0, "float32")
+    """Trains, makes a change, then trains again."""
     compile_again(model, wrap(SGD(0.1)))
-    keras.utils.set_random_seed(1)  # PyTorch's dropout
-    fit(model, *data, epochs=1)
+    fit_data(model)
     change(model, wrap)
-    history = fit(model, *data, epochs=1)
-    model.reset_metrics()
-    logs = model.train_on_batch(data[0][:4], data[1][:4], return_dict=True)
-    return {**history, **logs}, model.get_weights()
+    return fit_data(model), model.get_weights()
 
 
 def tiny_sam(base):
@@ -611,74 +608,93 @@ NOTE = "as in Keras; compile again if other weights become trainable"
 
 
 @row("changes between two calls of `fit`", NOTE)
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", [change_the_loss, freeze])
 def test_changes_take_effect_as_in_keras(change):
-    change = CHANGES[change]
-    expected = train_and_change(changing_model(), change)
+    expected = train_and_change(changing_model(**EAGER), change)
     model = keras_slsam.sharpness_aware(changing_model())
     assert_same_results(train_and_change(model, change, tiny_sam), expected)
 
 
 @row("changes between two calls of `fit`", NOTE)
-@pytest.mark.parametrize("change", ["loss", "dropout, compiled"])
-@pytest.mark.parametrize("wrap", [None, tiny_sam])
-@pytest.mark.parametrize("mixin", [False, True])
-def test_changes_take_effect_in_plain_and_mixin_steps(change, wrap, mixin):
-    change = CHANGES[change]
-    expected = train_and_change(changing_model(), change)
-    model = changing_model(AwareSequential if mixin else keras.Sequential)
+def test_changes_of_attributes_take_effect_as_in_keras():
+    def results(model, wrap=lambda base: base):
+        logs, weights = train_and_change(model, change_attributes, wrap)
+        model.reset_metrics()
+        # TensorFlow traces again, because this passes sample weights, `None`.
+        loss = model.train_on_batch(DATA[0][:4], DATA[1][:4])
+        return {**logs, "on batch": loss}, weights + model.get_weights()
+
+    expected = results(changing_model())
+    model = keras_slsam.sharpness_aware(changing_model())
+    assert_same_results(results(model, tiny_sam), expected)
+
+
+@row("changes between two calls of `fit`", NOTE)
+def test_a_new_compile_takes_effect_in_every_step():
+    """In steps of Keras or of this package, with or without the mixin."""
+    expected = train_and_change(changing_model(**EAGER), change_everything)
     # A reference to the old compiled step, such as in a traceback, must not matter.
     kept = []
 
     def keep_and_change(model, wrap):
         kept.append(model.train_function)
-        change(model, wrap)
+        change_everything(model, wrap)
 
-    wrap = wrap or (lambda base: base)
-    model = keras_slsam.sharpness_aware(model)
-    assert_same_results(train_and_change(model, keep_and_change, wrap), expected)
+    for kind in (keras.Sequential, AwareSequential):
+        for wrap in (lambda base: base, tiny_sam):
+            model = keras_slsam.sharpness_aware(changing_model(kind))
+            actual = train_and_change(model, keep_and_change, wrap)
+            assert_same_results(actual, expected)
 
 
 @row("changes between two calls of `fit`", NOTE)
-@pytest.mark.parametrize("kinds", ["ours, ours", "ours, plain", "plain, ours"])
-def test_an_assigned_optimizer_takes_the_next_step(kinds):
-    wraps = {"ours": tiny_sam, "plain": lambda base: base}
-    first, second = (wraps[kind] for kind in kinds.split(", "))
-    expected = train_and_change(changing_model(), CHANGES["optimizer"])
+def test_an_assigned_optimizer_takes_the_next_step():
     model = keras_slsam.sharpness_aware(changing_model())
-
-    def assign(model, wrap):
+    plain = changing_model(**EAGER)
+    compile_again(model, tiny_sam(SGD(0.1)))
+    compile_again(plain, SGD(0.1))
+    fit_data(model), fit_data(plain)
+    # From ours to ours, to Keras' own, and back.
+    for clipnorm, wrap in enumerate((tiny_sam, lambda base: base, tiny_sam), 1):
         # On TensorFlow `fit` would build a plain optimizer in a graph.
-        model.optimizer = second(SGD(0.1, clipnorm=0.01))
+        model.optimizer = wrap(SGD(0.1, clipnorm=0.1 * clipnorm))
         model.optimizer.build(model.trainable_variables)
-
-    assert_same_results(train_and_change(model, assign, first), expected)
+        compile_again(plain, SGD(0.1, clipnorm=0.1 * clipnorm))
+        actual, expected = [(fit_data(m), m.get_weights()) for m in (model, plain)]
+        assert_same_results(actual, expected)
 
 
 @row("changes between two calls of `fit`", NOTE)
-@pytest.mark.parametrize("change", ["trainable", "trainable, same optimizer", "layer"])
-def test_other_trainable_weights_need_a_new_optimizer(change):
-    def change_weights(model, wrap):
-        if change == "layer":
-            swap_a_layer(model)
-        else:
-            model.layers[0].trainable = False
-        if change == "trainable, same optimizer":
-            compile_again(model, model.optimizer)
-
+def test_other_trainable_weights_need_a_new_optimizer():
+    refused = functools.partial(
+        pytest.raises, ValueError, match=r"other trainable weights.*`model.compile`"
+    )
     model = keras_slsam.sharpness_aware(changing_model())
-    with pytest.raises(ValueError, match=r"other trainable weights.*`model.compile`"):
-        train_and_change(model, change_weights, tiny_sam)
-    _, weights = train_and_change(model, lambda model, wrap: None, tiny_sam)
-    assert np.isfinite(np.concatenate([w.ravel() for w in weights])).all()
+    compile_again(model, tiny_sam(SGD(0.1)))
+    fit_data(model)
+    model.layers[0].trainable = False
+    with refused():
+        fit_data(model)
+    compile_again(model, model.optimizer)
+    with refused():
+        fit_data(model)
+    model.layers[0].trainable = True
+    fit_data(model)
+    swap_a_layer(model)
+    with refused():
+        fit_data(model)
+    compile_again(model, tiny_sam(SGD(0.1)))
+    fit_data(model)
+    assert all(np.isfinite(w).all() for w in model.get_weights())
 
 
 # --- Callbacks ---------------------------------------------------------------------
 
 
 @row("`ModelCheckpoint`, `EarlyStopping(restore_best_weights=True)`")
-def test_checkpoint_and_early_stopping(tmp_path):
-    model = compiled(half_the_arms(keras.optimizers.Adam(1.0)))
+@row("`TensorBoard`", "needs the package tensorboard")
+def test_callbacks_that_write_and_stop(tmp_path):
+    model = compiled(half_the_arms())
     callbacks = [
         keras.callbacks.ModelCheckpoint(
             tmp_path / "{epoch}.weights.h5", save_weights_only=True
@@ -686,14 +702,16 @@ def test_checkpoint_and_early_stopping(tmp_path):
         keras.callbacks.EarlyStopping(
             monitor="val_loss", patience=2, restore_best_weights=True
         ),
+        keras.callbacks.TensorBoard(tmp_path / "board", update_freq=1),
     ]
     history = fit(
         model, epochs=12, callbacks=callbacks, validation_data=(X[:6], 2 - Y[:6])
     )
     best = int(np.argmin(history["val_loss"]))
     assert best + 3 == len(history["val_loss"]) < 12
-    evaluated = model.evaluate(X[:6], 2 - Y[:6], return_dict=True, verbose=0)
-    np.testing.assert_allclose(evaluated["loss"], history["val_loss"][best], rtol=1e-4)
+    assert list((tmp_path / "board").glob("*/*"))
+    loss = model.evaluate(X[:6], 2 - Y[:6], verbose=0)
+    np.testing.assert_allclose(loss, history["val_loss"][best], rtol=1e-4)
     other = compiled(half_the_arms())
     other.optimizer.build(other.trainable_variables)
     other.load_weights(tmp_path / f"{best + 1}.weights.h5")
@@ -707,23 +725,21 @@ def test_backup_and_restore(tmp_path):
         pass
 
     def kill(epoch, logs):
-        if epoch == 2:
+        if epoch == 1:
             raise Killed
 
-    def train(folder, *more):
-        model = compiled(half_the_arms())
+    def train(folder, *more, **kwargs):
+        model = compiled(half_the_arms(), **kwargs)
         backup = keras.callbacks.BackupAndRestore(folder)
-        fit(model, epochs=4, callbacks=[backup, *more])
+        fit(model, callbacks=[backup, *more])
         return model
 
-    whole = train(tmp_path / "whole")
+    whole = train(tmp_path / "whole", **EAGER)
     with pytest.raises(Killed):
-        train(
-            tmp_path / "killed",
-            keras.callbacks.LambdaCallback(on_epoch_begin=kill),
-        )
+        killer = keras.callbacks.LambdaCallback(on_epoch_begin=kill)
+        train(tmp_path / "killed", killer, **EAGER)
     resumed = train(tmp_path / "killed")
-    assert int(resumed.optimizer.iterations) == 16
+    assert int(resumed.optimizer.iterations) == 8
     assert_same(resumed, whole)
 
 
@@ -731,24 +747,17 @@ def test_backup_and_restore(tmp_path):
 def test_terminate_on_nan():
     x = X.copy()
     x[9] = np.nan
-    model = compiled(half_the_arms())
+    model = compiled(half_the_arms(), **EAGER)
     fit(model, x, epochs=3, callbacks=[keras.callbacks.TerminateOnNaN()])
     assert int(model.optimizer.iterations) == 2
     assert int(model.optimizer.skipped_steps) == 1
-
-
-@row("`TensorBoard`", "needs the package tensorboard")
-def test_tensorboard(tmp_path):
-    board = keras.callbacks.TensorBoard(tmp_path, update_freq=1)
-    fit(compiled(half_the_arms()), callbacks=[board])
-    assert [path for path, _, files in os.walk(tmp_path) if files]
 
 
 # --- Data --------------------------------------------------------------------------
 
 
 def batches():
-    return [(X[i : i + 4], Y[i : i + 4]) for i in range(0, 14, 4)]
+    return [(X[i : i + 4], Y[i : i + 4]) for i in range(0, 16, 4)]
 
 
 class Batches(keras.utils.PyDataset):
@@ -773,24 +782,19 @@ def torch_data():
 
 
 @row("data: NumPy, `tf.data`, `DataLoader`, `PyDataset` with workers, generators")
-@pytest.mark.parametrize(
-    "data",
-    [
+def test_data():
+    model, plain = compiled(all_arms("sgd")), compiled("sgd")
+    kinds = (
         tensorflow_data,
         torch_data,
         lambda: Batches(workers=2),
-        lambda: (batch for _ in range(2) for batch in batches()),
-    ],
-    ids=["tf.data", "DataLoader", "PyDataset", "generator"],
-)
-def test_data(data):
-    plain, model = compiled("adam"), compiled(all_arms("adam"))
-    for each in (plain, model):
-        batches = data()
-        steps = None if hasattr(batches, "__len__") else 4
-        each.fit(batches, epochs=2, shuffle=False, steps_per_epoch=steps, verbose=0)
-    assert int(model.optimizer.iterations) == 8
-    assert_same(model, plain)
+        lambda: (batch for batch in batches()),
+    )
+    for epochs, data in enumerate(kinds, 1):
+        for each in (model, plain):
+            each.fit(data(), shuffle=False, verbose=0)
+        assert int(model.optimizer.iterations) == 4 * epochs
+        assert_same(model, plain)
 
 
 # --- Models ------------------------------------------------------------------------
@@ -798,22 +802,23 @@ def test_data(data):
 
 @row("freezing layers between two `fit` calls", "compile again, with a new optimizer")
 def test_freezing_and_unfreezing():
-    model = compiled(half_the_arms())
-    fit(model)
-    model.layers[0].trainable = False
-    frozen = model.layers[0].get_weights()
-    with pytest.raises(ValueError, match="compile"):
-        model.train_on_batch(X, Y)
-    compiled(half_the_arms(), model)
-    fit(model)
+    model = make_model()
+    layer = model.layers[0]
+    layer.trainable = False
+    frozen = layer.get_weights()
+    fit(compiled(half_the_arms(), model))
     assert len(model.optimizer.arms) == 2
-    for old, new in zip(frozen, model.layers[0].get_weights()):
+    for old, new in zip(frozen, layer.get_weights()):
         np.testing.assert_array_equal(old, new)
-    model.layers[0].trainable = True
-    compiled(half_the_arms(), model)
-    fit(model)
+    layer.trainable = True
+    with pytest.raises(ValueError, match="compile"):
+        model.train_on_batch(X[:4], Y[:4])
+    fit(compiled(half_the_arms(), model))
     assert len(model.optimizer.arms) == 3
-    assert any((a != b).any() for a, b in zip(frozen, model.layers[0].get_weights()))
+    assert any((a != b).any() for a, b in zip(frozen, layer.get_weights()))
+    layer.trainable = False
+    with pytest.raises(ValueError, match="compile"):
+        model.train_on_batch(X[:4], Y[:4])
 
 
 @row("models cloned, saved and loaded", "call `sharpness_aware` again")
@@ -821,51 +826,35 @@ def test_cloned_and_loaded_models(tmp_path):
     model = compiled(half_the_arms())
     clone = keras.models.clone_model(model)
     clone.set_weights(model.get_weights())
-    fit(compiled(half_the_arms(), clone)), fit(model)
+    fit(compiled(half_the_arms(), clone, **EAGER), epochs=1), fit(model, epochs=1)
     assert_same(clone, model)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     loaded = keras_slsam.sharpness_aware(loaded)
-    fit(loaded), fit(model)
+    loaded.run_eagerly = EAGER["run_eagerly"]
+    fit(loaded, epochs=1), fit(model, epochs=1)
     assert_same(loaded, model)
 
 
-@pytest.mark.parametrize(
-    "copied",
-    [copy.copy, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
-    ids=["copy", "deepcopy", "pickle"],
-)
-def test_a_copy_trains_independently(copied):
+def test_copies_train_independently():
     model = compiled(half_the_arms(), loss="mse")
-    y = np.zeros((14, 3))
+    y = np.zeros((16, 3))
     fit(model, y=y)
-    before = values(model)
-    other = copied(model)
-    for first, second in ((other, model), (model, other)):
-        still = [value.copy() for value in values(second)]
-        moved = [value.copy() for value in values(first)]
-        fit(compiled(half_the_arms(), first, loss="mse"), y=y)
-        assert any((a != b).any() for a, b in zip(moved, values(first)))
-        for old, new in zip(still, values(second)):
-            np.testing.assert_array_equal(old, new)
-    assert_same(model, other)
-    assert any((a != b).any() for a, b in zip(before, values(model)))
-
-
-def methods():
-    return {
-        "sam": keras_slsam.SAM("sgd"),
-        "s2sam": keras_slsam.S2SAM("sgd"),
-        "slsam": half_the_arms(arms="variable"),
-        "sl+s2": half_the_arms(arms="variable", single_step=True),
-        "rst": keras_slsam.RST("sgd", seed=0),
-    }
+    copies = copy.copy(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    models = (*copies, model)
+    for each in models:
+        before = [values(other) for other in models]
+        fit(compiled(keras_slsam.SAM("sgd"), each, loss="mse"), y=y)
+        for other, old in zip(models, before):
+            same = all((a == b).all() for a, b in zip(old, values(other)))
+            assert same == (other is not each)
+    for each in copies:
+        assert_same(each, model)
 
 
 @row("a model without trainable weights", "with a warning; updates state and metrics")
-@pytest.mark.parametrize("method", methods())
-def test_a_model_without_trainable_weights(method):
-    def trained(optimizer):
+def test_a_model_without_trainable_weights():
+    def trained(optimizer, **kwargs):
         keras.utils.set_random_seed(0)
         layers = [
             keras.layers.BatchNormalization(center=False, scale=False),
@@ -873,23 +862,22 @@ def test_a_model_without_trainable_weights(method):
             keras.layers.Dense(3, trainable=False),
         ]
         model = keras.Sequential([keras.Input((5,)), *layers])
-        model = compiled(optimizer, model, metrics=["accuracy"])
+        model = compiled(optimizer, model, metrics=["accuracy"], **kwargs)
         keras.utils.set_random_seed(1)  # PyTorch's dropout
         return fit(model), model
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        expected, plain = trained("sgd")
+        expected, plain = trained("sgd", **EAGER)
     with pytest.warns(UserWarning, match="not have any trainable weights"):
-        history, model = trained(methods()[method])
-    for key in expected:
-        np.testing.assert_allclose(history[key], expected[key], rtol=1e-5)
+        history, model = trained(half_the_arms())
+    assert_same_histories(history, expected)
     assert_same(model, plain)
     assert int(model.optimizer.iterations) == 0
     # It can get trainable weights later.
     model.layers[-1].trainable = True
     before = model.layers[-1].get_weights()[0]
-    fit(compiled(methods()[method], model))
+    fit(compiled(half_the_arms(arms="variable"), model))
     assert (model.layers[-1].get_weights()[0] != before).any()
 
 
@@ -1065,14 +1053,20 @@ def test_layers_written_in_tensorflow():
     own = Own(8)
     model = keras.Sequential([keras.Input((5,)), own, *make_model().layers[1:]])
     own.set_weights(reference.layers[0].get_weights())
-    for each in (model, reference):
-        fit(compiled(half_the_arms(), each))
+    fit(compiled(half_the_arms(), model), epochs=1)
+    fit(compiled(half_the_arms(), reference, **EAGER), epochs=1)
     assert_same(model, reference)
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    make_model().export(folder, verbose=False)
+    return folder
+
+
 def model_with_a_layer_from_a_file(folder):
-    make_model().export(folder / "saved", verbose=False)
-    layer = keras.layers.TFSMLayer(folder / "saved", call_endpoint="serve")
+    layer = keras.layers.TFSMLayer(folder, call_endpoint="serve")
     return keras.Sequential([keras.Input((5,)), layer, keras.layers.Dense(3)])
 
 
@@ -1083,8 +1077,8 @@ def model_with_a_layer_from_a_file(folder):
     torch="-",
     tensorflow="refused",
 )
-def test_tfsm_layer(tmp_path):
-    model = compiled(half_the_arms(), model_with_a_layer_from_a_file(tmp_path))
+def test_tfsm_layer(exported):
+    model = compiled(half_the_arms(), model_with_a_layer_from_a_file(exported))
     assert model.layers[0].trainable_variables
     with pytest.raises(ValueError, match=r"TFSMLayer.*trainable = False") as refusal:
         fit(model)
@@ -1092,8 +1086,8 @@ def test_tfsm_layer(tmp_path):
 
 
 @row("`TFSMLayer` that is frozen", jax="-", torch="-")
-def test_frozen_tfsm_layer(tmp_path):
-    model = model_with_a_layer_from_a_file(tmp_path)
+def test_frozen_tfsm_layer(exported):
+    model = model_with_a_layer_from_a_file(exported)
     model.layers[0].trainable = False
     compiled(half_the_arms(arms="variable"), model)
     fit(model)
