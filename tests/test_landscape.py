@@ -1,5 +1,7 @@
 """Lines, planes and trajectories have the losses and coordinates of their weights."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -38,8 +40,11 @@ def flat(weights):
     return np.concatenate([w.ravel() for w in weights]).astype("float64")
 
 
+shared_model = functools.cache(make)
+
+
 def loss_at(weights):
-    model = make()
+    model = shared_model()
     model.set_weights(weights)
     return model.evaluate(*data(), verbose=0)
 

@@ -6,6 +6,7 @@ Each backend is compared with the same reference, NumPy in float64, so all three
 import functools
 
 import hypothesis
+import keras
 import numpy as np
 import pytest
 from conftest import CompileStep
@@ -17,12 +18,15 @@ from test_samplers import reference_threefry
 
 from keras_slsam import samplers
 
+ALL = keras.config.backend() == "torch"  # other backends compile for each size
 # Each run has the same examples. There is no deadline, because the first example of
 # each size compiles.
 examples = hypothesis.settings(
-    max_examples=50, derandomize=True, deadline=None, database=None
+    max_examples=50 if ALL else 25, derandomize=True, deadline=None, database=None
 )
-CASES = [(1, 0.3), (1, 1.0), (2, 0.5), (9, 0.3), (9, 1.0), (10_000, 0.02)]
+CASES = [(1, 0.3), (9, 0.3), (9, 1.0), (10_000, 0.02)]
+if ALL:
+    CASES += [(1, 1.0), (2, 0.5)]
 FEW_ARMS = [case for case in CASES if case[0] < 10]
 LEARNERS = [samplers.Bandit, samplers.Proportional]
 

@@ -15,13 +15,30 @@ BACKEND = keras.config.backend()
 X, Y = np.ones((4, 3), "float32"), np.ones((4, 1), "float32")
 
 
-def make_model(optimizer=None, units=2):
+@pytest.fixture(scope="module", autouse=True)
+def fixed_seed():
+    """Once, because a new seed clears TensorFlow's caches."""
+    keras.utils.set_random_seed(0)
+
+
+def compiled(optimizer=None, units=2):
     model = keras.Sequential([keras.Input((3,)), layers.Dense(units), layers.Dense(1)])
     model = keras_slsam.sharpness_aware(model)
     if optimizer is None:
         optimizer = keras_slsam.SLSAM("adam", active_fraction=0.5, seed=0)
     model.compile(optimizer=optimizer, loss="mse")
+    return model
+
+
+def make_model(optimizer=None):
+    model = compiled(optimizer)
     model.train_on_batch(X, Y)
+    return model
+
+
+def built(*args, **kwargs):
+    model = compiled(*args, **kwargs)
+    model.optimizer.build(model.trainable_variables)
     return model
 
 
@@ -46,7 +63,7 @@ def set_in_callback(model, **attributes):
 def saved(folder, optimizer=None, **kwargs):
     """Saves the weights of another model, and returns the path."""
     path = folder / "other.weights.h5"
-    make_model(optimizer, **kwargs).save_weights(path)
+    built(optimizer, **kwargs).save_weights(path)
     return path
 
 
@@ -256,7 +273,7 @@ WRONG = {
         "`optimizer` must be `SAM`",
     ),
     "step of another optimizer that is built": (
-        lambda m, _: step(m, X, Y, optimizer=make_model().optimizer),
+        lambda m, _: step(m, X, Y, optimizer=built().optimizer),
         "built for other trainable weights",
     ),
     "stateless_step without state": (
