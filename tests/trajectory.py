@@ -20,20 +20,22 @@ FRACTION = keras.optimizers.schedules.PiecewiseConstantDecay([4], [0.2, 0.5])
 KINDS = {
     "bandit": {"sampler": "bandit"},
     "proportional, single step": {"sampler": "proportional", "single_step": True},
-    "part of the batch, scheduled radius": {
-        "sampler": "proportional",
+    "all that is scheduled or fixed": {
+        "sampler": lambda: samplers.Hold(samplers.Proportional(FRACTION, seed=7), 2),
+        "always_active": "layer_normalization",
+        "active_fraction": None,
+        "seed": None,
         "ascent_fraction": 0.25,
         "rho": keras.optimizers.schedules.PiecewiseConstantDecay(
             [5, 9], [0.0, 0.1, 0.05]
         ),
     },
-    "always active arms, held masks, scheduled fraction": {
-        "sampler": lambda: samplers.Hold(samplers.Proportional(FRACTION, seed=7), 2),
-        "always_active": "layer_normalization",
-        "active_fraction": None,
-        "seed": None,
+    "ascent of the user": {
+        "sampler": "uniform",
+        "arms": "layer",
+        "active_fraction": 0.4,
+        "ascent": Friendly,
     },
-    "ascent of the user": {"sampler": "uniform", "ascent": Friendly},
 }
 # Together these two kinds have all state of the optimizers and of samplers that learn.
 CHECKPOINTS = {
