@@ -11,25 +11,26 @@ import keras_slsam
 WORDS = "the film is good bad very not a".split()
 TEXTS = ["the film is good", "the film is bad", "a very good film", "not a good film"]
 LABELS = np.array([1, 0, 1, 0])
+ON_TORCH = keras.config.backend() == "torch"
 
 
-def text_classifier(num_layers=2, dropout=0.1):
+def text_classifier():
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     tokenizer = keras_hub.models.BertTokenizer(vocabulary=vocabulary)
     backbone = keras_hub.models.BertBackbone(
         vocabulary_size=len(vocabulary),
-        num_layers=num_layers,
+        num_layers=2,
         num_heads=2,
         hidden_dim=16,
         intermediate_dim=32,
         max_sequence_length=10,
-        dropout=dropout,
+        dropout=0.1,
     )
     preprocessor = keras_hub.models.BertTextClassifierPreprocessor(
         tokenizer, sequence_length=10
     )
     return keras_hub.models.BertTextClassifier(
-        backbone, num_classes=2, preprocessor=preprocessor, dropout=dropout
+        backbone, num_classes=2, preprocessor=preprocessor
     )
 
 
@@ -37,9 +38,9 @@ def image_classifier():
     backbone = keras_hub.models.ResNetBackbone(
         input_conv_filters=[64],
         input_conv_kernel_sizes=[3],
-        stackwise_num_filters=[64, 64],
-        stackwise_num_blocks=[1, 1],
-        stackwise_num_strides=[1, 2],
+        stackwise_num_filters=[64],
+        stackwise_num_blocks=[1],
+        stackwise_num_strides=[1],
         block_type="basic_block",
         image_shape=(16, 16, 3),
     )
@@ -80,9 +81,13 @@ def arm_names(optimizer):
     return [[variable.path for variable in arm] for arm in optimizer.arms]
 
 
-def test_text_classifier_on_raw_strings():
-    task = keras_slsam.sharpness_aware(text_classifier())
-    task.compile(optimizer=slsam(arms="block"))  # default loss and metrics
+def test_text_classifier_on_raw_strings_and_its_weights_file(tmp_path):
+    def compiled():
+        task = keras_slsam.sharpness_aware(text_classifier())
+        task.compile(optimizer=slsam(arms="block"))  # default loss and metrics
+        return task
+
+    task, loaded = compiled(), compiled()
     loss, _ = task.evaluate(TEXTS, LABELS, verbose=0)
     # Train for one epoch. KerasHub traces the tokenizer again in each epoch.
     task.fit(TEXTS * 72, np.tile(LABELS, 72), 8, verbose=0)
@@ -94,25 +99,21 @@ def test_text_classifier_on_raw_strings():
     assert {"transformer_layer_0", "transformer_layer_1"} <= set().union(*blocks)
     assert task.predict(TEXTS, verbose=0).shape == (4, 2)
 
-
-def test_a_task_resumes_from_a_weights_file(tmp_path):
-    def task():
-        task = keras_slsam.sharpness_aware(text_classifier(num_layers=1, dropout=0.0))
-        task.compile(optimizer=slsam())
-        task.optimizer.build(task.trainable_variables)
-        return task
-
-    first, second = task(), task()
-    for _ in range(3):
-        first.train_on_batch(np.array(TEXTS), LABELS)
-    first.save_weights(tmp_path / "run.weights.h5")
-    second.load_weights(tmp_path / "run.weights.h5")
-    for each in (first, second):
-        for _ in range(3):
+    task.save_weights(tmp_path / "run.weights.h5")
+    loaded.optimizer.build(loaded.trainable_variables)
+    loaded.load_weights(tmp_path / "run.weights.h5")
+    assert int(loaded.optimizer.iterations) == 36
+    if ON_TORCH:  # others would trace one more step
+        for each in (task, loaded):
+            keras.utils.set_random_seed(0)
             each.train_on_batch(np.array(TEXTS), LABELS)
-    assert int(second.optimizer.iterations) == 6
-    for one, other in zip(first.get_weights(), second.get_weights()):
-        np.testing.assert_array_equal(one, other)
+    pairs = zip(
+        [*task.weights, *task.optimizer.variables],
+        [*loaded.weights, *loaded.optimizer.variables],
+        strict=True,
+    )
+    for one, other in pairs:
+        np.testing.assert_array_equal(*map(ops.convert_to_numpy, (one, other)))
 
 
 def test_image_classifier_on_raw_images():
@@ -123,14 +124,14 @@ def test_image_classifier_on_raw_images():
     task.compile(optimizer=slsam(arms="layer"))
     frozen = [v for v in task.non_trainable_variables if "moving" in v.path]
     before = [ops.convert_to_numpy(v) for v in frozen]
-    history = task.fit(images.astype("uint8"), labels, 8, epochs=6, verbose=0).history
+    history = task.fit(images.astype("uint8"), labels, 8, epochs=2, verbose=0).history
     assert history["loss"][-1] < 0.5 * history["loss"][0]
     assert before
     for old, variable in zip(before, frozen):
         assert (ops.convert_to_numpy(variable) != old).any()
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [True, False] if ON_TORCH else [True])
 def test_causal_lm_on_raw_strings(lora):
     task = causal_lm()
     if lora:
@@ -142,11 +143,14 @@ def test_causal_lm_on_raw_strings(lora):
         v for v in task.variables if v.path.endswith("kernel") and not v.trainable
     ]
     before = [ops.convert_to_numpy(v) for v in frozen]
-    loss, _ = task.evaluate(TEXTS, verbose=0)
-    task.fit(TEXTS * 64, batch_size=8, verbose=0)
-    after, _ = task.evaluate(TEXTS, verbose=0)
+    means = []  # of the losses up to each batch
+    recorder = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: means.append(logs["loss"])
+    )
+    task.fit(TEXTS * 64, batch_size=8, callbacks=[recorder], verbose=0)
+    losses = np.diff(means * np.arange(1, 33), prepend=0)
     # A frozen, untrained network learns little with its low-rank factors.
-    assert after < (0.99 if lora else 0.5) * loss
+    assert losses[-1] < (0.99 if lora else 0.5) * losses[0]
     paths = [path for arm in arm_names(task.optimizer) for path in arm]
     assert sorted(paths) == sorted(v.path for v in task.trainable_variables)
     # Only trainable weights are arms: low-rank factors, and biases of the same layers.
@@ -154,5 +158,5 @@ def test_causal_lm_on_raw_strings(lora):
     assert bool(frozen) == lora
     for old, variable in zip(before, frozen):
         np.testing.assert_array_equal(old, ops.convert_to_numpy(variable))
-    if lora:  # Keras has compiled both models again
+    if lora and ON_TORCH:  # Keras has compiled both models again
         assert task.generate("the", max_length=8).startswith("the")
