@@ -49,11 +49,13 @@ OF_MINIMA = (
 )
 # Tests of names that the next versions of other packages may change.
 OF_NEXT = ("tests/test_private_names.py",)
-# Keras' tests: the number of variants of a parameterized test that run, at most. On
-# PyTorch, which traces nothing, all run.
-KERAS_VARIANTS = {"jax": 3, "tensorflow": 3, "torch": 1000}
-# The number of Keras' tests that must take our step, at least.
-KERAS_FEWEST = {"jax": 1, "tensorflow": 225, "torch": 253}
+# Arguments of Keras' tests. `fewest` is the number of tests that must take our step. On
+# PyTorch, which traces and compiles nothing, all variants of a test run.
+KERAS_TESTS = {
+    "jax": ("--variants=2", "--fewest=1"),
+    "tensorflow": ("--variants=2", "--fewest=1"),
+    "torch": ("--fewest=253",),
+}
 
 
 @nox.session
@@ -140,16 +142,8 @@ def environments():
 
 def run_keras_suite(session, env):
     """Runs Keras' own tests with our step."""
-    backend = env["KERAS_BACKEND"]
-    session.run(
-        "python",
-        "tests/keras_suite",
-        "--optimizer=both",
-        f"--variants={KERAS_VARIANTS[backend]}",
-        f"--fewest={KERAS_FEWEST[backend]}",
-        *PARALLEL,
-        env=env,
-    )
+    chosen = "--optimizer=both", *KERAS_TESTS[env["KERAS_BACKEND"]]
+    session.run("python", "tests/keras_suite", *chosen, *PARALLEL, env=env)
 
 
 def run_with_next_versions(session):

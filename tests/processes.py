@@ -150,11 +150,11 @@ def assert_same(found, expected, tolerance, first=0):
     )
 
 
-def assert_another_backend_goes_on(folder, backend, tolerance=1e-5):
+def assert_another_backend_goes_on(folder, backend):
     """Loads a model that several devices saved on one device of another backend."""
     run(1, __file__, "other_backend", folder, backend=backend)
     found = dict(np.load(folder / "other backend-0.npz"))
-    assert_same(found, alone("slsam"), tolerance, first=5)
+    assert_same(found, alone("slsam"), 1e-5, first=5)
 
 
 def die(folder):

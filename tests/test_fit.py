@@ -23,6 +23,7 @@ from replay import Replay
 import keras_slsam
 
 BACKEND = keras.config.backend()
+ON_TORCH = BACKEND == "torch"  # where a step is not traced, so that more methods run
 TINY = 1e-9
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(16, 5)).astype("float32")
@@ -84,10 +85,10 @@ def assert_same_histories(history, expected):
         np.testing.assert_allclose(history[key], expected[key], rtol=1e-4)
 
 
-def assert_as_keras(make_base, epochs=2, **kwargs):
+def assert_as_keras(make_base, epochs=2, wrap=all_arms, **kwargs):
     """Checks that the base optimizer, and ours around it, train in the same way."""
     kwargs = {"metrics": ["accuracy"], **kwargs}
-    model = compiled(all_arms(make_base()), **kwargs)
+    model = compiled(wrap(make_base()), **kwargs)
     plain = compiled(make_base(), **{**EAGER, **kwargs})
     assert_same_histories(fit(model, epochs=epochs), fit(plain, epochs=epochs))
     assert_same(model, plain)
@@ -103,8 +104,12 @@ def assert_as_keras(make_base, epochs=2, **kwargs):
         lambda: keras_slsam.SAM(sgd()),
         lambda: half_the_arms(single_step=True),
         lambda: half_the_arms(sgd(gradient_accumulation_steps=2)),
-    ],
-    ids=["sam", "sl+s2", "windows"],
+        lambda: half_the_arms(),
+        lambda: keras_slsam.S2SAM(sgd()),
+        lambda: keras_slsam.RST(sgd(), seed=0),
+    ][: 6 if ON_TORCH else 3],
+    # The others differ from these in nothing that is scaled.
+    ids=["sam", "sl+s2", "windows", "slsam", "s2sam", "rst"][: 6 if ON_TORCH else 3],
 )
 def test_loss_scaling_changes_nothing(make):
     """Norms and gradients are unscaled, so loss scaling keeps the trajectory."""
@@ -228,7 +233,10 @@ ACCUMULATION = "one mask per window; one ascent per micro-batch"
 
 
 @row("`gradient_accumulation_steps`", ACCUMULATION)
-def test_gradient_accumulation_matches_keras():
+@pytest.mark.parametrize(
+    "wrap", [all_arms, lambda base: keras_slsam.SAM(base, TINY)][: 1 + ON_TORCH]
+)
+def test_gradient_accumulation_matches_keras(wrap):
     # The last window is not complete.
     schedule = keras.optimizers.schedules.CosineDecay(0.01, 3)
     assert_as_keras(
@@ -238,7 +246,8 @@ def test_gradient_accumulation_matches_keras():
             global_clipnorm=0.3,
             use_ema=True,
             ema_momentum=0.7,
-        )
+        ),
+        wrap=wrap,
     )
 
 
@@ -359,20 +368,24 @@ def test_a_norm_that_is_not_finite_skips_only_its_micro_batch():
 
 
 @row("`gradient_accumulation_steps`", ACCUMULATION)
-def test_a_window_of_s2sam_equals_one_large_batch():
+@pytest.mark.parametrize("arms", ["half", "all"][: 1 + ON_TORCH])
+def test_a_window_of_s2sam_equals_one_large_batch(arms):
     """All micro-batches are evaluated at one point, along the last applied gradient."""
 
     def train(steps, batch_size, **kwargs):
         keras.utils.set_random_seed(0)
         layers = [keras.layers.Dense(8, activation="tanh"), keras.layers.Dense(3)]
         model = keras.Sequential([keras.Input((5,)), *layers])
-        optimizer = keras_slsam.SLSAM(
-            keras.optimizers.SGD(0.1, gradient_accumulation_steps=steps),
-            rho=0.3,
-            arms="layer",
-            single_step=True,
-            sampler=Replay([[1, 0], [1, 1], [0, 1]]),
-        )
+        base = keras.optimizers.SGD(0.1, gradient_accumulation_steps=steps)
+        optimizer = keras_slsam.S2SAM(base, rho=0.3)
+        if arms == "half":
+            optimizer = keras_slsam.SLSAM(
+                base,
+                rho=0.3,
+                arms="layer",
+                single_step=True,
+                sampler=Replay([[1, 0], [1, 1], [0, 1]]),
+            )
         fit(compiled(optimizer, model, **kwargs), batch_size=batch_size, epochs=1)
         return model
 
@@ -408,7 +421,9 @@ def test_jit_compile_false_and_auto():
     assert_as_eager(jit_compile=False)
     # On CPUs "auto" is one of the cases that are tested already.
     auto = compiled(half_the_arms(), jit_compile="auto").jit_compile
-    assert auto == (BACKEND == "jax")
+    plain = keras.Sequential([keras.Input((5,)), keras.layers.Dense(1)])
+    plain.compile("sgd", "mse", jit_compile="auto")
+    assert auto == plain.jit_compile
 
 
 @row("`run_eagerly=True`")
@@ -492,7 +507,8 @@ def test_moving_average_and_swap():
     model, plain = compiled(all_arms(sgd(**kwargs))), compiled(sgd(**kwargs))
 
     def train(model, swap_on_epoch):
-        # On JAX `fit` leaves a weight and its average in one buffer, and then fails.
+        # On JAX a second `fit` of Keras fails too, because the first one leaves a weight
+        # and its average in one buffer.
         model.set_weights(model.get_weights())
         callback = keras.callbacks.SwapEMAWeights(swap_on_epoch=swap_on_epoch)
         return fit(model, validation_data=(X, Y), callbacks=[callback])
@@ -558,7 +574,6 @@ def change_layers(model):
 def change_attributes(model, wrap):
     change_layers(model)
     model.optimizer.learning_rate = 0.01
-    model.run_eagerly = True
     if BACKEND != "torch":  # PyTorch refuses a compiled step
         model.jit_compile = not model.jit_compile
 
@@ -616,9 +631,14 @@ def test_changes_take_effect_as_in_keras(change):
 
 
 @row("changes between two calls of `fit`", NOTE)
-def test_changes_of_attributes_take_effect_as_in_keras():
+@pytest.mark.parametrize("eager", [False, True])
+def test_changes_of_attributes_take_effect_as_in_keras(eager):
+    def change(model, wrap):
+        change_attributes(model, wrap)
+        model.run_eagerly = eager
+
     def results(model, wrap=lambda base: base):
-        logs, weights = train_and_change(model, change_attributes, wrap)
+        logs, weights = train_and_change(model, change, wrap)
         model.reset_metrics()
         # TensorFlow traces again, because this passes sample weights, `None`.
         loss = model.train_on_batch(DATA[0][:4], DATA[1][:4])
@@ -853,7 +873,14 @@ def test_copies_train_independently():
 
 
 @row("a model without trainable weights", "with a warning; updates state and metrics")
-def test_a_model_without_trainable_weights():
+@pytest.mark.parametrize(
+    "make",
+    # The step of all methods ends before they differ.
+    [half_the_arms, keras_slsam.SAM, keras_slsam.S2SAM, keras_slsam.RST][
+        : 4 if ON_TORCH else 1
+    ],
+)
+def test_a_model_without_trainable_weights(make):
     def trained(optimizer, **kwargs):
         keras.utils.set_random_seed(0)
         layers = [
@@ -870,7 +897,7 @@ def test_a_model_without_trainable_weights():
         warnings.simplefilter("ignore")
         expected, plain = trained("sgd", **EAGER)
     with pytest.warns(UserWarning, match="not have any trainable weights"):
-        history, model = trained(half_the_arms())
+        history, model = trained(make("adam"))
     assert_same_histories(history, expected)
     assert_same(model, plain)
     assert int(model.optimizer.iterations) == 0

@@ -4,8 +4,12 @@ import pathlib
 import subprocess
 import sys
 
+import keras
 import pytest
 
+if keras.config.backend() != "torch":
+    # test_fit.py and the tests of several processes resume on each backend.
+    pytest.skip("starts many processes", allow_module_level=True)
 CHILD = pathlib.Path(__file__).parent / "kill_child.py"
 
 

@@ -17,7 +17,7 @@ X, Y = np.ones((4, 3), "float32"), np.ones((4, 1), "float32")
 
 @pytest.fixture(scope="module", autouse=True)
 def fixed_seed():
-    """Once, because a new seed clears TensorFlow's caches."""
+    """In place of that in conftest.py. A new seed clears TensorFlow's caches."""
     keras.utils.set_random_seed(0)
 
 

@@ -2,6 +2,7 @@
 
 KERAS_BACKEND=jax python tests/keras_suite --optimizer=sam
 KERAS_BACKEND=jax python tests/keras_suite --optimizer=slsam keras/src/optimizers
+KERAS_BACKEND=jax python tests/keras_suite --optimizer=both --variants=2
 KERAS_BACKEND=jax python tests/keras_suite --optimizer=none -k test_fit
 
 All other arguments go to pytest. Paths are relative to Keras' installation.
