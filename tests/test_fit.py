@@ -507,8 +507,8 @@ def test_moving_average_and_swap():
     model, plain = compiled(all_arms(sgd(**kwargs))), compiled(sgd(**kwargs))
 
     def train(model, swap_on_epoch):
-        # On JAX a second `fit` of Keras fails too, because the first one leaves a weight
-        # and its average in one buffer.
+        # On JAX a second `fit` of Keras fails too: the first leaves a weight and its
+        # average in one buffer.
         model.set_weights(model.get_weights())
         callback = keras.callbacks.SwapEMAWeights(swap_on_epoch=swap_on_epoch)
         return fit(model, validation_data=(X, Y), callbacks=[callback])
