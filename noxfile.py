@@ -52,8 +52,8 @@ OF_NEXT = ("tests/test_private_names.py",)
 # Arguments of Keras' tests. `fewest` is the number of tests that must take our step. On
 # PyTorch, which traces and compiles nothing, all variants of a test run.
 KERAS_TESTS = {
-    "jax": ("--variants=2", "--fewest=1"),
-    "tensorflow": ("--variants=2", "--fewest=1"),
+    "jax": ("--variants=2", "--fewest=213"),
+    "tensorflow": ("--variants=2", "--fewest=227"),
     "torch": ("--fewest=253",),
 }
 
