@@ -19,6 +19,7 @@ import zoo
 from keras import ops
 from matrix import row
 from replay import Replay
+from zoo import EAGER
 
 import keras_slsam
 
@@ -28,8 +29,6 @@ TINY = 1e-9
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(16, 5)).astype("float32")
 Y = RNG.integers(0, 3, 16)
-# For references: a few eager steps cost less than a trace on TensorFlow, not on JAX.
-EAGER = {"run_eagerly": BACKEND == "tensorflow"}
 
 
 def make_model(dtype=None):

@@ -5,12 +5,11 @@ import numpy as np
 import pytest
 from keras import ops
 from replay import Replay
+from zoo import EAGER
 
 import keras_slsam
 from keras_slsam import samplers
 
-# TensorFlow traces a step for longer than it runs it eagerly, so references are eager.
-EAGER = {"run_eagerly": keras.config.backend() == "tensorflow"}
 SHAPES = [(3, 4), (2,), (5, 2)]
 MASKS = [
     [1, 0, 1],

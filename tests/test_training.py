@@ -10,14 +10,13 @@ import zoo
 from keras import ops
 from matrix import row
 from replay import Replay
+from zoo import EAGER
 
 import keras_slsam
 from keras_slsam.gradients import backend
 
 BACKEND = keras.config.backend()
 TINY = 1e-9
-# TensorFlow traces a step for longer than it runs it eagerly, so references are eager.
-EAGER = {"run_eagerly": BACKEND == "tensorflow"}
 ARMS = "variable" if BACKEND == "torch" else "layer"  # fewer to trace
 
 
