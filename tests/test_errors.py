@@ -306,6 +306,7 @@ def test_jit_compile_on_torch(method):
         fit(model, method("sgd"), jit_compile=True)
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="does not depend on the backend")
 def test_an_unsupported_backend_is_refused():
     import pathlib
     import subprocess

@@ -37,8 +37,8 @@ def assert_inactive_arms_are_not_exchanged(method, found):
 
 def assert_exchanges_have_one_order(method, found):
     # Each but the first waits for the one before it, so timing does not matter. In each
-    # pass of SL-SAM the five arms have one each.
-    fewest = {"sam": 1, "slsam": 10, "sl+s2": 5}[method]
+    # pass of SL-SAM the four arms have one each.
+    fewest = {"sam": 1, "slsam": 8, "sl+s2": 4}[method]
     assert found["waits"].all() and len(found["waits"]) >= fewest
 
 
@@ -90,7 +90,7 @@ def test_two_processes_and_a_killed_one(tmp_path):
     for rank in range(2):
         errors = {k: str(v) for k, v in load(tmp_path, "errors", rank).items()}
         assert "keras_slsam is 0.0.1 in process 1, 0.0.0 in" in errors["version"]
-        assert "`trainable_variables[3]` is (8, 16) float32" in errors["weights"]
+        assert "`trainable_variables[3]` is (16, 8) float32" in errors["weights"]
         assert "ascent_fraction=0.5" in errors["part"]
         assert "jax_cpu_enable_async_dispatch=True" in errors["dispatch"]
         assert "1 of 2 devices" in errors["alone"]

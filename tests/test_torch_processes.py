@@ -62,7 +62,7 @@ def assert_other_state_is_the_same(folder):
 def assert_what_would_drift_apart_is_refused(folder):
     for errors in of(folder, "errors", 2):
         errors = {name: str(error) for name, error in errors.items()}
-        assert "`trainable_variables[3]` is (8, 16) float32" in errors["weights"]
+        assert "`trainable_variables[3]` is (16, 8) float32" in errors["weights"]
         assert "in process 1" in errors["weights"]
         assert "`rho` is 0.2 in process 1, 0.1 in process 0" in errors["rho"]
         assert "the optimizer is SLSAM in process 1, SAM in" in errors["method"]

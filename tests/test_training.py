@@ -129,9 +129,9 @@ def test_fit_with_inactive_arms(name):
             np.testing.assert_array_equal(old, ops.convert_to_numpy(variable))
 
 
-COMPILED = [("attention", False), ("lstm", False), ("tied", True)]
-if BACKEND == "tensorflow":  # JAX compiles convolutions in the tests above
-    COMPILED.append(("convolution", True))
+COMPILED = [("lstm", False), ("tied", True)]
+if BACKEND == "tensorflow":  # JAX compiles the others in the tests above
+    COMPILED += [("attention", False), ("convolution", True)]
 
 
 @pytest.mark.parametrize(("name", "single_step"), COMPILED)
@@ -658,7 +658,7 @@ def test_the_compiled_step_grows_in_proportion_to_the_depth(method):
         program = step.lower(state).compile()
         return program.as_text().count("\n")
 
-    sizes = [size(depth) for depth in (4, 8, 16)]
+    sizes = [size(depth) for depth in (3, 6, 12)]
     assert sizes[2] - sizes[1] < 2.2 * (sizes[1] - sizes[0])
 
 

@@ -1,7 +1,7 @@
 """Takes steps of SL-SAM with the package's own draws, on any backend.
 
-python trajectory.py resume FOLDER FILE    resumes from the checkpoints in FOLDER
-python trajectory.py all FOLDER FILE       also takes twenty steps of each kind
+python trajectory.py THEIRS OWN    resumes from the checkpoints in the folder THEIRS,
+    takes steps of each kind, and writes checkpoints and all results into the folder OWN
 """
 
 import pathlib
@@ -84,21 +84,19 @@ def train(model, first=0, steps=STEPS):
     return {"masks": np.stack(masks), "weights": weights}
 
 
-def run_all(folder=None):
+def run_all(folder):
     """Takes twenty steps of each kind.
 
-    Args:
-        folder: Path for checkpoints after these steps. If given, the kinds with a
-            checkpoint take twenty more steps.
+    The kinds with a checkpoint write it into the folder, and take twenty more steps.
     """
     results = {}
     for kind in KINDS:
         model = start(kind)
         results[kind] = train(model)
-        if folder and kind in CHECKPOINTS:
+        if kind in CHECKPOINTS:
             file = folder / CHECKPOINTS[kind]
             model.save(file) if file.suffix == ".keras" else model.save_weights(file)
-            results[f"{kind}, resumed"] = train(model, first=STEPS)
+            results[f"{kind}, later"] = train(model, first=STEPS)
     return results
 
 
@@ -118,12 +116,10 @@ def resume(folder):
 
 
 if __name__ == "__main__":
-    task, folder, file = sys.argv[1:]
-    results = resume(pathlib.Path(folder))
-    if task == "all":
-        results.update(run_all())
+    theirs, own = map(pathlib.Path, sys.argv[1:])
+    results = {**resume(theirs), **run_all(own)}
     np.savez(
-        file,
+        own / "results.npz",
         **{
             f"{kind}: {key}": value
             for kind, result in results.items()
