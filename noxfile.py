@@ -50,8 +50,8 @@ OF_MINIMA = (
 # Tests of names that the next versions of other packages may change.
 OF_NEXT = ("tests/test_private_names.py",)
 # Arguments of Keras' tests. `fewest` is the number of tests that must take our step. On
-# PyTorch, which traces and compiles nothing, all variants of a test run. TensorFlow, which
-# traces longest, leaves out the callbacks, whose code is the same on all backends.
+# PyTorch, which traces and compiles nothing, all variants of a test run. TensorFlow,
+# which traces longest, leaves out callbacks, whose code is the same on all backends.
 KERAS_TESTS = {
     "jax": ("--variants=2", "--fewest=213"),
     "tensorflow": ("--variants=2", "--fewest=170", "--ignore=keras/src/callbacks"),
