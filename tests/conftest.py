@@ -1,10 +1,13 @@
-"""Fixtures for all tests. KERAS_BACKEND selects the backend."""
+"""Fixtures for all tests. KERAS_BACKEND selects the backend.
+
+The process that hands out the tests to others imports this module too. So that they
+start sooner, functions import Keras, which takes seconds.
+"""
 
 import gc
+import os
 
-import keras
 import pytest
-from keras.src.backend.common import dtypes
 
 # Programs, which change the settings of JAX and TensorFlow.
 collect_ignore = ["jax_devices.py", "tensorflow_replicas.py"]
@@ -12,7 +15,7 @@ collect_ignore = ["jax_devices.py", "tensorflow_replicas.py"]
 # tests fill both workers until the end.
 FIRST = ("jax_devices", "tensorflow_replicas", "torch_processes", "several_devices")
 
-if keras.config.backend() == "tensorflow":
+if os.environ.get("KERAS_BACKEND") == "tensorflow":
     # Tracing makes many objects, and the search for garbage took a fifth of the time.
     gc.set_threshold(100_000, 50, 100)
 
@@ -24,6 +27,9 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def float64(monkeypatch):
     """Computes everything in float64, like the golden trajectories."""
+    import keras
+    from keras.src.backend.common import dtypes
+
     # Because of this table, `keras.ops` computes float64 in float32 on JAX and PyTorch.
     # Keras has no public switch for it.
     monkeypatch.setitem(dtypes.BIT64_TO_BIT32_DTYPE, "float64", "float64")
@@ -42,6 +48,8 @@ def float64(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def fixed_seed():
+    import keras
+
     keras.utils.set_random_seed(0)
 
 
@@ -49,6 +57,8 @@ class CompileStep:
     """Compiles a function of tensors as the backend's `fit` would."""
 
     def __call__(self, function, variables=()):
+        import keras
+
         backend = keras.config.backend()
         if backend == "tensorflow":
             import tensorflow as tf
@@ -60,6 +70,8 @@ class CompileStep:
 
     def traces(self, function):
         """Returns the number of traces of a compiled function, 0 on PyTorch."""
+        import keras
+
         backend = keras.config.backend()
         if backend == "tensorflow":
             return function.experimental_get_tracing_count()
@@ -67,6 +79,7 @@ class CompileStep:
 
     def _jit(self, function, variables):
         import jax
+        import keras
 
         traces = [0]
 

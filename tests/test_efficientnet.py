@@ -99,7 +99,7 @@ def test_the_converted_network_equals_pytorch():
     network = EfficientNetLite0().eval()
     network.load_state_dict(weights)
     # Recognising the photographs takes the full size, which takes long on JAX.
-    size = 224 if keras.config.backend() == "torch" else 96
+    size = 224 if keras.config.backend() == "torch" else 64
     images = photographs(size)
     scaled = (torch.tensor(images).permute(0, 3, 1, 2).float() - 127.0) / 128.0
     with torch.no_grad():

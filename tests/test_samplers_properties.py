@@ -22,7 +22,7 @@ ALL = keras.config.backend() == "torch"  # other backends compile for each size
 # Each run has the same examples. There is no deadline, because the first example of
 # each size compiles.
 examples = hypothesis.settings(
-    max_examples=50 if ALL else 25, derandomize=True, deadline=None, database=None
+    max_examples=50 if ALL else 15, derandomize=True, deadline=None, database=None
 )
 CASES = [(1, 0.3), (9, 0.3), (9, 1.0), (10_000, 0.02)]
 if ALL:
