@@ -212,7 +212,11 @@ def main():
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     add("--seeds", nargs="+", type=int, default=[0])
     add("--learning-rate", type=float, help="default: by model")
-    add("--sparse-learning-rate", type=float, help="of SL-SAM; default: by model")
+    add(
+        "--sparse-learning-rate",
+        type=float,
+        help="of sparse methods; default: by model",
+    )
     add("--rho", type=float, help="radius of the training; default: by model")
     add("--active-fraction", type=float, default=0.2)
     add("--label-noise", type=float, default=0.0, help="share of wrong labels")

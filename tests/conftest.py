@@ -1,7 +1,7 @@
 """Fixtures for all tests. KERAS_BACKEND selects the backend.
 
-The process that hands out the tests to others imports this module too. So that they
-start sooner, functions import Keras, which takes seconds.
+The process that hands out the tests to others imports this module too. Functions import
+Keras, which takes seconds, so that the other processes start sooner.
 """
 
 import gc

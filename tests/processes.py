@@ -323,6 +323,7 @@ def small(kind, take_steps=take_small_steps, **kwargs):
     elif kind == "scalar":
         hidden = Scalar()
     elif kind == "accumulated":
+        hidden = keras.Sequential([hidden, layers.LayerNormalization()])
         optimizer = keras_slsam.SLSAM(
             sgd(0.1, gradient_accumulation_steps=2),
             active_fraction=0.5,

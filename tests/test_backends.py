@@ -10,7 +10,7 @@ import pytest
 import trajectory
 
 if keras.config.backend() == "torch":
-    pytest.skip("JAX and TensorFlow are compared with it", allow_module_level=True)
+    pytest.skip("JAX and TensorFlow are compared with PyTorch", allow_module_level=True)
 
 
 def on_torch(theirs, own):

@@ -98,7 +98,8 @@ def test_the_converted_network_equals_pytorch():
     weights = {name: torch.tensor(array) for name, array in lite0.read().items()}
     network = EfficientNetLite0().eval()
     network.load_state_dict(weights)
-    # Recognising the photographs takes the full size, which takes long on JAX.
+    # Only PyTorch has the full size, at which the photographs are recognised. It takes
+    # long on the others.
     size = 224 if keras.config.backend() == "torch" else 64
     images = photographs(size)
     scaled = (torch.tensor(images).permute(0, 3, 1, 2).float() - 127.0) / 128.0
