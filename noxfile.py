@@ -56,7 +56,7 @@ OF_NEXT = ("tests/test_private_names.py",)
 KERAS_TESTS = {
     "jax": ("--variants=2", "--fewest=213"),
     "tensorflow": (
-        *("--variants=2", "--fewest=112"),
+        *("--variants=2", "--fewest=116"),
         *("keras/src/models", "keras/src/saving", "keras/src/trainers"),
         "keras/src/optimizers/loss_scale_optimizer_test.py",
         "keras/src/optimizers/multi_optimizer_test.py",
