@@ -7,7 +7,7 @@ nox -s lint                     ruff and mypy
 nox -s docs                     the documentation site, in site/
 nox -s minima                   tests with the oldest versions in pyproject.toml
 
-`tests` installs the newest releases. At the end it tries pre-releases of Keras and JAX.
+`tests` installs the newest releases, and also tries pre-releases of Keras and JAX.
 A failure with these is only a warning.
 """
 
@@ -23,7 +23,6 @@ import nox
 nox.options.sessions = ["tests"]
 nox.options.reuse_existing_virtualenvs = True
 
-PARALLEL = ("--numprocesses=2", "--dist=worksteal")
 BACKENDS = ("jax", "tensorflow", "torch")
 # Most time of a short process is that of importing, so what Python compiles is kept.
 COMPILED = {"PYTHONDONTWRITEBYTECODE": None}
@@ -36,9 +35,7 @@ SETTINGS = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "XLA_FLAGS": "--xla_backend_optimization_level=0 "
     "--xla_cpu_use_fusion_emitters=false",
-}
-# Many tests compile the same programs.
-SHARED_COMPILATION = {
+    # Many tests compile the same programs, so JAX keeps them.
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
@@ -83,25 +80,29 @@ def tests(session):
     if session.posargs:
         install(session, *needs)
         run_tests(session)
-    else:
-        # The README's command leaves cores idle, so it runs beside all this.
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            quickstart = pool.submit(run_quickstart, session)
-            install(session, *needs)
-            check(session)
-            build_site(session)
-            try:
-                run_tests(session)
-            finally:
-                session.log(quickstart.result())
-        run_with_next_versions(session)
+        return
+    # Our tests leave cores idle now and then, so the rest runs beside them in a thread.
+    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as beside:
+        quickstart = beside.submit(run_quickstart, session)
+        install(session, *needs)
+        suites = [
+            beside.submit(run_keras_suite, session, backend) for backend in backends()
+        ]
+        following = beside.submit(run_with_next_versions, session)
+        check(session)
+        build_site(session)
+        try:
+            run_tests(session)
+        finally:
+            for each in (quickstart, *suites, following):
+                session.log(each.result())
 
 
 def run_tests(session):
-    for env in environments():
-        session.run("pytest", *PARALLEL, "--durations=10", *session.posargs, env=env)
-        if not session.posargs:
-            run_keras_suite(session, env)
+    arguments = "--numprocesses=2", "--dist=worksteal", "--durations=10"
+    for backend in backends():
+        env = environment(session, backend)
+        session.run("pytest", *arguments, *session.posargs, env=env)
 
 
 @nox.session
@@ -112,8 +113,10 @@ def minima(session):
     oldest = [need.replace(">=", "==") for need in needs]
     install(session, "-r", "requirements-cpu.txt", *oldest, "flax", "pytest")
     files = [f"tests/test_{name}.py" for name in OF_MINIMA]
-    for env in environments():
-        session.run("pytest", *files, *session.posargs, env=env)
+    for backend in backends():
+        session.run(
+            "pytest", *files, *session.posargs, env=environment(session, backend)
+        )
 
 
 @nox.session
@@ -151,48 +154,38 @@ def backends():
     return (chosen,) if chosen else BACKENDS
 
 
-def environments():
-    """Yields the environment of the tests on each backend."""
-    with tempfile.TemporaryDirectory() as cache:
-        for backend in backends():
-            yield {
-                **SETTINGS,
-                **SHARED_COMPILATION,
-                "JAX_COMPILATION_CACHE_DIR": cache,
-                "KERAS_BACKEND": backend,
-            }
+def environment(session, backend):
+    """Returns the environment of the tests on a backend."""
+    return {
+        **SETTINGS,
+        "JAX_COMPILATION_CACHE_DIR": str(session.cache_dir / "jax"),
+        "KERAS_BACKEND": backend,
+    }
 
 
-def run_keras_suite(session, env):
-    """Runs Keras' own tests with our step."""
-    chosen = "--optimizer=both", *KERAS_TESTS[env["KERAS_BACKEND"]]
-    session.run("python", "tests/keras_suite", *chosen, *PARALLEL, env=env)
+def run_keras_suite(session, backend):
+    """Runs Keras' own tests with our step. Returns their output."""
+    return session.run(
+        *("python", "tests/keras_suite", "--optimizer=both", *KERAS_TESTS[backend]),
+        silent=True,
+        env=environment(session, backend),
+    )
 
 
 def run_with_next_versions(session):
-    """Tests with pre-releases of Keras and JAX. If they fail, warns."""
+    """Tests with pre-releases of Keras and JAX. Returns the output, or warns."""
     with tempfile.TemporaryDirectory() as folder:
         into = ("--quiet", "--pre", "--no-deps", "--no-compile", "--target", folder)
         try:
-            installed = session.run_install(
-                "pip", "install", *into, "keras", "jax", "jaxlib"
+            session.run_install("pip", "install", *into, "keras", "jax", "jaxlib")
+            return "\n".join(
+                session.run(
+                    *("pytest", *OF_NEXT),
+                    silent=True,
+                    env={**environment(session, backend), "PYTHONPATH": folder},
+                )
+                for backend in backends()
             )
-            if not installed:
-                return  # nox was told to install nothing
-            env = {**SETTINGS, "PYTHONPATH": folder}
-            # These tests are shorter than an import, so each backend has one process.
-            with concurrent.futures.ThreadPoolExecutor() as pool:
-                running = {
-                    backend: pool.submit(
-                        session.run,
-                        *("pytest", *OF_NEXT),
-                        silent=True,
-                        env={**env, "KERAS_BACKEND": backend},
-                    )
-                    for backend in backends()
-                }
-            for backend, each in running.items():
-                session.log(f"{backend}: {each.result()}")
         except nox.command.CommandFailed:
             session.warn("The next versions of Keras and JAX need a look.")
 

@@ -65,7 +65,7 @@ def sparse(sampler, **kwargs):
 
 # Controls: AdamW, and what else is said to help. They have no radius. Methods with
 # "-ema" keep a moving average of the weights, with which they are evaluated, and
-# "adamw-ema-epoch" goes on from it after each epoch.
+# those with "-ema-epoch" go on from it after each epoch.
 CONTROLS = {
     "adamw": lambda base, *_: base,
     "adamw-smoothing": lambda base, *_: base,
@@ -80,6 +80,7 @@ DENSE = {
     "asam": dense(keras_slsam.SAM, adaptive=True),
     "sam-quarter": dense(keras_slsam.SAM, ascent_fraction=0.25),
     "s2sam": dense(keras_slsam.S2SAM),
+    "s2sam-ema-epoch": dense(keras_slsam.S2SAM),
     "as2sam": dense(keras_slsam.S2SAM, adaptive=True),
     "as2sam-ema": dense(keras_slsam.S2SAM, adaptive=True),
     "rst": lambda base, rho, _, seed: keras_slsam.RST(base, seed=seed, **rho),
@@ -92,6 +93,7 @@ SPARSE = {
     "slsam-quarter": sparse("proportional", ascent_fraction=0.25),
     "slsam-uniform": sparse("uniform"),
     "sl+s2": sparse("proportional", single_step=True),
+    "sl+s2-ema-epoch": sparse("proportional", single_step=True),
 }
 METHODS = {**CONTROLS, **DENSE, **SPARSE}
 WITHOUT_RADIUS = {*CONTROLS, "sparse-adamw"}
@@ -363,8 +365,8 @@ def run(method, rate, rho, fraction, seed, train, test, args):
                 shifted = data.read_texts(args.shifted)
                 record["robustness"]["shifted"] = robustness.accuracy(model, *shifted)
         if not record["complete"]:
-            goes_on_from_it = method == "adamw-ema-epoch" and place + 1 == args.parts
-            if ema and not goes_on_from_it:
+            goes_on = method.endswith("-ema-epoch") and place + 1 == args.parts
+            if ema and not goes_on:
                 weights.put_back()
             model.save_weights(checkpoint(len(points)))
         partial = file.with_suffix(".partial")  # a kill must not leave half a file
