@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
             add("--layers", type=_count, help="for bert and dense")
             add("--width", type=_count, help="for bert and dense")
             every = list(models.METHODS)
-            usual = [name for name in every if name not in models.CALLBACKS]
+            usual = [name for name in every if name not in models.OPTIONAL]
             add("--methods", nargs="+", choices=every, default=usual, metavar="METHOD")
         if name == "time":
             add("--flop-steps", type=int, default=3, help="steps whose FLOPs to count")

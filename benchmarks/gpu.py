@@ -20,9 +20,9 @@ TEST = pathlib.Path(__file__).parents[1] / "tests" / "test_golden.py"
 SHORT = "--rounds 3 --steps 5"
 MEASUREMENTS = {
     "time": f"time {SHORT} --flop-steps 0",
-    # All arms are active, so what differs from SAM is the cost of the conditions.
-    "conditions": f"time {SHORT} --flop-steps 0 --active-fraction 1 "
-    "--methods SAM SL-SAM 'SL-SAM block'",
+    # What differs from SAM is the cost of the conditions, and of drawing the arms.
+    "conditions": f"time {SHORT} --flop-steps 0 "
+    "--methods SAM 'SL-SAM, every arm' 'SL-SAM block, every arm'",
     "memory": "memory --steps 2",
 }
 

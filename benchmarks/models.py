@@ -11,6 +11,7 @@ import keras
 import numpy as np
 
 import keras_slsam
+from keras_slsam import samplers
 
 CLASSES = 2
 RHO = 0.05  # of the tutorials, as our default
@@ -27,6 +28,15 @@ class Model(typing.NamedTuple):
     sizes: dict[str, int]
 
 
+class EveryArm(samplers.Uniform):
+    """Draws all arms, in a step with the conditions of uniform draws."""
+
+    def __init__(self, active_fraction, seed):
+        # A schedule, since of a constant mask a graph would have no conditions.
+        super().__init__(lambda draw: 1.0, seed)
+        self.min_probability = active_fraction
+
+
 # The class of a dense optimizer, or arguments of SL-SAM.
 METHODS = {
     "AdamW": None,
@@ -39,12 +49,16 @@ METHODS = {
     "SL+S2 block": {"arms": "block", "single_step": True},
     "SAM + ArmLogger": keras_slsam.SAM,
     "SAM + SharpnessLogger": keras_slsam.SAM,
+    "SL-SAM, every arm": {"arms": "variable", "sampler": EveryArm},
+    "SL-SAM block, every arm": {"arms": "block", "sampler": EveryArm},
 }
-# The callback with which a method trains. These are measured only when asked for.
+# The callback with which a method trains.
 CALLBACKS = {
     "SAM + ArmLogger": keras_slsam.callbacks.ArmLogger,
     "SAM + SharpnessLogger": keras_slsam.callbacks.SharpnessLogger,
 }
+# Measured only when asked for.
+OPTIONAL = {*CALLBACKS, "SL-SAM, every arm", "SL-SAM block, every arm"}
 
 
 def set_sizes(args: argparse.Namespace) -> None:
@@ -76,9 +90,8 @@ def prepare(name: str, args: argparse.Namespace) -> keras.Model:
         tutorial = importlib.import_module(f"benchmarks.tutorial.{backend}")
         model.train_step = functools.partial(tutorial.train_step, model, RHO)
     elif isinstance(method, dict):
-        # With uniform draws, every step costs the same on average.
-        draws = {"sampler": "uniform", "active_fraction": args.active_fraction}
-        optimizer = keras_slsam.SLSAM(optimizer, seed=args.seed, **draws, **method)
+        chosen = {**method, "sampler": sampler(name, args)}
+        optimizer = keras_slsam.SLSAM(optimizer, **chosen)
     elif method:
         optimizer = method(optimizer)
     if method:
@@ -90,6 +103,12 @@ def prepare(name: str, args: argparse.Namespace) -> keras.Model:
         jit_compile=JIT_COMPILE[args.jit_compile],
     )
     return model
+
+
+def sampler(name: str, args: argparse.Namespace) -> samplers.Sampler:
+    """Returns the sampler of SL-SAM. With uniform draws, all steps cost the same."""
+    kind = METHODS[name].get("sampler", samplers.Uniform)
+    return kind(args.active_fraction, seed=args.seed)
 
 
 def data(args: argparse.Namespace, count: int):

@@ -20,7 +20,6 @@ from benchmarks import cells
 from benchmarks import models
 from benchmarks import probes
 from benchmarks import process
-from keras_slsam import samplers
 
 # The methods that all methods are compared with.
 BASES = ("AdamW", "tutorial SAM", "SAM")
@@ -122,7 +121,7 @@ def of_models(prepared: dict, args: argparse.Namespace) -> dict:
         found[name] = {
             **_summary(logs[name].steps, args.rounds, traced[name]),
             "arms": arms,
-            "active_share": arms and float(timed_masks(arms, args).mean()),
+            "active_share": arms and float(timed_masks(name, arms, args).mean()),
             "traces": len(traces[name]) or None,
             "flops": list(flops),
         }
@@ -168,12 +167,12 @@ def ratio(above: dict, below: dict) -> dict:
     }
 
 
-def timed_masks(num_arms: int, args: argparse.Namespace) -> np.ndarray:
+def timed_masks(name: str, num_arms: int, args: argparse.Namespace) -> np.ndarray:
     """Returns the masks of the steps that count, drawn again with the same seed.
 
     They are a boolean array of shape `(rounds, steps, num_arms)`.
     """
-    sampler = samplers.Uniform(args.active_fraction, seed=args.seed)
+    sampler = models.sampler(name, args)
     sampler.build(num_arms)
     turns = args.rounds + 1, args.steps + 1
     drawn = [keras.ops.convert_to_numpy(sampler.draw()) for _ in np.ndindex(turns)]

@@ -159,11 +159,16 @@ def test_masks_and_conditions_of_a_step():
     for step in np.ndindex(turns.shape[:2]):
         step_time.fit(model, x, y, args.batch)
         turns[step] = keras.ops.convert_to_numpy(model.optimizer.active)
-    again = step_time.timed_masks(num_arms, args)
+    again = step_time.timed_masks("SL-SAM", num_arms, args)
     np.testing.assert_array_equal(again, turns[1:, 1:])
 
     count = probes.conditions(model, x, y)
     assert count is None if BACKEND == "torch" else count > num_arms
+    # With all arms active, a step has the same conditions.
+    every = models.prepare("SL-SAM, every arm", args)
+    step_time.fit(every, x, y, args.batch)
+    assert probes.conditions(every, x, y) == count
+    assert keras.ops.convert_to_numpy(every.optimizer.active).all()
 
 
 def test_scale(tmp_path, monkeypatch):
