@@ -202,7 +202,7 @@ def train(folder, kind):
             for variable in model.optimizer.variables
             if "model" in variable.value.sharding.spec
         ]
-        if kind == "data 2":
+        if kind == "data 2" or (kind, method) == ("model", "slsam"):
             arms = model.optimizer.arms
             found["sizes"] = [4 * sum(np.prod(v.shape) for v in arm) for arm in arms]
             text = compiled_step(model, mesh)
@@ -311,7 +311,7 @@ def die_or_wait(folder, model, rank):
         processes.train(model, 0, 1000)
     except ValueError as error:
         print(f"an error: {error}", flush=True)
-        os._exit(1)  # at a usual exit JAX waits a minute for the killed process
+        os._exit(1)  # at a usual exit JAX waits 100 s for the killed process
 
 
 def scenario_killed(folder):

@@ -66,6 +66,31 @@ def train(model, first=0, steps=STEPS):
     for step in range(first, first + steps):
         model.train_on_batch(*part_of_batch(step))
         masks.append(keras.ops.convert_to_numpy(model.optimizer.active))
+    return found(model, masks)
+
+
+class Masks(keras.callbacks.Callback):
+    """The masks of all steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.masks = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        active = self.model.optimizer.active
+        self.masks.append(keras.ops.convert_to_numpy(active))
+
+
+def fit(model, batches):
+    """Returns what `train` returns."""
+    x, y = (np.concatenate(each) for each in zip(*batches))
+    masks = Masks()
+    size = len(x) // len(batches)
+    model.fit(x, y, size, shuffle=False, verbose=0, callbacks=[masks])
+    return found(model, masks.masks)
+
+
+def found(model, masks):
     weights = np.concatenate([w.ravel() for w in model.get_weights()])
     return {"masks": np.stack(masks), "weights": weights}
 
@@ -153,7 +178,7 @@ def assert_same(found, expected, tolerance, first=0):
 def assert_another_backend_goes_on(folder, backend):
     """Loads a model that several devices saved on one device of another backend."""
     run(1, __file__, "other_backend", folder, backend=backend)
-    found = dict(np.load(folder / "other backend-0.npz"))
+    found = read(folder, "other backend")
     assert_same(found, alone("slsam"), 1e-5, first=5)
 
 
@@ -197,6 +222,10 @@ def write(folder, name, values):
     np.savez(folder / f"{name}-{RANK}.npz", **values)
 
 
+def read(folder, name, rank=0):
+    return dict(np.load(folder / f"{name}-{rank}.npz"))
+
+
 def exchanged_by_adamw():
     """Returns the bytes that a step of `DistributedDataParallel` exchanges."""
     import torch
@@ -237,6 +266,23 @@ def scenario_train(folder):
         found.update(exchanged=sum(exchanged), sizes=sizes)
         write(folder, method, found)
     distributed.all_reduce = exchange
+
+
+def scenario_fit_and_loop(folder):
+    """Trains by `fit`, and in a loop with exchanges in several pieces."""
+    import torch
+
+    from keras_slsam.gradients import torch_processes
+
+    batches = [part_of_batch(step) for step in range(STEPS)]
+    write(folder, "fit", fit(make_model("slsam"), batches))
+    model, masks = make_model("slsam"), []
+    usual, torch_processes._BUCKET = torch_processes._BUCKET, 500
+    for batch in batches:
+        keras_slsam.step(model, model.optimizer, tuple(map(torch.as_tensor, batch)))
+        masks.append(keras.ops.convert_to_numpy(model.optimizer.active))
+    torch_processes._BUCKET = usual
+    write(folder, "loop", found(model, masks))
 
 
 def use_float64():
@@ -466,6 +512,7 @@ def scenario_restored(folder):
 
 def scenario_all(folder):
     scenario_train(folder)
+    scenario_fit_and_loop(folder)
     scenario_small(folder)
     scenario_refused(folder)
     model = scenario_restored(folder)

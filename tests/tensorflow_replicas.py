@@ -39,32 +39,6 @@ def built(strategy, method):
     return model
 
 
-class Masks(keras.callbacks.Callback):
-    """The masks of all steps."""
-
-    def __init__(self):
-        super().__init__()
-        self.masks = []
-
-    def on_train_batch_end(self, batch, logs=None):
-        active = self.model.optimizer.active
-        self.masks.append(keras.ops.convert_to_numpy(active))
-
-
-def fit(model, batches):
-    """Returns what `processes.train` returns."""
-    x, y = (np.concatenate(each) for each in zip(*batches))
-    masks = Masks()
-    size = len(x) // len(batches)
-    model.fit(x, y, size, shuffle=False, verbose=0, callbacks=[masks])
-    return found(model, masks.masks)
-
-
-def found(model, masks):
-    weights = np.concatenate([w.ravel() for w in model.get_weights()])
-    return {"masks": np.stack(masks), "weights": weights}
-
-
 def whole_batches(steps=processes.STEPS):
     return [processes.part_of_batch(step, 0, 1) for step in range(steps)]
 
@@ -85,7 +59,7 @@ def run(strategy, model, *batches):
     for batch in batches:
         step(batch)
         masks.append(keras.ops.convert_to_numpy(model.optimizer.active))
-    return found(model, masks)
+    return processes.found(model, masks)
 
 
 def take_steps(strategy, model, first=0, steps=processes.STEPS):
@@ -147,14 +121,14 @@ def scenario_mirrored(folder):
         for method in processes.METHODS:
             counts.update(inside=0, outside=0)
             model = built(mirrored(replicas), method)
-            early = fit(model, whole_batches()[:5])
+            early = processes.fit(model, whole_batches()[:5])
             if (replicas, method) == (4, "slsam"):
                 model.save(folder / "model.keras")
                 with mirrored(2).scope():
                     other = processes.load(folder / "one.keras")
-                late = fit(other, whole_batches()[5:])
+                late = processes.fit(other, whole_batches()[5:])
                 processes.write(folder, "from one", late)
-            late = fit(model, whole_batches()[5:])
+            late = processes.fit(model, whole_batches()[5:])
             late["masks"] = np.concatenate([early["masks"], late["masks"]])
             processes.write(folder, f"{replicas}-{method}", {**late, **counts})
 
@@ -192,7 +166,8 @@ def train_pair(strategy):
 def scenario_small(folder):
     strategy = mirrored(2)
     one = tf.distribute.MirroredStrategy(DEVICES[3:])  # other devices work too
-    processes.write(folder, "one", fit(built(one, "slsam"), whole_batches(3)))
+    few = processes.fit(built(one, "slsam"), whole_batches(3))
+    processes.write(folder, "one", few)
     with strategy.scope():
         results = {kind: processes.small(kind, processes.fit_small) for kind in SMALL}
     processes.write(folder, "small", results)
@@ -228,6 +203,12 @@ def scenario_small(folder):
             model = processes.make_model("sam")
         take_steps(strategy, model, 0, 1)
 
+    def overwritten():
+        base = keras.optimizers.SGD(use_ema=True, ema_overwrite_frequency=2)
+        with strategy.scope():
+            model = processes.small_model(keras_slsam.SAM(base))
+        processes.fit_small(model, 1, None)
+
     def of_another_kind():
         other = tf.distribute.experimental.CentralStorageStrategy(DEVICES[:2])
         take_steps(other, built(other, "sam"), 0, 1)
@@ -239,6 +220,7 @@ def scenario_small(folder):
         "unbuilt": error_of(unbuilt),
         "metric": error_of(with_metric),
         "synchronized": error_of(synchronized),
+        "overwritten": error_of(overwritten),
         "kind": error_of(of_another_kind),
     }
     processes.write(folder, "errors", errors)

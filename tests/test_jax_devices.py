@@ -13,10 +13,6 @@ if keras.config.backend() != "jax":
 SCRIPT = pathlib.Path(__file__).with_name("jax_devices.py")
 
 
-def load(folder, name, rank=0):
-    return dict(np.load(folder / f"{name}-{rank}.npz"))
-
-
 def end_after_death(rank, scenario, folder):
     return processes.end_after_death(rank, 30, folder, SCRIPT, scenario, timeout=400)
 
@@ -42,6 +38,16 @@ def assert_exchanges_have_one_order(method, found):
     assert found["waits"].all() and len(found["waits"]) >= fewest
 
 
+def assert_inactive_shards_are_not_exchanged(found):
+    # A device has half of the gradients of "hidden", with the bias, and half of the
+    # kernel of "narrow". The other exchanges are those of activations.
+    _, hidden, narrow, head = found["sizes"]
+    halves = hidden / 2, (narrow - 32) / 2 + 32
+    inside = found["inside"].tolist()
+    assert halves == (288, 288) and inside.count(288) == 2 * 2
+    assert inside.count(head) == 2
+
+
 def assert_state_is_sharded_like_its_weights(method, found):
     of_hidden = {path.split("hidden_kernel_")[-1] for path in found["sharded"]}
     assert {"momentum", "velocity"} <= of_hidden
@@ -53,28 +59,32 @@ def test_devices_take_the_steps_of_one(tmp_path, request):
     processes.save_one(tmp_path)
     processes.run(1, SCRIPT, "devices", tmp_path, timeout=400)
     expected = processes.alone("slsam")
-    processes.assert_same(load(tmp_path, "from one"), expected, 1e-5, first=5)
+    processes.assert_same(processes.read(tmp_path, "from one"), expected, 1e-5, first=5)
     for method in processes.METHODS:
         expected = processes.alone(method)
-        found = load(tmp_path, f"data 2-{method}")
+        found = processes.read(tmp_path, f"data 2-{method}")
         processes.assert_same(found, expected, 1e-5)
         assert_inactive_arms_are_not_exchanged(method, found)
         assert_exchanges_have_one_order(method, found)
-        parallel = load(tmp_path, f"model-{method}")
+        parallel = processes.read(tmp_path, f"model-{method}")
         processes.assert_same(parallel, expected, 1e-5)
         assert_state_is_sharded_like_its_weights(method, parallel)
-    adamw = load(tmp_path, "adamw")
+        if method == "slsam":
+            assert_inactive_shards_are_not_exchanged(parallel)
+    adamw = processes.read(tmp_path, "adamw")
     assert not adamw["inside"].size and adamw["outside"] == found["sizes"].sum() + 4
-    for waits in load(tmp_path, "order").values():
+    for waits in processes.read(tmp_path, "order").values():
         assert waits.all() and len(waits) > 15
-    for kind, found in load(tmp_path, "small").items():
+    for kind, found in processes.read(tmp_path, "small").items():
         tolerance = {"scalar": 1e-3, "mixed": 2e-3}.get(kind, 1e-6)  # in 16 bits
         np.testing.assert_allclose(found, processes.small(kind), 1e-5, tolerance)
 
     request.getfixturevalue("float64")
     for method in processes.METHODS:
         expected = processes.alone(method)
-        processes.assert_same(load(tmp_path, f"data 4-{method}"), expected, 1e-10)
+        processes.assert_same(
+            processes.read(tmp_path, f"data 4-{method}"), expected, 1e-10
+        )
 
 
 def test_two_processes_and_a_killed_one(tmp_path):
@@ -83,19 +93,21 @@ def test_two_processes_and_a_killed_one(tmp_path):
     for method in processes.METHODS:
         expected = processes.alone(method)
         for rank in range(2):
-            found = load(tmp_path, f"processes-{method}", rank)
+            found = processes.read(tmp_path, f"processes-{method}", rank)
             processes.assert_same(found, expected, 1e-5)
             if method == "slsam":  # it has the most
                 assert_exchanges_have_one_order(method, found)
     for rank in range(2):
-        errors = {k: str(v) for k, v in load(tmp_path, "errors", rank).items()}
+        errors = {
+            k: str(v) for k, v in processes.read(tmp_path, "errors", rank).items()
+        }
         assert "keras_slsam is 0.0.1 in process 1, 0.0.0 in" in errors["version"]
         assert "`trainable_variables[3]` is (16, 8) float32" in errors["weights"]
         assert "ascent_fraction=0.5" in errors["part"]
         assert "jax_cpu_enable_async_dispatch=True" in errors["dispatch"]
         assert "1 of 2 devices" in errors["alone"]
         assert "ModelParallel" in errors["model"]
-        backed_up = load(tmp_path, "backed up", rank)
+        backed_up = processes.read(tmp_path, "backed up", rank)
         assert backed_up["epochs"].tolist() == [1, 2]
         np.testing.assert_allclose(
             backed_up["resumed"], backed_up["whole"], rtol=0, atol=1e-6
@@ -105,7 +117,7 @@ def test_two_processes_and_a_killed_one(tmp_path):
     assert re.search("an error: .*Gloo", output), output
     expected = processes.alone("slsam")
     for rank in range(2):
-        resumed = load(tmp_path, "resumed", rank)
+        resumed = processes.read(tmp_path, "resumed", rank)
         processes.assert_same(resumed, expected, 1e-5, first=5)
     one = processes.train_on(processes.load(tmp_path / "model-0.keras"))
     processes.assert_same(one, expected, 1e-5, first=5)

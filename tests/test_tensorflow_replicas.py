@@ -22,20 +22,16 @@ def end_after_death(rank, scenario, folder):
     return processes.end_after_death(rank, 30, folder, SCRIPT, scenario, timeout=400)
 
 
-def load(folder, name, rank=0):
-    return dict(np.load(folder / f"{name}-{rank}.npz"))
-
-
 # Few tests, because starting processes takes longer than the steps.
 def test_mirrored_replicas(tmp_path, request):
     processes.save_one(tmp_path)
     run(1, "mirrored", tmp_path)
     expected = processes.alone("slsam")
-    processes.assert_same(load(tmp_path, "from one"), expected, 1e-5, first=5)
+    processes.assert_same(processes.read(tmp_path, "from one"), expected, 1e-5, first=5)
     for method in processes.METHODS:
         expected = processes.alone(method)
-        processes.assert_same(load(tmp_path, f"4-{method}"), expected, 1e-5)
-    adamw = load(tmp_path, "adamw")["exchanged"]
+        processes.assert_same(processes.read(tmp_path, f"4-{method}"), expected, 1e-5)
+    adamw = processes.read(tmp_path, "adamw")["exchanged"]
     assert adamw == expected["weights"].nbytes
     # The state of several replicas goes on with one.
     one = processes.train_on(processes.load(tmp_path / "model.keras"))
@@ -44,7 +40,10 @@ def test_mirrored_replicas(tmp_path, request):
 
     request.getfixturevalue("float64")
     for method in processes.METHODS:
-        found, expected = load(tmp_path, f"2-{method}"), processes.alone(method)
+        found, expected = (
+            processes.read(tmp_path, f"2-{method}"),
+            processes.alone(method),
+        )
         processes.assert_same(found, expected, 1e-10)
         # A compiled step has the exchanges of all arms. Those of arms that may be
         # inactive are in conditions.
@@ -57,21 +56,24 @@ def test_mirrored_replicas(tmp_path, request):
 
 def test_other_state_and_refusals(tmp_path):
     run(1, "small", tmp_path)
-    for kind, found in load(tmp_path, "small").items():
+    for kind, found in processes.read(tmp_path, "small").items():
         tolerance = {"scalar": 1e-4, "mixed": 2e-3}.get(kind, 1e-6)  # in 16 bits
         expected = processes.small(kind, processes.fit_small, **EAGER)
         np.testing.assert_allclose(found, expected, 1e-5, tolerance)
-    pair = load(tmp_path, "pair")
+    pair = processes.read(tmp_path, "pair")
     np.testing.assert_allclose(pair["both"], pair["alone"], rtol=1e-5, atol=1e-6)
     few = processes.train(processes.make_model("slsam"), 0, 3)
-    processes.assert_same(load(tmp_path, "one"), few, 1e-5)
-    errors = {name: str(error) for name, error in load(tmp_path, "errors").items()}
+    processes.assert_same(processes.read(tmp_path, "one"), few, 1e-5)
+    errors = {
+        name: str(error) for name, error in processes.read(tmp_path, "errors").items()
+    }
     assert "`model.test_on_batch(x, y)`" in errors["metric"]
     assert "`synchronized=True`" in errors["synchronized"]
     assert "`with strategy.scope():`" in errors["outside"]
     assert "run_eagerly=True" in errors["eager"]
     assert "jit_compile=True" in errors["jit"]
     assert "`optimizer.build(model.trainable_variables)`" in errors["unbuilt"]
+    assert "`ema_overwrite_frequency`" in errors["overwritten"]
     assert "CentralStorageStrategy" in errors["kind"]
 
 
@@ -81,10 +83,12 @@ def test_workers_and_a_killed_one(tmp_path):
     for method in processes.METHODS:
         expected = processes.alone(method)
         for rank in range(2):
-            found = load(tmp_path, f"workers-{method}", rank)
+            found = processes.read(tmp_path, f"workers-{method}", rank)
             processes.assert_same(found, expected, 1e-5)
     for rank in range(2):
-        errors = {k: str(v) for k, v in load(tmp_path, "errors", rank).items()}
+        errors = {
+            k: str(v) for k, v in processes.read(tmp_path, "errors", rank).items()
+        }
         named = errors["rate"].split("different values of")[1]
         assert "`learning_rate`" in named and "`iterations`" not in named
         # The workers exchange nothing while a step is refused, so they can go on.
@@ -97,5 +101,5 @@ def test_workers_and_a_killed_one(tmp_path):
     assert code == -signal.SIGABRT or "UnavailableError" in output, output
     expected = processes.alone("slsam")
     for rank in range(2):
-        resumed = load(tmp_path, "resumed", rank)
+        resumed = processes.read(tmp_path, "resumed", rank)
         processes.assert_same(resumed, expected, 1e-6, first=5)

@@ -10,7 +10,7 @@ if keras.config.backend() != "torch":
 
 
 def of(folder, name, count):
-    return [dict(np.load(folder / f"{name}-{rank}.npz")) for rank in range(count)]
+    return [processes.read(folder, name, rank) for rank in range(count)]
 
 
 def assert_steps_of_one(folder, count):
@@ -37,6 +37,8 @@ def test_two_processes(tmp_path, request):
     assert_what_would_drift_apart_is_refused(tmp_path)
     assert_a_loaded_state_is_shared(tmp_path)
     expected = processes.alone("slsam")
+    for found in of(tmp_path, "fit", 2) + of(tmp_path, "loop", 2):
+        processes.assert_same(found, expected, 1e-5)
     for found in of(tmp_path, "from one", 2):
         processes.assert_same(found, expected, 1e-5, first=5)
     request.getfixturevalue("float64")
