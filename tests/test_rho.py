@@ -90,7 +90,7 @@ def test_rho_follows_a_function_that_returns_a_number():
 
 
 @pytest.mark.parametrize("start", [0.0, 0.2])
-def test_a_rho_that_a_callback_sets_acts_on_the_next_step(start):
+def test_a_rho_that_a_callback_sets_acts_on_the_next_step(start, tmp_path):
     model = compiled(start)
 
     def change(batch, logs):
@@ -99,6 +99,20 @@ def test_a_rho_that_a_callback_sets_acts_on_the_next_step(start):
 
     callback = keras.callbacks.LambdaCallback(on_train_batch_end=change)
     expected = by_hand([start, *RADII[1:]])
+    np.testing.assert_allclose(fit(model, [callback]), expected, rtol=1e-5)
+    model.save(tmp_path / "model.keras")
+    restored = keras.saving.load_model(tmp_path / "model.keras").optimizer
+    assert float(restored.rho) == pytest.approx(RADII[-1])
+
+
+def test_a_probability_that_a_callback_sets_acts_on_the_next_step():
+    model = compiled(0.3, functools.partial(keras_slsam.RST, probability=0.0))
+
+    def change(batch, logs):
+        model.optimizer.probability = float(batch % 2 == 0)
+
+    callback = keras.callbacks.LambdaCallback(on_train_batch_end=change)
+    expected = by_hand([0.0, 0.3, 0.0, 0.3, 0.0, 0.3])
     np.testing.assert_allclose(fit(model, [callback]), expected, rtol=1e-5)
 
 

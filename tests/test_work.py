@@ -18,7 +18,7 @@ import keras_slsam
 from keras_slsam.gradients import backend
 
 BACKEND = keras.config.backend()
-BATCH, LENGTH = 6, 5
+BATCH, LENGTH = 8, 5
 
 
 class Products:
