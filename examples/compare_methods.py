@@ -341,6 +341,11 @@ def run(method, rate, rho, fraction, seed, train, test, args):
                 *([logger] if method in SPARSE else []),
             ],
         ).history
+        if ema:
+            # On JAX, the weights share arrays with their average, which the next
+            # evaluation would delete.
+            for variable in model.trainable_variables:
+                variable.assign(keras.ops.copy(variable))
         before = points[-1] if points else {"step": 0, "seconds": 0.0}
         points.append(
             {
