@@ -18,8 +18,9 @@ class S2SAM(SharpnessAware):
 
     Do not use it with a large radius while a new head is random: the direction is that
     of another batch, and training may collapse. With clean labels and short training,
-    or on text, it was no better than the base optimizer. With wrong labels keep the
-    best epoch, because after the last one the gain is gone. See docs/choosing.md.
+    or on text, it was no better than the base optimizer. With wrong labels the gain is
+    gone after the last epoch. Keep the best one, or give the base optimizer `use_ema`
+    and set `ema_overwrite_frequency` to the steps of an epoch. See docs/choosing.md.
 
     The model needs the matching train step: `keras_slsam.sharpness_aware(model)`.
 
