@@ -158,7 +158,8 @@ def environment(session, backend):
     """Returns the environment of the tests on a backend."""
     return {
         **SETTINGS,
-        "JAX_COMPILATION_CACHE_DIR": str(session.cache_dir / "jax"),
+        # Absolute, because some tests change the working directory.
+        "JAX_COMPILATION_CACHE_DIR": str(session.cache_dir.resolve() / "jax"),
         "KERAS_BACKEND": backend,
     }
 
