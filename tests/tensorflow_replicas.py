@@ -204,8 +204,8 @@ def scenario_small(folder):
         take_steps(strategy, model, 0, 1)
 
     def overwritten():
-        base = keras.optimizers.SGD(use_ema=True, ema_overwrite_frequency=2)
         with strategy.scope():
+            base = keras.optimizers.SGD(use_ema=True, ema_overwrite_frequency=2)
             model = processes.small_model(keras_slsam.SAM(base))
         processes.fit_small(model, 1, None)
 
