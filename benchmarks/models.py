@@ -106,7 +106,7 @@ def prepare(name: str, args: argparse.Namespace) -> keras.Model:
 
 
 def sampler(name: str, args: argparse.Namespace) -> samplers.Sampler:
-    """Returns the sampler of SL-SAM. With uniform draws, all steps cost the same."""
+    """Returns the sampler of SL-SAM, uniform, so that all steps cost about the same."""
     kind = METHODS[name].get("sampler", samplers.Uniform)
     return kind(args.active_fraction, seed=args.seed)
 

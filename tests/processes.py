@@ -271,18 +271,28 @@ def scenario_train(folder):
 def scenario_fit_and_loop(folder):
     """Trains by `fit`, and in a loop with exchanges in several pieces."""
     import torch
+    from torch import distributed
 
     from keras_slsam.gradients import torch_processes
 
+    exchange, calls = distributed.all_reduce, []
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return exchange(*args, **kwargs)
+
+    distributed.all_reduce = counted
     batches = [part_of_batch(step) for step in range(STEPS)]
-    write(folder, "fit", fit(make_model("slsam"), batches))
+    trained = fit(make_model("slsam"), batches)
+    write(folder, "fit", {**trained, "exchanges": len(calls)})
+    calls.clear()
     model, masks = make_model("slsam"), []
     usual, torch_processes._BUCKET = torch_processes._BUCKET, 500
     for batch in batches:
         keras_slsam.step(model, model.optimizer, tuple(map(torch.as_tensor, batch)))
         masks.append(keras.ops.convert_to_numpy(model.optimizer.active))
-    torch_processes._BUCKET = usual
-    write(folder, "loop", found(model, masks))
+    torch_processes._BUCKET, distributed.all_reduce = usual, exchange
+    write(folder, "loop", {**found(model, masks), "exchanges": len(calls)})
 
 
 def use_float64():

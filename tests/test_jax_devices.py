@@ -40,12 +40,14 @@ def assert_exchanges_have_one_order(method, found):
 
 def assert_inactive_shards_are_not_exchanged(found):
     # A device has half of the gradients of "hidden", with the bias, and half of the
-    # kernel of "narrow". The other exchanges are those of activations.
-    _, hidden, narrow, head = found["sizes"]
-    halves = hidden / 2, (narrow - 32) / 2 + 32
+    # kernel of "narrow". In each pass the forward pass and the gradient of the
+    # embedding also add up the activations of half of the batch.
+    embedding, hidden, narrow, head = found["sizes"]
+    activations = 4 * processes.BATCH // 2 * 6 * 8
     inside = found["inside"].tolist()
-    assert halves == (288, 288) and inside.count(288) == 2 * 2
-    assert inside.count(head) == 2
+    assert hidden / 2 == (narrow - 32) / 2 + 32 == 288 and inside.count(288) == 2 * 2
+    assert inside.count(head) == inside.count(embedding + activations) == 2
+    assert found["outside"] == 2 * (activations + 4)
 
 
 def assert_state_is_sharded_like_its_weights(method, found):

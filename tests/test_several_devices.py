@@ -38,12 +38,16 @@ def test_two_devices():
     assert float(accuracy) > 0.8
 
 
-def test_two_processes_have_the_same_weights():
+LAUNCHERS = [()]  # the script starts both processes
+if keras.config.backend() == "torch":
+    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
+    LAUNCHERS.append(torchrun)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_have_the_same_weights(launcher):
     pattern = (
         r"process \d of 2: test accuracy (0\.\d+), norm of the weights (\d+\.\d{9})"
     )
-    launcher = ()  # the script starts both
-    if keras.config.backend() == "torch":
-        launcher = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
     one, other = found("several_processes.py", pattern, *launcher)
     assert one == other and float(one[0]) > 0.8
