@@ -347,6 +347,12 @@ def take_small_steps(model, steps=3, broken=None):
         model.train_on_batch(*small_part(step, broken))
 
 
+def take_equal_steps(model, steps, broken):
+    """Like `take_small_steps`, with the first of two parts in each process."""
+    for step in range(steps):
+        model.train_on_batch(*small_part(step, broken, 0, 2))
+
+
 def fit_small(model, steps, broken):
     """Like `take_small_steps` of two processes, with whole batches."""
 
@@ -416,7 +422,10 @@ SMALL = (
 
 
 def scenario_small(folder):
-    write(folder, "small", {kind: small(kind) for kind in SMALL})
+    found = {kind: small(kind) for kind in SMALL}
+    # With equal rows each process has the statistics and the noise of one alone.
+    found["normalised"] = small("normalised", take_equal_steps)
+    write(folder, "small", found)
 
 
 def scenario_refused(folder):

@@ -163,6 +163,16 @@ def train_pair(strategy):
     return np.concatenate(weights)
 
 
+def fit_equal_rows(model, steps, broken):
+    """Like `processes.take_equal_steps` in two replicas."""
+    parts = [processes.small_part(step, broken, 0, 2) for step in range(steps)]
+    x, y = (
+        np.concatenate([part for part in each for _ in range(2)])
+        for each in zip(*parts)
+    )
+    model.fit(x, y, 8, shuffle=False, verbose=0)
+
+
 def scenario_small(folder):
     strategy = mirrored(2)
     one = tf.distribute.MirroredStrategy(DEVICES[3:])  # other devices work too
@@ -170,6 +180,7 @@ def scenario_small(folder):
     processes.write(folder, "one", few)
     with strategy.scope():
         results = {kind: processes.small(kind, processes.fit_small) for kind in SMALL}
+        results["normalised"] = processes.small("normalised", fit_equal_rows)
     processes.write(folder, "small", results)
     alone = train_pair(tf.distribute.OneDeviceStrategy(DEVICES[0]))
     processes.write(folder, "pair", {"alone": alone, "both": train_pair(strategy)})

@@ -56,8 +56,10 @@ def test_four_processes_take_the_steps_of_one(tmp_path):
 
 
 def assert_other_state_is_the_same(folder):
-    for kind in processes.SMALL:
-        expected = processes.small(kind)
+    for kind in (*processes.SMALL, "normalised"):
+        equal = kind == "normalised"
+        take_steps = processes.take_equal_steps if equal else processes.take_small_steps
+        expected = processes.small(kind, take_steps)
         for found in of(folder, "small", 2):
             tolerance = 2e-3 if kind == "mixed" else 1e-6  # it is in float16
             np.testing.assert_allclose(found[kind], expected, 1e-5, tolerance)
