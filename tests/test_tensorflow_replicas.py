@@ -40,10 +40,8 @@ def test_mirrored_replicas(tmp_path, request):
 
     request.getfixturevalue("float64")
     for method in processes.METHODS:
-        found, expected = (
-            processes.read(tmp_path, f"2-{method}"),
-            processes.alone(method),
-        )
+        expected = processes.alone(method)
+        found = processes.read(tmp_path, f"2-{method}")
         processes.assert_same(found, expected, 1e-10)
         # A compiled step has the exchanges of all arms. Those of arms that may be
         # inactive are in conditions.
