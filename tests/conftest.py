@@ -5,7 +5,6 @@ Keras, which takes seconds, so that the other processes start sooner.
 """
 
 import gc
-import os
 
 import pytest
 
@@ -15,9 +14,9 @@ collect_ignore = ["jax_devices.py", "tensorflow_replicas.py"]
 # tests fill both workers until the end.
 FIRST = ("jax_devices", "tensorflow_replicas", "torch_processes", "several_devices")
 
-if os.environ.get("KERAS_BACKEND") == "tensorflow":
-    # Tracing makes many objects, and the search for garbage took a fifth of the time.
-    gc.set_threshold(100_000, 50, 100)
+# Tracing makes many objects, and the search for garbage took more than a tenth of the
+# time.
+gc.set_threshold(100_000, 50, 100)
 
 
 def pytest_collection_modifyitems(items):

@@ -6,6 +6,7 @@ python processes.py SCENARIO FOLDER, with RANK, WORLD_SIZE, MASTER_ADDR and MAST
 import contextlib
 import faulthandler
 import functools
+import gc
 import operator
 import os
 import pathlib
@@ -20,6 +21,7 @@ from keras import layers
 
 import keras_slsam
 
+gc.set_threshold(100_000, 50, 100)  # as in conftest.py
 BATCH, STEPS = 16, 20
 METHODS = {
     "sam": lambda base: keras_slsam.SAM(base, rho=0.1),

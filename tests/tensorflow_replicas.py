@@ -4,7 +4,6 @@ python tensorflow_replicas.py SCENARIO FOLDER, with RANK, WORLD_SIZE and PORTS
 """
 
 import functools
-import gc
 import json
 import os
 import pathlib
@@ -23,7 +22,6 @@ import tensorflow as tf  # noqa: E402
 
 import keras_slsam  # noqa: E402
 
-gc.set_threshold(100_000, 50, 100)  # as in conftest.py
 DEVICES = [f"CPU:{i}" for i in range(4)]
 SMALL = tuple(kind for kind in processes.SMALL if kind != "frozen")
 

@@ -92,8 +92,7 @@ def pytest_configure(config):
         config.pluginmanager.register(Account(config))
     if config.getoption("numprocesses", None):
         return  # the workers run the tests
-    if BACKEND == "tensorflow":
-        gc.set_threshold(100_000, 50, 100)  # as in tests/conftest.py
+    gc.set_threshold(100_000, 50, 100)  # as in tests/conftest.py
     # From the configuration of Keras' tests, which is not in its wheel.
     os.environ.setdefault("JAX_DEFAULT_DTYPE_BITS", "32")
     importlib.import_module("torch")  # importing it after TensorFlow crashes
