@@ -262,6 +262,7 @@ def refusals():
     weight.assign(weight.value + 1e-3 * jax.numpy.array(processes.RANK))
     errors["weights"] = error_of(lambda: processes.train(model, 0, 1))
 
+    refused("arguments", adaptive=processes.RANK == 1)
     refused("part", ascent_fraction=0.5)
     jax.config.update("jax_cpu_enable_async_dispatch", True)
     refused("dispatch")

@@ -490,6 +490,11 @@ def scenario_refused(folder):
         model.optimizer.get_config = lambda: 1 / 0
     refused("one fails", train, model, 0, 1)
 
+    # Keras cannot save `arms`, so arguments are not compared.
+    base = keras.optimizers.SGD(use_ema=RANK == 1)
+    optimizer = keras_slsam.SLSAM(base, arms=operator.attrgetter("path"))
+    refused("state", take_small_steps, small_model(optimizer))
+
     # The same in all processes, so they take the step.
     if RANK == 0:
         keras.optimizers.SGD()  # so Keras gives the next one another name

@@ -272,6 +272,9 @@ def scenario_killed(folder):
     other = built(strategy, "sam")
     other.trainable_variables[3].assign_add(np.full((16, 8), 1e-3 * RANK))
     errors["weights"] = error_of(take_steps, strategy, other, 0, 1)
+    other = built(strategy, "sam")
+    other.optimizer.base_optimizer.weight_decay = 0.1 * RANK
+    errors["arguments"] = error_of(take_steps, strategy, other, 0, 1)
     processes.write(folder, "errors", errors)
     die_or_wait(folder, strategy, model, rank=1)
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+import warnings
 
 import keras
 
@@ -9,33 +11,65 @@ import keras
 FAILED = "the error"
 
 
-def versions(framework):
-    """Returns the versions that decide what a step does.
+def facts(framework, model, optimizer, weights=None):
+    """Returns versions, arguments and trained weights, which decide what a step does.
 
     Args:
         framework: Module of the backend.
+        model: `keras.Model`.
+        optimizer: `keras.optimizers.Optimizer`, built for it.
+        weights: See `Backend.start`. If given, arguments are left out, because those
+            like `rho` are in variables, which may have lost their values.
 
     Returns:
-        Dict from the name of each package to a string.
+        Dict from the name of each fact to a string.
     """
+    found = _versions(framework)
+    if weights is None:
+        found |= _of_optimizer(optimizer)
+    return found | _of_weights(model, weights)
+
+
+def _versions(framework):
     import keras_slsam  # which is being imported when this module is
 
     packages = keras, keras_slsam, framework
     return {package.__name__: package.__version__ for package in packages}
 
 
-def weights(model, values=None):
-    """Returns what tells whether the trained weights of two processes are equal.
+def _of_optimizer(optimizer):
+    found = {"the optimizer": type(optimizer).__name__}
+    for name, value in _arguments(optimizer).items():
+        found |= _flat(name, value)
+    sizes = [math.prod(variable.shape) for variable in optimizer.variables]
+    # If an argument cannot be compared, the state may still differ.
+    found["the state of the optimizer"] = f"{len(sizes)} variables, {sum(sizes)} values"
+    return found
 
-    Args:
-        model: `keras.Model`.
-        values: List of tensors, the values of its trainable variables, or `None` if the
-            variables hold them.
 
-    Returns:
-        Dict from the name of each weight to a string.
-    """
-    facts, variables = {}, model.trainable_variables
+def _arguments(optimizer):
+    """Returns the arguments of an optimizer. None, if Keras cannot save one of them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Keras, about lambdas
+        try:
+            return keras.saving.serialize_keras_object(optimizer.get_config())
+        except (NotImplementedError, OSError, TypeError):
+            return {}
+
+
+def _flat(name, value):
+    if isinstance(value, dict):
+        found = {}
+        for key, part in value.items():
+            found |= _flat(f"{name}.{key}", part)
+        return found
+    # The names that Keras gives depend on earlier optimizers.
+    is_name = name == "name" or name.endswith(".name")
+    return {} if is_name else {f"`{name}`": repr(value)}
+
+
+def _of_weights(model, values):
+    found, variables = {}, model.trainable_variables
     if values is None:
         values = [variable.value for variable in variables]
     for i, (variable, value) in enumerate(zip(variables, values)):
@@ -43,8 +77,8 @@ def weights(model, values=None):
         digest = hashlib.sha256(value.tobytes()).hexdigest()[:8]
         described = f"{value.shape} {variable.dtype}, sha256 {digest}"
         # Not its path, since names that Keras gives depend on earlier models.
-        facts[f"`trainable_variables[{i}]`"] = described
-    return facts
+        found[f"`trainable_variables[{i}]`"] = described
+    return found
 
 
 def compare(find, gather):

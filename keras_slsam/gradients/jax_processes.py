@@ -75,7 +75,7 @@ def _check_cpus():
 
 
 def start(model, optimizer, weights=None):
-    """Checks that all processes start with the same versions and weights.
+    """Checks that all processes start with the same versions, arguments and weights.
 
     Args:
         model: `keras.Model`.
@@ -90,7 +90,7 @@ def start(model, optimizer, weights=None):
     refused = alike.facts_or_error(lambda: check(model, optimizer) or {})
 
     def find():
-        return refused or alike.versions(jax) | alike.weights(model, weights)
+        return refused or alike.facts(jax, model, optimizer, weights)
 
     def gather(row):
         return multihost_utils.process_allgather(np.array(row))

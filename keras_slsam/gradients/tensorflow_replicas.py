@@ -96,7 +96,7 @@ def processes():
 
 
 def start(model, optimizer, weights=None):
-    """Checks that all workers start with the same versions and weights.
+    """Checks that all workers start with the same versions, arguments and weights.
 
     Args:
         model: `keras.Model`.
@@ -124,7 +124,7 @@ def start(model, optimizer, weights=None):
         ).numpy()
 
     def find():
-        return alike.versions(tf) | alike.weights(model, weights)
+        return alike.facts(tf, model, optimizer, weights)
 
     # Outside of the graph of the step.
     with tf.init_scope(), tf.device("CPU:0"):

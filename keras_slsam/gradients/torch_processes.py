@@ -5,8 +5,6 @@ with all gradients. So they see the same norms, draw the same arms and take the 
 step. Gradients of inactive weights are not exchanged.
 """
 
-import warnings
-
 import keras
 import torch
 from torch import distributed
@@ -114,35 +112,12 @@ def _untrained(model):
 def _facts(model, optimizer, weights):
     """Returns what must be equal, a dict from what it is to a string."""
     _check_is_whole(model)
-    facts = {**alike.versions(torch), "the optimizer": type(optimizer).__name__}
-    for name, value in _arguments(optimizer).items():
-        facts |= _flat(name, value)
     sizes = [tensor.numel() for tensor in _untrained(model)]
-    facts["the number of other weights and buffers"] = (
-        f"{len(sizes)}, {sum(sizes)} values"
-    )
-    return facts | alike.weights(model, weights)
-
-
-def _arguments(optimizer):
-    """Returns the arguments of an optimizer. None, if Keras cannot save one of them."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Keras, about lambdas
-        try:
-            return keras.saving.serialize_keras_object(optimizer.get_config())
-        except (NotImplementedError, OSError, TypeError):
-            return {}
-
-
-def _flat(name, value):
-    if isinstance(value, dict):
-        facts = {}
-        for key, part in value.items():
-            facts |= _flat(f"{name}.{key}", part)
-        return facts
-    # The names that Keras gives depend on earlier optimizers.
-    is_name = name == "name" or name.endswith(".name")
-    return {} if is_name else {f"`{name}`": repr(value)}
+    others = f"{len(sizes)}, {sum(sizes)} values"
+    return {
+        **alike.facts(torch, model, optimizer, weights),
+        "the number of other weights and buffers": others,
+    }
 
 
 def _check_is_whole(model):
