@@ -12,7 +12,10 @@ import pytest
 collect_ignore = ["jax_devices.py", "tensorflow_replicas.py"]
 # Files whose tests start processes and take longest. They run first, so that the short
 # tests fill both workers until the end.
-FIRST = ("jax_devices", "tensorflow_replicas", "torch_processes", "several_devices")
+FIRST = (
+    *("jax_devices", "tensorflow_replicas", "torch_processes", "several_devices"),
+    *("kill", "quickstart"),
+)
 
 # Tracing makes many objects, and the search for garbage took more than a tenth of the
 # time.

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import pathlib
 import re
 import shlex
 import sys
@@ -244,16 +243,22 @@ def test_gpu_has_commands_that_exist(line, monkeypatch):
 def test_gpu_measures_until_the_time_is_over(tmp_path, monkeypatch, capsys):
     line = "time --rounds 1 --steps 1 --flop-steps 0 --methods AdamW SAM"
     monkeypatch.setattr(gpu, "MEASUREMENTS", {"time": line})
-    monkeypatch.setattr(gpu, "TEST", pathlib.Path(__file__).with_name("no_test.py"))
+    test = tmp_path / "test_one.py"
+    test.write_text("def test_one():\n    pass\n")
+    monkeypatch.setattr(gpu, "TEST", test)
     sizes = ["--model", "dense", "--layers", "2", "--width", "8", "--batch", "4"]
     given = ["--backends", BACKEND, "--folder", str(tmp_path)]
-    with pytest.raises(SystemExit, match="1|True"):
+    with pytest.raises(SystemExit, match="0|False"):
         main(["gpu", *given, *sizes])
     printed = capsys.readouterr().out
-    assert f"test on {BACKEND}: FAILED" in printed
+    assert f"test on {BACKEND}: done" in printed
     assert f"time on {BACKEND}: done" in printed
     assert re.search(r"\| SAM +\| 0\.0", printed)
-    # Nothing was tested, which must not look like success.
+    # A failed test, or none, must not look like success.
+    test.write_text("def test_one():\n    assert False\n")
+    with pytest.raises(SystemExit, match="1|True"):
+        main(["gpu", *given, *sizes])
+    assert f"test on {BACKEND}: FAILED" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="1|True"):
         main(["gpu", *given, "--minutes", "0"])
     printed = capsys.readouterr().out
