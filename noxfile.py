@@ -224,7 +224,7 @@ def build_site(session):
 def run_quickstart(session):
     """Runs the README's command in a copy. Returns its output.
 
-    Word for word, but with few texts and SL-SAM only. It has XLA's defaults, with which
+    The command trains only SL-SAM on few texts. XLA has its defaults here, with which
     each method takes long to compile.
     """
     with tempfile.TemporaryDirectory() as folder:

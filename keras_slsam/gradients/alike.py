@@ -18,8 +18,9 @@ def facts(framework, model, optimizer, weights=None):
         framework: Module of the backend.
         model: `keras.Model`.
         optimizer: `keras.optimizers.Optimizer`, built for it.
-        weights: See `Backend.start`. If given, arguments are left out, because those
-            like `rho` are in variables, which may have lost their values.
+        weights: See `Backend.start`. If given, what concerns the optimizer is left out,
+            because arguments like `rho` are in variables, which may have lost their
+            values.
 
     Returns:
         Dict from the name of each fact to a string.
@@ -48,7 +49,7 @@ def _of_optimizer(optimizer):
 
 
 def _arguments(optimizer):
-    """Returns the arguments of an optimizer. None, if Keras cannot save one of them."""
+    """Returns the arguments as a dict, empty if Keras cannot save one of them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Keras, about lambdas
         try:
