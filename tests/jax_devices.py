@@ -242,7 +242,7 @@ def error_of(call):
     return "no error"
 
 
-def refusals():
+def refusals(folder):
     """Returns the errors of what several processes do not support."""
     version, own = keras_slsam.__version__, distribution.distribution()
     errors = {}
@@ -263,6 +263,8 @@ def refusals():
     errors["weights"] = error_of(lambda: processes.train(model, 0, 1))
 
     refused("arguments", adaptive=processes.RANK == 1)
+    model = processes.small_model(processes.alike_optimizer(folder))
+    errors["alike"] = error_of(lambda: processes.take_small_steps(model, 1))
     refused("part", ascent_fraction=0.5)
     jax.config.update("jax_cpu_enable_async_dispatch", True)
     refused("dispatch")
@@ -330,7 +332,7 @@ def scenario_killed(folder):
         if method == "slsam":
             late["waits"] = waits(compiled_step(model, mesh))
         processes.write(folder, f"processes-{method}", late)
-    processes.write(folder, "errors", refusals())
+    processes.write(folder, "errors", refusals(folder))
     processes.write(folder, "backed up", backed_up(folder))
     die_or_wait(folder, model, rank=1)
 

@@ -275,6 +275,10 @@ def scenario_killed(folder):
     other = built(strategy, "sam")
     other.optimizer.base_optimizer.weight_decay = 0.1 * RANK
     errors["arguments"] = error_of(take_steps, strategy, other, 0, 1)
+    with strategy.scope():
+        other = processes.small_model(processes.alike_optimizer(folder), metrics=())
+        other.optimizer.build(other.trainable_variables)
+    errors["alike"] = error_of(run, strategy, other, processes.small_part(0))
     processes.write(folder, "errors", errors)
     die_or_wait(folder, strategy, model, rank=1)
 

@@ -106,6 +106,7 @@ def test_two_processes_and_a_killed_one(tmp_path):
         assert "keras_slsam is 0.0.1 in process 1, 0.0.0 in" in errors["version"]
         assert "`trainable_variables[3]` is (16, 8) float32" in errors["weights"]
         assert "`adaptive` is True in process 1, False in" in errors["arguments"]
+        assert errors["alike"] == "no error"
         assert "ascent_fraction=0.5" in errors["part"]
         assert "jax_cpu_enable_async_dispatch=True" in errors["dispatch"]
         assert "1 of 2 devices" in errors["alone"]

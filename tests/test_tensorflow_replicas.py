@@ -99,6 +99,7 @@ def test_workers_and_a_killed_one(tmp_path):
         assert "keras_slsam is 0.0.1 in process 1, 0.0.0 in" in errors["version"]
         assert "`trainable_variables[3]` is (16, 8) float32" in errors["weights"]
         assert "weight_decay` is 0.1 in process 1, 0.0 in" in errors["arguments"]
+        assert errors["alike"] == "no error"
 
     # TensorFlow may end the others when the first one dies.
     code, output = end_after_death(0, "resumed", tmp_path)

@@ -18,17 +18,16 @@ def facts(framework, model, optimizer, weights=None):
         framework: Module of the backend.
         model: `keras.Model`.
         optimizer: `keras.optimizers.Optimizer`, built for it.
-        weights: See `Backend.start`. If given, what concerns the optimizer is left out,
-            because arguments like `rho` are in variables, which may have lost their
-            values.
+        weights: See `Backend.start`. If given, the arguments are left out, because some
+            of them, like `rho`, are in variables, which may have lost their values.
 
     Returns:
         Dict from the name of each fact to a string.
     """
-    found = _versions(framework)
+    found = _versions(framework) | {"the optimizer": type(optimizer).__name__}
     if weights is None:
-        found |= _of_optimizer(optimizer)
-    return found | _of_weights(model, weights)
+        found |= _flat("", _arguments(optimizer))
+    return found | _of_state(optimizer) | _of_weights(model, weights)
 
 
 def _versions(framework):
@@ -38,35 +37,36 @@ def _versions(framework):
     return {package.__name__: package.__version__ for package in packages}
 
 
-def _of_optimizer(optimizer):
-    found = {"the optimizer": type(optimizer).__name__}
-    for name, value in _arguments(optimizer).items():
-        found |= _flat(name, value)
+def _of_state(optimizer):
+    # It may differ if an argument cannot be compared.
     sizes = [math.prod(variable.shape) for variable in optimizer.variables]
-    # If an argument cannot be compared, the state may still differ.
-    found["the state of the optimizer"] = f"{len(sizes)} variables, {sum(sizes)} values"
-    return found
+    sizes = f"{len(sizes)} variables, {sum(sizes)} values"
+    return {"the state of the optimizer": sizes}
 
 
 def _arguments(optimizer):
-    """Returns the arguments as a dict, empty if Keras cannot save one of them."""
+    """Returns the arguments as Keras would save them, or `{}` if it cannot."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Keras, about lambdas
         try:
             return keras.saving.serialize_keras_object(optimizer.get_config())
-        except (NotImplementedError, OSError, TypeError):
+        except Exception:  # of any `get_config`, which a step does not need
             return {}
 
 
-def _flat(name, value):
-    if isinstance(value, dict):
-        found = {}
-        for key, part in value.items():
-            found |= _flat(f"{name}.{key}", part)
-        return found
-    # The names that Keras gives depend on earlier optimizers.
-    is_name = name == "name" or name.endswith(".name")
-    return {} if is_name else {f"`{name}`": repr(value)}
+def _flat(path, value):
+    """Returns a dict from the path of each part of a value to its text."""
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        return {f"`{path}`": repr(value)}
+    if value.get("class_name") == "__lambda__":  # saved with the path of its file
+        return {}
+    found = {}
+    for key, part in value.items():
+        if key != "name":  # names that Keras gives depend on earlier optimizers
+            found |= _flat(f"{path}.{key}" if path else key, part)
+    return found
 
 
 def _of_weights(model, values):
