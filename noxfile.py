@@ -28,7 +28,8 @@ BACKENDS = ("jax", "tensorflow", "torch")
 COMPILED = {"PYTHONDONTWRITEBYTECODE": None}
 # PyTorch's threads spin while they wait, which slows down other processes on the same
 # cores. XLA takes longer to compile a small model than to train it, so LLVM does not
-# optimise, and XLA has its older emitters of fusions, which compile twice as fast.
+# optimise, and XLA has its older emitters of fusions, which compile twice as fast, and
+# does not split a program into parts, of which each costs time.
 SETTINGS = {
     **COMPILED,
     "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -36,7 +37,8 @@ SETTINGS = {
     "TF_ENABLE_ONEDNN_OPTS": "0",
     "OMP_WAIT_POLICY": "PASSIVE",
     "XLA_FLAGS": "--xla_backend_optimization_level=0 "
-    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1",
     # Many tests compile the same programs, so JAX keeps them.
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

@@ -4,18 +4,14 @@
     KERAS_BACKEND=jax python examples/several_processes.py
 
 This starts both processes on this machine. On other machines start each process with
-the variables that `launch` sets. For PyTorch, `torchrun` sets them:
+the variables that `child_processes.py` sets. For PyTorch, `torchrun` sets them:
 
     KERAS_BACKEND=torch torchrun --nproc-per-node 2 examples/several_processes.py
 """
 
-import contextlib
-import json
 import os
-import socket
-import subprocess
-import sys
 
+import child_processes  # noqa: F401, before Keras
 import choose_backend  # noqa: F401, before Keras
 import keras
 import numpy as np
@@ -26,31 +22,7 @@ from sklearn.datasets import load_digits
 
 import keras_slsam
 
-EPOCHS, PROCESSES = 5, 2
-
-
-def launch():
-    """Starts the processes, and returns whether one failed."""
-    with contextlib.ExitStack() as stack:
-        servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(PROCESSES)]
-        ports = [stack.enter_context(each).getsockname()[1] for each in servers]
-    workers, running = [f"127.0.0.1:{port}" for port in ports], []
-    for rank in range(PROCESSES):
-        task = {"type": "worker", "index": rank}
-        variables = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(PROCESSES),
-            "LOCAL_WORLD_SIZE": str(PROCESSES),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(ports[0]),
-            # TensorFlow needs the addresses of all.
-            "TF_CONFIG": json.dumps({"cluster": {"worker": workers}, "task": task}),
-        }
-        command = [sys.executable, __file__]
-        running.append(subprocess.Popen(command, env={**os.environ, **variables}))
-    codes = [each.wait() for each in running]
-    return any(codes)
+EPOCHS = 5
 
 
 def parts(count, rank, processes, epoch=None):
@@ -135,8 +107,6 @@ TRAIN = {
 
 
 def main():
-    if "RANK" not in os.environ:
-        sys.exit(launch())
     rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     x, y = load_digits(return_X_y=True)
     x = x.astype("float32") / 16

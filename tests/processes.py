@@ -198,24 +198,25 @@ def die(folder):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def end_after_death(rank, within, folder, *arguments, timeout=120):
-    """Runs a script in two processes, of which one kills itself.
+def end_after_death(rank, within, folder, *arguments, count=2, timeout=120):
+    """Runs a script in several processes, of which one kills itself.
 
     Args:
         rank: int, of the process that kills itself.
-        within: Seconds after its death in which the other process must end.
+        within: Seconds after its death in which the other processes must end.
         folder: Path, the last argument of the script.
         *arguments: The path of the script, and its other arguments.
+        count: int, the number of processes.
         timeout: Seconds.
 
     Returns:
-        Tuple of the return code and the output of the other process.
+        List of tuples of the return code and the output of each other process.
     """
-    found = launch(2, *arguments, folder, timeout=timeout)
+    found = launch(count, *arguments, folder, timeout=timeout)
     ended, outputs = time.time(), "\n".join(output for _, output in found)
-    assert found[rank][0] == -signal.SIGKILL, outputs
+    assert found.pop(rank)[0] == -signal.SIGKILL, outputs
     assert ended - float((folder / "killed").read_text()) < within, outputs
-    return found[1 - rank]
+    return found
 
 
 def _free_ports(count):
@@ -561,6 +562,7 @@ def scenario_all(folder):
 
 
 def scenario_killed(folder):
+    scenario_train(folder)
     model = make_model("slsam")
     train(model, steps=5)
     if RANK == 0:

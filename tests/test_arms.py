@@ -9,6 +9,7 @@ import pytest
 from keras import layers
 from keras import ops
 from replay import Replay
+from zoo import EAGER
 
 import keras_slsam
 from keras_slsam import samplers
@@ -27,9 +28,9 @@ def batch():
     return x.astype("float32"), y.astype("float32")
 
 
-def train(model, optimizer, steps):
-    """Returns the masks of the steps."""
-    model.compile(optimizer=optimizer, loss="mse")
+def train(model, optimizer, steps, **kwargs):
+    """Returns the masks of the steps. Other arguments go to `compile`."""
+    model.compile(optimizer=optimizer, loss="mse", **kwargs)
     masks = []
     for _ in range(steps):
         model.train_on_batch(*batch())
@@ -46,7 +47,7 @@ def test_always_active_equals_the_same_masks_from_a_sampler(single_step):
     drawn = np.array([[1, 0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 1], [0, 1, 0, 0, 1, 0]], bool)
     whole = np.concatenate([drawn, np.ones((3, 2), bool)], axis=1)
     results = []
-    for masks, chosen in ((drawn, "head"), (whole, None)):
+    for masks, chosen, kwargs in ((drawn, "head", {}), (whole, None, EAGER)):
         model = make_model()
         optimizer = keras_slsam.SLSAM(
             keras.optimizers.AdamW(1e-2),
@@ -55,7 +56,8 @@ def test_always_active_equals_the_same_masks_from_a_sampler(single_step):
             single_step=single_step,
             always_active=chosen,
         )
-        np.testing.assert_array_equal(train(model, optimizer, 3), whole)
+        found = train(model, optimizer, 3, **kwargs)
+        np.testing.assert_array_equal(found, whole)
         results.append(model.get_weights())
     for one, other in zip(*results):
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-7)
@@ -142,7 +144,7 @@ def test_a_mask_is_held_for_several_steps():
     held = keras_slsam.SLSAM("sgd", sampler=samplers.Hold(inner, steps=3))
     masks = train(make_model(), held, 9)
     plain = keras_slsam.SLSAM("sgd", sampler=samplers.Uniform(0.4, seed=3))
-    expected = train(make_model(), plain, 3)
+    expected = train(make_model(), plain, 3, **EAGER)
     np.testing.assert_array_equal(masks, np.repeat(expected, 3, axis=0))
 
 
@@ -158,10 +160,11 @@ def test_a_held_mask_is_restored(tmp_path):
     inner = samplers.Proportional(0.4, seed=0)
     optimizer = keras_slsam.SLSAM("sgd", sampler=samplers.Hold(inner, steps=4))
     model = make_model()
-    mask = train(model, optimizer, 2)[-1]
+    mask = train(model, optimizer, 2, **EAGER)[-1]
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     loaded = keras_slsam.sharpness_aware(loaded)
+    loaded.run_eagerly = model.run_eagerly
     for expected in (mask, mask, None):
         for each in (model, loaded):
             each.train_on_batch(*batch())

@@ -1,25 +1,13 @@
 """The same start gives the same trajectory on each backend, also when resumed."""
 
-import os
-import subprocess
-import sys
-
 import keras
 import numpy as np
+import processes
 import pytest
 import trajectory
 
 if keras.config.backend() == "torch":
     pytest.skip("JAX and TensorFlow are compared with PyTorch", allow_module_level=True)
-
-
-def on_torch(theirs, own):
-    # The other process must import the same package as this one.
-    path = os.pathsep.join(sys.path)
-    environment = dict(os.environ, KERAS_BACKEND="torch", PYTHONPATH=path)
-    command = [sys.executable, trajectory.__file__, theirs, own]
-    subprocess.run(command, env=environment, check=True)
-    return np.load(own / "results.npz")
 
 
 def assert_same(found, expected):
@@ -35,7 +23,8 @@ def test_pytorch_takes_the_same_steps_and_checkpoints_go_both_ways(tmp_path):
     own.mkdir()
     other.mkdir()
     expected = trajectory.run_all(own)
-    found = on_torch(own, other)
+    processes.run(1, trajectory.__file__, own, other, timeout=400, backend="torch")
+    found = np.load(other / "results.npz")
 
     def of_torch(name):
         return {key: found[f"{name}: {key}"] for key in ("masks", "weights")}

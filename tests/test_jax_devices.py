@@ -90,7 +90,7 @@ def test_devices_take_the_steps_of_one(tmp_path, request):
 
 
 def test_two_processes_and_a_killed_one(tmp_path):
-    _, output = end_after_death(1, "killed", tmp_path)
+    ((_, output),) = end_after_death(1, "killed", tmp_path)
     assert re.search("an error: .*Gloo", output), output
     for method in processes.METHODS:
         expected = processes.alone(method)
@@ -117,7 +117,7 @@ def test_two_processes_and_a_killed_one(tmp_path):
             backed_up["resumed"], backed_up["whole"], rtol=0, atol=1e-6
         )
 
-    _, output = end_after_death(0, "resumed", tmp_path)
+    ((_, output),) = end_after_death(0, "resumed", tmp_path)
     assert re.search("an error: .*Gloo", output), output
     expected = processes.alone("slsam")
     for rank in range(2):

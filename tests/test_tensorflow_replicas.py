@@ -81,7 +81,7 @@ def test_other_state_and_refusals(tmp_path):
 
 
 def test_workers_and_a_killed_one(tmp_path):
-    code, output = end_after_death(1, "killed", tmp_path)
+    ((code, output),) = end_after_death(1, "killed", tmp_path)
     assert code == 1 and "UnavailableError" in output, output
     for method in processes.METHODS:
         expected = processes.alone(method)
@@ -102,7 +102,7 @@ def test_workers_and_a_killed_one(tmp_path):
         assert errors["alike"] == "no error"
 
     # TensorFlow may end the others when the first one dies.
-    code, output = end_after_death(0, "resumed", tmp_path)
+    ((code, output),) = end_after_death(0, "resumed", tmp_path)
     assert code == -signal.SIGABRT or "UnavailableError" in output, output
     expected = processes.alone("slsam")
     for rank in range(2):

@@ -50,11 +50,6 @@ def test_two_processes(tmp_path, request):
             processes.assert_same(found, expected, 1e-10)
 
 
-def test_four_processes_take_the_steps_of_one(tmp_path):
-    processes.run(4, processes.__file__, "train", tmp_path)
-    assert_steps_of_one(tmp_path, 4)
-
-
 def assert_other_state_is_the_same(folder):
     for kind in (*processes.SMALL, "normalised"):
         equal = kind == "normalised"
@@ -97,12 +92,19 @@ def assert_a_loaded_state_is_shared(folder):
     )
 
 
-def test_a_killed_process_ends_the_others_and_training_resumes(tmp_path):
-    for rank, scenario in ((1, "killed"), (0, "resumed")):
-        code, output = processes.end_after_death(
-            rank, 20, tmp_path, processes.__file__, scenario
-        )
+def assert_all_end_after_death(rank, count, folder, scenario):
+    found = processes.end_after_death(
+        rank, 20, folder, processes.__file__, scenario, count=count
+    )
+    for code, output in found:
         assert code == 1 and "RuntimeError" in output, output
+
+
+def test_four_processes_and_a_killed_one(tmp_path):
+    assert_all_end_after_death(1, 4, tmp_path, "killed")
+    assert_steps_of_one(tmp_path, 4)
+    # Two go on, until the first is killed.
+    assert_all_end_after_death(0, 2, tmp_path, "resumed")
     for resumed, whole in zip(of(tmp_path, "resumed", 2), of(tmp_path, "whole", 2)):
         processes.assert_same(resumed, whole, 1e-6, first=5)
     one = processes.train_on(processes.load(tmp_path / "model.keras"))
