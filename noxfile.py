@@ -29,7 +29,7 @@ COMPILED = {"PYTHONDONTWRITEBYTECODE": None}
 # PyTorch's threads spin while they wait, which slows down other processes on the same
 # cores. XLA takes longer to compile a small model than to train it, so LLVM does not
 # optimise, and XLA has its older emitters of fusions, which compile twice as fast, and
-# does not split a program into parts, of which each costs time.
+# does not split a program into parts, since each part costs time.
 SETTINGS = {
     **COMPILED,
     "TF_CPP_MIN_LOG_LEVEL": "3",

@@ -1,10 +1,12 @@
 """Starts the program in two processes on this machine, unless it is one of several.
 
-Import this before Keras. The first process only waits for the two. Their variables:
+Import this before Keras, in a program only. The first process waits for the two, and
+exits. Each of the two has these variables:
 
 - `RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`: as `torchrun` sets them. JAX gets
   them as arguments.
-- `LOCAL_RANK`, `LOCAL_WORLD_SIZE`: the same on this machine.
+- `LOCAL_RANK`, `LOCAL_WORLD_SIZE`: the number of the process, and of processes, on this
+  machine.
 - `TF_CONFIG`: the addresses of all processes, for TensorFlow.
 """
 

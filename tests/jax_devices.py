@@ -192,6 +192,11 @@ def waits_of_branches(mesh, **kwargs):
     return waits(compiled_step(model, mesh, processes.small_part))
 
 
+def sharded_steps(model, steps, broken):
+    processes.take_small_steps(model, steps, broken)
+    assert "model" in model.trainable_variables[0].value.sharding.spec
+
+
 def train(folder, kind):
     mesh = distribute(kind)
     for method in processes.METHODS:
@@ -209,12 +214,15 @@ def train(folder, kind):
             inside, outside = exchanged_bytes(text)
             found.update(inside=inside, outside=outside, waits=waits(text))
         processes.write(folder, f"{kind}-{method}", found)
+    if kind == "model":
+        few = {each: processes.small(each, sharded_steps) for each in processes.FEW}
+        processes.write(folder, "small model", few)
     if kind == "data 2":
         inside, outside = exchanged_bytes(compiled_step_of_adamw(model, mesh))
         processes.write(folder, "adamw", {"inside": inside, "outside": outside})
         resumed = processes.train_on(processes.load(folder / "one.keras"))
         processes.write(folder, "from one", resumed)
-        kinds = *processes.SMALL, "normalised"
+        kinds = processes.SMALL + processes.EQUAL
         small = {kind: processes.small(kind) for kind in kinds}
         processes.write(folder, "small", small)
         order = {
@@ -332,6 +340,8 @@ def scenario_killed(folder):
         if method == "slsam":
             late["waits"] = waits(compiled_step(model, mesh))
         processes.write(folder, f"processes-{method}", late)
+    few = {kind: processes.small(kind) for kind in processes.FEW}
+    processes.write(folder, "small", few)
     processes.write(folder, "errors", refusals(folder))
     processes.write(folder, "backed up", backed_up(folder))
     die_or_wait(folder, model, rank=1)

@@ -4,7 +4,6 @@ python processes.py SCENARIO FOLDER, with RANK, WORLD_SIZE, MASTER_ADDR and MAST
 """
 
 import contextlib
-import faulthandler
 import functools
 import gc
 import operator
@@ -19,6 +18,7 @@ import time
 import keras
 import numpy as np
 from keras import layers
+from user_ascents import Friendly
 
 import keras_slsam
 
@@ -35,9 +35,6 @@ METHODS = {
 }
 RANK = int(os.environ.get("RANK", 0))
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
-if "TIMEOUT" in os.environ:
-    # A process that hangs prints its tracebacks and exits.
-    faulthandler.dump_traceback_later(int(os.environ["TIMEOUT"]), exit=True)
 
 
 def make_model(method, seed=RANK):
@@ -98,6 +95,17 @@ def found(model, masks):
     return {"masks": np.stack(masks), "weights": weights}
 
 
+# A process that hangs prints its tracebacks and exits. Keras imports what it need not if
+# it is installed, which takes a third of the start, and goes on if an import fails.
+_START = """
+import faulthandler, runpy, sys
+faulthandler.dump_traceback_later({timeout}, exit=True)
+sys.modules.update({unused})
+del sys.argv[0], sys.path[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def launch(processes, *arguments, timeout=120, backend=None):
     """Runs a script in several processes.
 
@@ -111,18 +119,16 @@ def launch(processes, *arguments, timeout=120, backend=None):
         List of tuples of the return code and the output of each process.
     """
     environment = dict(os.environ, MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
+    # The processes must import the same package as this one.
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     ports = _free_ports(processes)
     environment["MASTER_PORT"], environment["PORTS"] = ports[0], " ".join(ports)
     environment["WORLD_SIZE"] = str(processes)
-    environment["TIMEOUT"] = str(timeout)
     backend = backend or keras.config.backend()
     environment["KERAS_BACKEND"] = backend
-    # Keras imports these if it can, which takes a third of the start of a process.
-    unused = dict.fromkeys({"matplotlib", "sklearn", "jax"} - {backend})
-    start = (
-        f"import runpy, sys; sys.modules.update({unused}); del sys.argv[0]; "
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    start = _START.format(
+        timeout=timeout,
+        unused=dict.fromkeys({"matplotlib", "sklearn", "jax"} - {backend}),
     )
     command = [sys.executable, "-c", start, *map(str, arguments)]
     running = [
@@ -214,7 +220,8 @@ def end_after_death(rank, within, folder, *arguments, count=2, timeout=120):
     """
     found = launch(count, *arguments, folder, timeout=timeout)
     ended, outputs = time.time(), "\n".join(output for _, output in found)
-    assert found.pop(rank)[0] == -signal.SIGKILL, outputs
+    code, _ = found.pop(rank)
+    assert code == -signal.SIGKILL, outputs
     assert ended - float((folder / "killed").read_text()) < within, outputs
     return found
 
@@ -390,14 +397,16 @@ def small(kind, take_steps=take_small_steps, **kwargs):
     """
     keras.utils.set_random_seed(0)
     sgd = keras.optimizers.SGD
-    steps, broken, hidden = 3, None, layers.Dense(3)
+    # jax_devices.py shards a layer of this name.
+    steps, broken, hidden = 3, None, layers.Dense(3, name="narrow")
     optimizer = keras_slsam.SAM(sgd(0.1))
+    half = functools.partial(keras_slsam.SLSAM, active_fraction=0.5, seed=1)
     if kind == "scaled":  # a gradient that is not finite in one process
         optimizer, broken = keras.optimizers.LossScaleOptimizer(optimizer), 1
     elif kind == "mixed":
         # With the usual scale, the gradients of fewer rows may overflow.
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=256.0)
-        hidden = layers.Dense(3, dtype="mixed_float16")
+        hidden = layers.Dense(3, dtype="mixed_float16", name="narrow")
     elif kind == "normalised":
         normal, dropout = layers.BatchNormalization(), layers.Dropout(0.5, seed=1)
         hidden = keras.Sequential([hidden, normal, dropout])
@@ -405,24 +414,23 @@ def small(kind, take_steps=take_small_steps, **kwargs):
         hidden = Scalar()
     elif kind == "accumulated":
         hidden = keras.Sequential([hidden, layers.LayerNormalization()])
-        optimizer = keras_slsam.SLSAM(
-            sgd(0.1, gradient_accumulation_steps=2),
-            active_fraction=0.5,
-            single_step=True,
-            seed=1,
-        )
+        optimizer = half(sgd(0.1, gradient_accumulation_steps=2), single_step=True)
     elif kind == "scheduled":  # the exchanges of an ascent are in a condition
         rho = keras.optimizers.schedules.PiecewiseConstantDecay([1, 3], [0.0, 0.1, 0.0])
-        optimizer = keras_slsam.SLSAM(sgd(0.1), rho=rho, active_fraction=0.5, seed=1)
+        optimizer = half(sgd(0.1), rho=rho)
         steps = 5
     elif kind == "random":
         optimizer = keras_slsam.RST(sgd(0.1), probability=0.5, seed=3)
         steps = 6
+    elif kind == "ascent":  # of a user, with a state
+        optimizer = half(sgd(0.1), rho=0.5, adaptive=True, ascent=Friendly())
+    elif kind == "part":
+        optimizer = half(sgd(0.1), ascent_fraction=0.5)
     elif kind == "frozen":
         hidden.trainable = False
     elif kind == "averaged":
         base = keras.optimizers.AdamW(0.1, use_ema=True, ema_momentum=0.5)
-        optimizer = keras_slsam.SLSAM(base, active_fraction=0.5, seed=1)
+        optimizer = half(base)
     model = small_model(optimizer, hidden, **kwargs)
     if kind == "frozen" and RANK == 1:
         hidden.kernel.assign(hidden.kernel * 3)
@@ -434,16 +442,17 @@ def small(kind, take_steps=take_small_steps, **kwargs):
     return np.concatenate(found)
 
 
-SMALL = (
-    *("scaled", "mixed", "scalar", "accumulated", "scheduled", "random", "frozen"),
-    "averaged",
-)
+# All kinds of training are tested with these.
+FEW = "scaled", "mixed", "accumulated", "averaged"
+# Each process may have other rows.
+SMALL = *FEW, "scalar", "scheduled", "random", "ascent", "frozen"
+# With equal rows, each process has the statistics, noise and ascent of one alone.
+EQUAL = "normalised", "part"
 
 
 def scenario_small(folder):
     found = {kind: small(kind) for kind in SMALL}
-    # With equal rows each process has the statistics and the noise of one alone.
-    found["normalised"] = small("normalised", take_equal_steps)
+    found |= {kind: small(kind, take_equal_steps) for kind in EQUAL}
     write(folder, "small", found)
 
 
@@ -506,6 +515,19 @@ def scenario_refused(folder):
     if RANK == 1:
         model.buffers = lambda: 1 / 0
     refused("one fails", train, model, 0, 1)
+
+    by_layer, by_kind = (
+        lambda variable: "narrow" in variable.path,
+        lambda variable: variable.path.endswith("kernel"),
+    )
+    optimizer = keras_slsam.SLSAM("sgd", arms=by_kind if RANK else by_layer)
+    model = small_model(optimizer, layers.Dense(3, name="narrow"))
+    refused("arms", take_small_steps, model)
+
+    model = make_model("sam")
+    if RANK == 1:
+        model.optimizer.get_config = lambda: 1 / 0
+    refused("one config", train, model, 0, 1)
 
     # Keras cannot save `arms`, so arguments are not compared.
     base = keras.optimizers.SGD(use_ema=RANK == 1)
@@ -581,7 +603,13 @@ def scenario_other_backend(folder):
 def scenario_resumed(folder):
     write(folder, "resumed", train_on(load(folder / "model.keras")))
     whole = make_model("slsam")
-    write(folder, "whole", train(whole))
+    early = train(whole, steps=5)
+    if RANK == 0:
+        whole.save(folder / "of two.keras")
+    late = train_on(whole)
+    late["masks"] = np.concatenate([early["masks"], late["masks"]])
+    write(folder, "whole", late)
+    write(folder, "resumed by two", train_on(load(folder / "of two.keras")))
     if RANK == 0:
         die(folder)
     train(whole, 0, 100)

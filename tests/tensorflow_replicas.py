@@ -178,7 +178,8 @@ def scenario_small(folder):
     processes.write(folder, "one", few)
     with strategy.scope():
         results = {kind: processes.small(kind, processes.fit_small) for kind in SMALL}
-        results["normalised"] = processes.small("normalised", fit_equal_rows)
+        for kind in processes.EQUAL:
+            results[kind] = processes.small(kind, fit_equal_rows)
     processes.write(folder, "small", results)
     alone = train_pair(tf.distribute.OneDeviceStrategy(DEVICES[0]))
     processes.write(folder, "pair", {"alone": alone, "both": train_pair(strategy)})
@@ -249,6 +250,18 @@ def scenario_killed(folder):
         model = processes.small_model(random, metrics=())
         model.optimizer.build(model.trainable_variables)
     run(strategy, model, *map(processes.small_part, range(6)))
+
+    def steps_of_loop(model, steps, broken):
+        model.optimizer.build(model.trainable_variables)
+        for step in range(steps):
+            compiled_step(strategy, model)(processes.small_part(step, broken))
+
+    with strategy.scope():
+        few = {
+            kind: processes.small(kind, steps_of_loop, metrics=())
+            for kind in processes.FEW
+        }
+    processes.write(folder, "small", few)
     for method in processes.METHODS:
         model = built(strategy, method)
         early = take_steps(strategy, model, 0, 5)

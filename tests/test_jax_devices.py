@@ -1,5 +1,6 @@
 """Several devices of JAX take the steps of one."""
 
+import functools
 import pathlib
 import re
 
@@ -56,6 +57,18 @@ def assert_state_is_sharded_like_its_weights(method, found):
     assert ("previous_gradient" in of_hidden) == (method == "sl+s2")
 
 
+@functools.cache
+def of_one(kind):
+    """Returns the state after the same steps of one device, in float32."""
+    return processes.small(kind)
+
+
+def assert_small_steps_are_those_of_one(found):
+    for kind, values in found.items():
+        tolerance = {"scalar": 1e-3, "mixed": 2e-3}.get(kind, 1e-6)  # in 16 bits
+        np.testing.assert_allclose(values, of_one(kind), 1e-5, tolerance)
+
+
 # One test, because starting a process takes longer than the steps.
 def test_devices_take_the_steps_of_one(tmp_path, request):
     processes.save_one(tmp_path)
@@ -77,9 +90,8 @@ def test_devices_take_the_steps_of_one(tmp_path, request):
     assert not adamw["inside"].size and adamw["outside"] == found["sizes"].sum() + 4
     for waits in processes.read(tmp_path, "order").values():
         assert waits.all() and len(waits) > 15
-    for kind, found in processes.read(tmp_path, "small").items():
-        tolerance = {"scalar": 1e-3, "mixed": 2e-3}.get(kind, 1e-6)  # in 16 bits
-        np.testing.assert_allclose(found, processes.small(kind), 1e-5, tolerance)
+    assert_small_steps_are_those_of_one(processes.read(tmp_path, "small"))
+    assert_small_steps_are_those_of_one(processes.read(tmp_path, "small model"))
 
     request.getfixturevalue("float64")
     for method in processes.METHODS:
@@ -100,6 +112,7 @@ def test_two_processes_and_a_killed_one(tmp_path):
             if method == "slsam":  # it has the most
                 assert_exchanges_have_one_order(method, found)
     for rank in range(2):
+        assert_small_steps_are_those_of_one(processes.read(tmp_path, "small", rank))
         errors = {
             k: str(v) for k, v in processes.read(tmp_path, "errors", rank).items()
         }

@@ -51,8 +51,8 @@ def test_two_processes(tmp_path, request):
 
 
 def assert_other_state_is_the_same(folder):
-    for kind in (*processes.SMALL, "normalised"):
-        equal = kind == "normalised"
+    for kind in processes.SMALL + processes.EQUAL:
+        equal = kind in processes.EQUAL
         take_steps = processes.take_equal_steps if equal else processes.take_small_steps
         expected = processes.small(kind, take_steps)
         for found in of(folder, "small", 2):
@@ -77,6 +77,8 @@ def assert_what_would_drift_apart_is_refused(folder):
         assert "the scale of the loss" in errors["scale later"]
         assert "other weights and buffers" in errors["other layers"]
         assert "the state of the optimizer is" in errors["state"]
+        assert "the arm of each weight is [0, 1, 0, 1] in process 1" in errors["arms"]
+        assert "is nothing (ZeroDivisionError) in process 1" in errors["one config"]
         assert not {"nan", "alike"} & errors.keys()
         assert not [name for name in errors if "without" in name]
         assert "`model.module`" in errors["wrapped"]
@@ -103,9 +105,11 @@ def assert_all_end_after_death(rank, count, folder, scenario):
 def test_four_processes_and_a_killed_one(tmp_path):
     assert_all_end_after_death(1, 4, tmp_path, "killed")
     assert_steps_of_one(tmp_path, 4)
-    # Two go on, until the first is killed.
+    # Two processes resume. Then the first one is killed.
     assert_all_end_after_death(0, 2, tmp_path, "resumed")
     for resumed, whole in zip(of(tmp_path, "resumed", 2), of(tmp_path, "whole", 2)):
+        processes.assert_same(resumed, whole, 1e-5, first=5)
+    for resumed in of(tmp_path, "resumed by two", 2):
         processes.assert_same(resumed, whole, 1e-6, first=5)
     one = processes.train_on(processes.load(tmp_path / "model.keras"))
     processes.assert_same(one, whole, 1e-5, first=5)

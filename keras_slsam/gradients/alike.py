@@ -26,8 +26,8 @@ def facts(framework, model, optimizer, weights=None):
     """
     found = _versions(framework) | {"the optimizer": type(optimizer).__name__}
     if weights is None:
-        found |= _flat("", _arguments(optimizer))
-    return found | _of_state(optimizer) | _of_weights(model, weights)
+        found |= _of_arguments(optimizer)
+    return found | _of_layout(optimizer) | _of_weights(model, weights)
 
 
 def _versions(framework):
@@ -37,36 +37,56 @@ def _versions(framework):
     return {package.__name__: package.__version__ for package in packages}
 
 
-def _of_state(optimizer):
-    # It may differ if an argument cannot be compared.
-    sizes = [math.prod(variable.shape) for variable in optimizer.variables]
-    sizes = f"{len(sizes)} variables, {sum(sizes)} values"
-    return {"the state of the optimizer": sizes}
-
-
-def _arguments(optimizer):
-    """Returns the arguments as Keras would save them, or `{}` if it cannot."""
+def _of_arguments(optimizer):
+    name = "what Keras can save of the optimizer"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Keras, about lambdas
         try:
-            return keras.saving.serialize_keras_object(optimizer.get_config())
-        except Exception:  # of any `get_config`, which a step does not need
-            return {}
+            saved = keras.saving.serialize_keras_object(optimizer.get_config())
+        except Exception as error:  # a step does not need to be saved
+            return {name: f"nothing ({type(error).__name__})"}
+    return {name: "its arguments"} | _flat("", saved)
 
 
 def _flat(path, value):
     """Returns a dict from the path of each part of a value to its text."""
-    if isinstance(value, list):
-        value = dict(enumerate(value))
-    if not isinstance(value, dict):
+    parts = value if isinstance(value, dict) else {}
+    if isinstance(value, (list, tuple)) and any(
+        isinstance(part, (dict, list, tuple)) for part in value
+    ):
+        parts = dict(enumerate(value))
+    if parts.get("class_name") == "__lambda__":  # saved with the path of its file
+        return {f"`{path}`": "a lambda"}
+    if not parts:
         return {f"`{path}`": repr(value)}
-    if value.get("class_name") == "__lambda__":  # saved with the path of its file
-        return {}
     found = {}
-    for key, part in value.items():
+    for key, part in parts.items():
         if key != "name":  # names that Keras gives depend on earlier optimizers
             found |= _flat(f"{path}.{key}" if path else key, part)
     return found
+
+
+def _of_layout(optimizer):
+    """Returns what arguments led to, because some of them cannot be compared."""
+    inner = getattr(optimizer, "inner_optimizer", optimizer)  # of a loss scaler
+    sizes = [math.prod(variable.shape) for variable in optimizer.variables]
+    layout = {key: str(value) for key, value in inner._layout().items()}
+    return {
+        "the base optimizer": layout["base_optimizer"],
+        "the sampler": layout["sampler"],
+        "the ascent": layout["ascent"],
+        "the arm of each weight": _short(layout["arms"]),
+        "the list of arms that are always active": _short(layout["always_active"]),
+        "the state of the optimizer": f"{len(sizes)} variables, {sum(sizes)} values",
+    }
+
+
+def _short(text):
+    return text if len(text) < 80 else f"of sha256 {_digest(text.encode())}"
+
+
+def _digest(data):
+    return hashlib.sha256(data).hexdigest()[:8]
 
 
 def _of_weights(model, values):
@@ -75,7 +95,7 @@ def _of_weights(model, values):
         values = [variable.value for variable in variables]
     for i, (variable, value) in enumerate(zip(variables, values)):
         value = keras.ops.convert_to_numpy(value)
-        digest = hashlib.sha256(value.tobytes()).hexdigest()[:8]
+        digest = _digest(value.tobytes())
         described = f"{value.shape} {variable.dtype}, sha256 {digest}"
         # Not its path, since names that Keras gives depend on earlier models.
         found[f"`trainable_variables[{i}]`"] = described
