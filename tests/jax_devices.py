@@ -38,8 +38,8 @@ def distribute(kind):
     if kind == "model":
         mesh = distribution.DeviceMesh((2, 2), ("batch", "model"), devices)
         layouts = distribution.LayoutMap(mesh)
-        layouts["hidden/kernel"] = (None, "model")
-        layouts["narrow/kernel"] = ("model", None)
+        layouts[".*hidden/kernel"] = (None, "model")
+        layouts[".*narrow/kernel"] = ("model", None)
         chosen = distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch")
     else:
         count = 4 if kind == "data 4" else 2

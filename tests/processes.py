@@ -95,8 +95,8 @@ def found(model, masks):
     return {"masks": np.stack(masks), "weights": weights}
 
 
-# A process that hangs prints its tracebacks and exits. Keras imports what it need not if
-# it is installed, which takes a third of the start, and goes on if an import fails.
+# A process that hangs prints its tracebacks and exits. Keras also imports packages that
+# it does not need, which takes a third of the start, and goes on without them.
 _START = """
 import faulthandler, runpy, sys
 faulthandler.dump_traceback_later({timeout}, exit=True)

@@ -255,6 +255,8 @@ def scenario_killed(folder):
         model.optimizer.build(model.trainable_variables)
         for step in range(steps):
             compiled_step(strategy, model)(processes.small_part(step, broken))
+        # As at the end of `fit`.
+        model.optimizer.finalize_variable_values(model.trainable_variables)
 
     with strategy.scope():
         few = {
