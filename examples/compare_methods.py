@@ -26,10 +26,10 @@ folder the script makes `results.csv`, the picture `results.svg`, and the page
 methods activated.
 
 In the table, `at equal time` is the accuracy at the time when the shortest run on this
-backend ended, and `at equal training loss` that when the mean training loss of an epoch
-first fell to one that all runs on this backend reached. Both are interpolated between
-two evaluations. Methods with one pass report the loss at the perturbed weights, and
-label smoothing changes it, so compare those with care.
+backend ended, and `at equal training loss` that when the training loss first fell to
+one that all runs on this backend reached. Both are interpolated between two
+evaluations. The training loss is the crossentropy of the evaluated weights, without
+perturbation, label smoothing and dropout.
 """
 
 import argparse
@@ -92,11 +92,12 @@ SPARSE = {
     "slsam-ema": sparse("proportional"),
     "slsam-quarter": sparse("proportional", ascent_fraction=0.25),
     "slsam-uniform": sparse("uniform"),
+    "sparse-adamw-ema-epoch": sparse("proportional", single_step=True, rho=0.0),
     "sl+s2": sparse("proportional", single_step=True),
     "sl+s2-ema-epoch": sparse("proportional", single_step=True),
 }
 METHODS = {**CONTROLS, **DENSE, **SPARSE}
-WITHOUT_RADIUS = {*CONTROLS, "sparse-adamw"}
+WITHOUT_RADIUS = {*CONTROLS, "sparse-adamw", "sparse-adamw-ema-epoch"}
 
 
 def load_texts(args):
@@ -226,6 +227,7 @@ def experiment(args):
         "limit": args.limit,
         "parts": args.parts,
         "label_noise": args.label_noise,
+        "ema_momentum": args.ema_momentum,
     }
 
 
@@ -252,17 +254,23 @@ def hold_out(train, args, seed):
 
 def scores_of(model, data, test, validation, wrong):
     """Evaluates a model."""
-    logits = model.predict(test[0], batch_size=128, verbose=0)
-    predicted = logits.argmax(axis=-1)
+
+    def predict(x, y):
+        logits = model.predict(x, batch_size=128, verbose=0)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        return logits.argmax(axis=-1), float(loss(y, logits))
+
+    predicted, loss = predict(*test)
+    on_training, training_loss = predict(*data)
     found = {
         "accuracy": float(np.mean(predicted == test[1])),
         "matthews": float(sklearn.metrics.matthews_corrcoef(test[1], predicted)),
-        "loss": float(model.loss(test[1], logits)),
+        "loss": loss,
+        "training_loss": training_loss,
     }
     if validation is not None:
-        x, y = data
         found["validation"] = robustness.accuracy(model, *validation)
-        found["memorised"] = robustness.accuracy(model, x[wrong], y[wrong])
+        found["memorised"] = float(np.mean((on_training == data[1])[wrong]))
     return found
 
 
@@ -307,8 +315,8 @@ def run(method, rate, rho, fraction, seed, train, test, args):
     classes = int(max(y.max(), test[1].max())) + 1
     model = MODELS[args.model][1](args, classes, x.shape[1:])
     model = keras_slsam.sharpness_aware(model)
-    ema = {"use_ema": True, "ema_momentum": 0.99} if "-ema" in method else {}
-    base = keras.optimizers.AdamW(rate, **ema)
+    ema = "-ema" in method
+    base = keras.optimizers.AdamW(rate, use_ema=ema, ema_momentum=args.ema_momentum)
     smoothing = 0.1 if method == "adamw-smoothing" else 0.0
     model.compile(
         optimizer=METHODS[method](
@@ -328,7 +336,7 @@ def run(method, rate, rho, fraction, seed, train, test, args):
         first, last = (steps * (place + k) // args.parts for k in (0, 1))
         rows = order[first * args.batch_size : last * args.batch_size]
         times, weights = StepTimes(), OwnWeights()
-        history = model.fit(
+        model.fit(
             x[rows],
             y[rows],
             batch_size=args.batch_size,
@@ -340,7 +348,7 @@ def run(method, rate, rho, fraction, seed, train, test, args):
                 *([weights] if ema else []),
                 *([logger] if method in SPARSE else []),
             ],
-        ).history
+        )
         if ema:
             # On JAX, the weights share arrays with their average, which the next
             # evaluation would delete.
@@ -351,7 +359,6 @@ def run(method, rate, rho, fraction, seed, train, test, args):
             {
                 "step": before["step"] + last - first,
                 "seconds": before["seconds"] + times.total(),
-                "training_loss": history["loss"][0],
                 **scores_of(model, train, test, validation, wrong),
             }
         )
@@ -404,6 +411,7 @@ def main():
     add("--rho", nargs="+", type=float, help="radii; default: each method's own")
     add("--active-fraction", nargs="+", type=float, default=[0.2])
     add("--label-noise", type=float, default=0.0, help="share of wrong labels")
+    add("--ema-momentum", type=float, default=0.99, help="of the methods with -ema")
     add("--robust", action="store_true", help="disturb the trained models")
     add("--epochs", type=float, default=1)
     add("--parts", type=int, default=4, help="evaluations per epoch")

@@ -64,6 +64,21 @@ def test_compare_methods(tmp_path, monkeypatch):
         compare(monkeypatch, "--methods", "adamw", without, "--batch-size=16")
 
 
+def test_the_training_loss_is_the_crossentropy_without_smoothing_and_dropout():
+    model = keras.Sequential([keras.layers.Dropout(0.5), keras.layers.Dense(4)])
+    smoothed = compare_methods.SmoothedCrossentropy(4, 0.5)
+    model.compile(loss=smoothed, metrics=["accuracy"])
+    x, y = np.ones((4, 8), "float32"), np.arange(4)
+    model.fit(x, y, verbose=0)
+    bias = np.array([2.0, 1.0, 0.0, -1.0])
+    model.layers[1].set_weights([np.zeros((8, 4)), bias])
+    wrong = np.array([True, True, True, False])
+    found = compare_methods.scores_of(model, (x, y), (x, y), (x, y), wrong)
+    expected = np.log(np.exp(bias).sum()) - bias.mean()
+    assert found["training_loss"] == pytest.approx(expected, 1e-5)
+    assert found["memorised"] == pytest.approx(1 / 3) and found["accuracy"] == 0.25
+
+
 def test_accuracy_at_a_training_loss():
     losses, scores = (2.0, 1.0, 1.5, 0.5), (0.2, 0.6, 0.4, 0.7)
     points = [{"training_loss": x, "accuracy": y} for x, y in zip(losses, scores)]
