@@ -498,18 +498,23 @@ def steps(model, count=3):
     return model.get_weights()
 
 
+# XLA may round two programs differently, but not two operations.
+EXACT = {"jax": (True, False)}.get(keras.config.backend(), (True,))
+
+
+@pytest.mark.parametrize("exact", EXACT)
 @pytest.mark.parametrize(
     ("base", "methods"),
     [("adamw", ("sam", "every arm")), ("momentum", ("s2sam", "rst"))],
 )
-def test_rho_of_zero_equals_the_base_optimizer(base, methods):
-    plain = steps(curved_model(BASES[base](), sharpness_aware=False))
+def test_rho_of_zero_equals_the_base_optimizer(base, methods, exact):
+    eagerly = {"run_eagerly": exact and keras.config.backend() == "jax"}
+    plain = steps(curved_model(BASES[base](), sharpness_aware=False, **eagerly))
     for method in methods:
-        weights = steps(curved_model(METHODS[method](BASES[base](), rho=0)))
+        weights = steps(curved_model(METHODS[method](BASES[base](), rho=0), **eagerly))
         for weight, expected in zip(weights, plain):
-            # XLA may round two programs differently. On TensorFlow, gradients of other
-            # models may be added in another order.
-            if keras.config.backend() != "jax":
+            # On TensorFlow, gradients of other models may be added in another order.
+            if exact:
                 np.testing.assert_array_equal(weight, expected)
             np.testing.assert_allclose(weight, expected, rtol=1e-5, atol=1e-7)
 
