@@ -33,7 +33,8 @@ def of_method(name: str, args: argparse.Namespace) -> dict:
     with the model. `first_step` is its peak in the first step, with tracing,
     compilation and the optimizer's state. `later_steps` is its peak in the following
     steps. `live` lists the peak of PyTorch's tensors, or of TensorFlow's blocks, in
-    each step. `planned` is the memory that JAX's compiled step plans for.
+    each step. `planned` is the memory that JAX's compiled step plans for. `device` is
+    the peak of the GPU's allocator in this process, and `None` on a CPU.
     """
     batch = models.data(args, args.batch)
     several = models.data(args, args.batch * (args.steps + 1))
@@ -44,10 +45,12 @@ def of_method(name: str, args: argparse.Namespace) -> dict:
         step_time.fit(model, *data, args.batch)
         resident[part] = process.resident("VmHWM")
         process.reset_peak()
+    on_device = probes.device_peak()
     step = functools.partial(step_time.fit, model, *batch, args.batch)
     live = [probes.live_bytes(model, step) for _ in range(args.steps + 1)]
     return {
         "resident": resident,
+        "device": on_device,
         "live": None if None in live else live,
         "planned": probes.planned_memory(model, *batch),
     }
@@ -63,6 +66,7 @@ def rows(result: dict):
             "resident at most": later,
             "above the built model": built and later - built,
             "first step above it": built and resident["first_step"] - built,
+            "on the GPU at most": row["device"],
             "in use at most": live and max(live),
             "mean step": live and statistics.fmean(live),
             "planned, temporary": plan and plan["temporary"],

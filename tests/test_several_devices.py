@@ -11,6 +11,9 @@ import keras
 import pytest
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+ON_TORCH = keras.config.backend() == "torch"
+# Without it, the script starts both processes.
+TORCHRUN = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
 
 
 def found(script, pattern, *launcher):
@@ -31,23 +34,17 @@ def found(script, pattern, *launcher):
     return re.findall(pattern, output)
 
 
-@pytest.mark.skipif(keras.config.backend() == "torch", reason="has processes only")
+@pytest.mark.skipif(ON_TORCH, reason="has processes only")
 def test_two_devices():
     pattern = r"2 devices: test accuracy (0\.\d+)"
     (accuracy,) = found("several_devices.py", pattern)
     assert float(accuracy) > 0.8
 
 
-LAUNCHERS = [()]  # the script starts both processes
-if keras.config.backend() == "torch":
-    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
-    LAUNCHERS.append(torchrun)
-
-
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_two_processes_have_the_same_weights(launcher):
+def test_two_processes_have_the_same_weights():
     pattern = (
         r"process \d of 2: test accuracy (0\.\d+), norm of the weights (\d+\.\d{9})"
     )
+    launcher = TORCHRUN if ON_TORCH else ()
     one, other = found("several_processes.py", pattern, *launcher)
     assert one == other and float(one[0]) > 0.8

@@ -5,6 +5,7 @@
 - `step_flops(model, x, y)`: takes steps of the model, and yields the FLOPs of each.
 - `conditions(model, x, y)`: the number of conditions in the traced step.
 - `planned_memory(model, x, y)`: the bytes that the compiled step plans for.
+- `device_peak()`: the most bytes that were allocated on a GPU.
 - `live_bytes(model, step)`: the most bytes of live tensors during `step()`.
 - `num_tensors()`: the number of live tensors.
 

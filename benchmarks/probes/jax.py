@@ -18,6 +18,12 @@ def device():
     return jax.devices()[0].device_kind
 
 
+def device_peak():
+    """Returns the most bytes that were allocated on a GPU, `None` on a CPU."""
+    statistics = jax.devices()[0].memory_stats()
+    return statistics and statistics["peak_bytes_in_use"]
+
+
 def step_flops(model, x, y):
     """Takes steps of the model, all with one trace, and yields the FLOPs of each."""
     step = jax.jit(model.train_step)

@@ -21,6 +21,13 @@ def device():
     return tf.config.experimental.get_device_details(gpus[0])["device_name"]
 
 
+def device_peak():
+    """Returns the most bytes that were allocated on a GPU, `None` on a CPU."""
+    if not tf.config.list_physical_devices("GPU"):
+        return None
+    return tf.config.experimental.get_memory_info("GPU:0")["peak"]
+
+
 def step_flops(model, x, y):
     """Takes steps of the model, all with one trace, and yields the FLOPs of each.
 

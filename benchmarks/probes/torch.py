@@ -16,6 +16,11 @@ def device():
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
+def device_peak():
+    """Returns the most bytes that were allocated on a GPU, `None` on a CPU."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
 def executed_flops(fn, *args):
     """Returns the FLOPs of the matrix products and convolutions in `fn(*args)`."""
     with FlopCounterMode(display=False) as counter:
