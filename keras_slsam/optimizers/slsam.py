@@ -36,7 +36,7 @@ class SLSAM(SharpnessAware):
     them is specific to this package.
 
     Only a share of the variables changes in a step, so tune the learning rate again.
-    The best one was between a third of the base optimizer's and twice it.
+    Sweep from a quarter of the base optimizer's to four times it, see docs/choosing.md.
 
     Do not use it for models with steps of a few milliseconds, where drawing and
     skipping take longer than the work that they save, nor if the loss must fall as fast
