@@ -50,16 +50,17 @@ def measure(args: argparse.Namespace, flags: list[str]) -> tuple[list[dict], boo
             file = args.folder / f"{backend}-{name}.json"
             file.unlink(missing_ok=True)
             command = ["benchmarks", *shlex.split(line), *flags, "--json", str(file)]
-            ended = _run(f"{name} on {backend}", command, backend, end)
+            last = name == [*MEASUREMENTS][-1] and backend == args.backends[-1]
+            ended = _run(f"{name} on {backend}", command, backend, end, last)
             good.append(ended != "FAILED")
             files += [file] if file.exists() else []
     return [json.loads(file.read_text("utf-8")) for file in files], all(good)
 
 
-def _run(title, module, backend, end, **environment):
-    """Runs a module in half of the time that is left, so that others run if it hangs.
+def _run(title, module, backend, end, last=False, **environment):
+    """Runs a module. Prints and returns how it ended.
 
-    Prints and returns how it ended.
+    All but the last one have half of the time that is left, in case one hangs.
     """
     start = time.monotonic()
     if start >= end:
@@ -74,7 +75,7 @@ def _run(title, module, backend, end, **environment):
         start_new_session=True,  # some measurements start processes of their own
     )
     try:
-        output, _ = process.communicate(timeout=(end - start) / 2)
+        output, _ = process.communicate(timeout=(end - start) / (1 if last else 2))
         ended = "FAILED" if process.returncode else "done"
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
