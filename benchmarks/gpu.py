@@ -5,6 +5,7 @@ process, on the device that the backend chooses. The most important ones come fi
 """
 
 import argparse
+import itertools
 import json
 import os
 import pathlib
@@ -45,15 +46,16 @@ def measure(args: argparse.Namespace, flags: list[str]) -> tuple[list[dict], boo
         test = ["pytest", "-q", str(TEST)]
         ended = _run(f"test on {backend}", test, backend, end, **PRECISE)
         good.append(ended == "done")
-    for name, line in MEASUREMENTS.items():
-        for backend in args.backends:
-            file = args.folder / f"{backend}-{name}.json"
-            file.unlink(missing_ok=True)
-            command = ["benchmarks", *shlex.split(line), *flags, "--json", str(file)]
-            last = name == [*MEASUREMENTS][-1] and backend == args.backends[-1]
-            ended = _run(f"{name} on {backend}", command, backend, end, last)
-            good.append(ended != "FAILED")
-            files += [file] if file.exists() else []
+    pairs = list(itertools.product(MEASUREMENTS, args.backends))
+    for name, backend in pairs:
+        file = args.folder / f"{backend}-{name}.json"
+        file.unlink(missing_ok=True)
+        line = shlex.split(MEASUREMENTS[name])
+        command = ["benchmarks", *line, *flags, "--json", str(file)]
+        last = (name, backend) == pairs[-1]
+        ended = _run(f"{name} on {backend}", command, backend, end, last)
+        good.append(ended != "FAILED")
+        files += [file] if file.exists() else []
     return [json.loads(file.read_text("utf-8")) for file in files], all(good)
 
 

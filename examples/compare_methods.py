@@ -87,12 +87,12 @@ DENSE = {
 }
 SPARSE = {
     "sparse-adamw": sparse("proportional", single_step=True, rho=0.0),
+    "sparse-adamw-ema-epoch": sparse("proportional", single_step=True, rho=0.0),
     "slsam-bandit": sparse("bandit"),
     "slsam-proportional": sparse("proportional"),
     "slsam-ema": sparse("proportional"),
     "slsam-quarter": sparse("proportional", ascent_fraction=0.25),
     "slsam-uniform": sparse("uniform"),
-    "sparse-adamw-ema-epoch": sparse("proportional", single_step=True, rho=0.0),
     "sl+s2": sparse("proportional", single_step=True),
     "sl+s2-ema-epoch": sparse("proportional", single_step=True),
 }

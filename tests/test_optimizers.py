@@ -499,7 +499,7 @@ def steps(model, count=3):
 
 
 # XLA may round two programs differently, but not two operations.
-EXACT = {"jax": (True, False)}.get(keras.config.backend(), (True,))
+EXACT = (True, False) if keras.config.backend() == "jax" else (True,)
 
 
 @pytest.mark.parametrize("exact", EXACT)
