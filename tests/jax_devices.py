@@ -201,7 +201,7 @@ def train(folder, kind):
     mesh = distribute(kind)
     for method in processes.METHODS:
         model = processes.make_model(method, seed=0)
-        found = processes.train(model)
+        found = processes.train(model, file=folder / f"{kind}-{method}.keras")
         found["sharded"] = [
             variable.path
             for variable in model.optimizer.variables
@@ -214,14 +214,16 @@ def train(folder, kind):
             inside, outside = exchanged_bytes(text)
             found.update(inside=inside, outside=outside, waits=waits(text))
         processes.write(folder, f"{kind}-{method}", found)
+    if kind != "data 4":
+        resumed = processes.train_on(processes.load(folder / "one.keras"))
+        processes.write(folder, f"{kind} from one", resumed)
     if kind == "model":
-        few = {each: processes.small(each, sharded_steps) for each in processes.FEW}
+        kinds = *processes.FEW, "normalised"
+        few = {each: processes.small(each, sharded_steps) for each in kinds}
         processes.write(folder, "small model", few)
     if kind == "data 2":
         inside, outside = exchanged_bytes(compiled_step_of_adamw(model, mesh))
         processes.write(folder, "adamw", {"inside": inside, "outside": outside})
-        resumed = processes.train_on(processes.load(folder / "one.keras"))
-        processes.write(folder, "from one", resumed)
         kinds = processes.SMALL + processes.EQUAL
         small = {kind: processes.small(kind) for kind in kinds}
         processes.write(folder, "small", small)
@@ -331,16 +333,14 @@ def scenario_killed(folder):
         model = processes.make_model(method, seed=0)
         # Metrics have exchanges outside of conditions.
         model.compile(model.optimizer, model.loss, metrics=["accuracy"])
-        early = processes.train(model, 0, 5)
+        # Saving creates variables, which JAX compares, so all processes must save.
+        file = folder / f"{method}-{processes.RANK}.keras"
+        found = processes.train(model, file=file)
         if method == "slsam":
-            # Saving creates variables, which JAX compares, so all processes must save.
-            model.save(folder / f"model-{processes.RANK}.keras")
-        late = processes.train_on(model)
-        late["masks"] = np.concatenate([early["masks"], late["masks"]])
-        if method == "slsam":
-            late["waits"] = waits(compiled_step(model, mesh))
-        processes.write(folder, f"processes-{method}", late)
-    few = {kind: processes.small(kind) for kind in processes.FEW}
+            found["waits"] = waits(compiled_step(model, mesh))
+        processes.write(folder, f"processes-{method}", found)
+    kinds = *processes.FEW, "normalised"
+    few = {kind: processes.small(kind) for kind in kinds}
     processes.write(folder, "small", few)
     processes.write(folder, "errors", refusals(folder))
     processes.write(folder, "backed up", backed_up(folder))
@@ -349,8 +349,10 @@ def scenario_killed(folder):
 
 def scenario_resumed(folder):
     distribute("processes")
-    model = processes.load(folder / "model-0.keras")
-    processes.write(folder, "resumed", processes.train_on(model))
+    for name in "from one", "resumed":
+        file = "one.keras" if name == "from one" else "slsam-0.keras"
+        model = processes.load(folder / file)
+        processes.write(folder, name, processes.train_on(model))
     die_or_wait(folder, model, rank=0)
 
 

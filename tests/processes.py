@@ -60,12 +60,17 @@ def part_of_batch(step, rank=RANK, processes=PROCESSES):
     return x[rows], y[rows]
 
 
-def train(model, first=0, steps=STEPS):
-    """Returns the masks, and the final weights as one vector."""
+def train(model, first=0, steps=STEPS, file=None):
+    """Returns the masks, and the final weights as one vector.
+
+    If there is a file, the model is saved to it after the first five steps of all.
+    """
     masks = []
     for step in range(first, first + steps):
         model.train_on_batch(*part_of_batch(step))
         masks.append(keras.ops.convert_to_numpy(model.optimizer.active))
+        if file and step == 4:
+            model.save(file)
     return found(model, masks)
 
 
@@ -167,11 +172,9 @@ def _alone(method, floatx):
     return train(make_model(method))
 
 
-def save_one(folder):
-    """Saves a model that was trained on one device."""
-    model = make_model("slsam")
-    train(model, 0, 5)
-    model.save(folder / "one.keras")
+def save_one(folder, backend):
+    """Saves a model that was trained on one device of another backend."""
+    run(1, __file__, "one", folder, backend=backend)
 
 
 def load(file):
@@ -191,10 +194,15 @@ def assert_same(found, expected, tolerance, first=0):
     )
 
 
-def assert_another_backend_goes_on(folder, backend):
-    """Loads a model that several devices saved on one device of another backend."""
-    run(1, __file__, "other_backend", folder, backend=backend)
-    found = read(folder, "other backend")
+def assert_one_goes_on(file):
+    """Loads a model that several devices saved, and trains it on one device."""
+    assert_same(train_on(load(file)), alone("slsam"), 1e-5, first=5)
+
+
+def assert_another_backend_goes_on(file, backend):
+    """Like `assert_one_goes_on`, with a device of another backend."""
+    run(1, __file__, "other_backend", file, backend=backend)
+    found = read(file.parent, "other backend")
     assert_same(found, alone("slsam"), 1e-5, first=5)
 
 
@@ -368,6 +376,17 @@ def alike_optimizer(folder):
     return keras_slsam.SLSAM(base, arms=runpy.run_path(str(file))["arms"])
 
 
+def normalised_model():
+    return small_model(keras_slsam.SAM("sgd"), layers.BatchNormalization())
+
+
+def statistics(rank=RANK, processes=PROCESSES):
+    """Returns the moving statistics of BatchNorm after a step on a part of a batch."""
+    model = normalised_model()
+    model.train_on_batch(*small_part(0, rank=rank, processes=processes))
+    return np.stack([variable.numpy() for variable in model.non_trainable_variables])
+
+
 def take_small_steps(model, steps=3, broken=None):
     for step in range(steps):
         model.train_on_batch(*small_part(step, broken))
@@ -454,6 +473,7 @@ def scenario_small(folder):
     found = {kind: small(kind) for kind in SMALL}
     found |= {kind: small(kind, take_equal_steps) for kind in EQUAL}
     write(folder, "small", found)
+    write(folder, "statistics", {"own": statistics()})
 
 
 def scenario_refused(folder):
@@ -586,29 +606,25 @@ def scenario_all(folder):
 def scenario_killed(folder):
     scenario_train(folder)
     model = make_model("slsam")
-    train(model, steps=5)
-    if RANK == 0:
-        model.save(folder / "model.keras")
-    train(model, 5, 2)
+    train(model, 0, 7, folder / "model.keras" if RANK == 0 else None)
     if RANK == 1:
         die(folder)
     train(model, 7, 100)
 
 
-def scenario_other_backend(folder):
-    file = next(folder.glob("model*.keras"))
-    write(folder, "other backend", train_on(load(file)))
+def scenario_one(folder):
+    train(make_model("slsam"), 0, 5, folder / "one.keras")
+
+
+def scenario_other_backend(file):
+    write(file.parent, "other backend", train_on(load(file)))
 
 
 def scenario_resumed(folder):
     write(folder, "resumed", train_on(load(folder / "model.keras")))
     whole = make_model("slsam")
-    early = train(whole, steps=5)
-    if RANK == 0:
-        whole.save(folder / "of two.keras")
-    late = train_on(whole)
-    late["masks"] = np.concatenate([early["masks"], late["masks"]])
-    write(folder, "whole", late)
+    file = folder / "of two.keras" if RANK == 0 else None
+    write(folder, "whole", train(whole, file=file))
     write(folder, "resumed by two", train_on(load(folder / "of two.keras")))
     if RANK == 0:
         die(folder)

@@ -161,6 +161,13 @@ def train_pair(strategy):
     return np.concatenate(weights)
 
 
+class Noise(keras.layers.Layer):
+    """Draws from the generator that Keras shares between all layers without one."""
+
+    def call(self, x):
+        return x + keras.random.normal(keras.ops.shape(x))
+
+
 def fit_equal_rows(model, steps, broken):
     """Like `processes.take_equal_steps` in two replicas."""
     parts = [processes.small_part(step, broken, 0, 2) for step in range(steps)]
@@ -169,6 +176,20 @@ def fit_equal_rows(model, steps, broken):
         for each in zip(*parts)
     )
     model.fit(x, y, 8, shuffle=False, verbose=0)
+
+
+def own_statistics(strategy):
+    """Returns the moving statistics of each replica after a step."""
+    with strategy.scope():
+        model = processes.normalised_model()
+    processes.fit_small(model, 1, None)
+    of_replicas = zip(
+        *(
+            strategy.experimental_local_results(variable.value)
+            for variable in model.non_trainable_variables
+        )
+    )
+    return {f"{rank}": np.stack(own) for rank, own in enumerate(of_replicas)}
 
 
 def scenario_small(folder):
@@ -181,6 +202,7 @@ def scenario_small(folder):
         for kind in processes.EQUAL:
             results[kind] = processes.small(kind, fit_equal_rows)
     processes.write(folder, "small", results)
+    processes.write(folder, "statistics", own_statistics(strategy))
     alone = train_pair(tf.distribute.OneDeviceStrategy(DEVICES[0]))
     processes.write(folder, "pair", {"alone": alone, "both": train_pair(strategy)})
 
@@ -219,6 +241,11 @@ def scenario_small(folder):
             model = processes.small_model(keras_slsam.SAM(base))
         processes.fit_small(model, 1, None)
 
+    def noise_without_generator():
+        with strategy.scope():
+            model = processes.small_model(keras_slsam.SAM("sgd"), Noise())
+        processes.fit_small(model, 1, None)
+
     def of_another_kind():
         other = tf.distribute.experimental.CentralStorageStrategy(DEVICES[:2])
         take_steps(other, built(other, "sam"), 0, 1)
@@ -231,6 +258,7 @@ def scenario_small(folder):
         "metric": error_of(with_metric),
         "synchronized": error_of(synchronized),
         "overwritten": error_of(overwritten),
+        "noise": error_of(noise_without_generator),
         "kind": error_of(of_another_kind),
     }
     processes.write(folder, "errors", errors)
@@ -251,18 +279,21 @@ def scenario_killed(folder):
         model.optimizer.build(model.trainable_variables)
     run(strategy, model, *map(processes.small_part, range(6)))
 
-    def steps_of_loop(model, steps, broken):
+    def steps_of_loop(part, model, steps, broken):
         model.optimizer.build(model.trainable_variables)
         for step in range(steps):
-            compiled_step(strategy, model)(processes.small_part(step, broken))
+            compiled_step(strategy, model)(part(step, broken))
         # As at the end of `fit`.
         model.optimizer.finalize_variable_values(model.trainable_variables)
 
+    own = functools.partial(steps_of_loop, processes.small_part)
+    equal = functools.partial(
+        steps_of_loop, functools.partial(processes.small_part, rank=0, processes=2)
+    )
     with strategy.scope():
-        few = {
-            kind: processes.small(kind, steps_of_loop, metrics=())
-            for kind in processes.FEW
-        }
+        few = {kind: processes.small(kind, own, metrics=()) for kind in processes.FEW}
+        for kind in processes.EQUAL:
+            few[kind] = processes.small(kind, equal, metrics=())
     processes.write(folder, "small", few)
     for method in processes.METHODS:
         model = built(strategy, method)
@@ -300,10 +331,11 @@ def scenario_killed(folder):
 
 def scenario_resumed(folder):
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
-    with strategy.scope():
-        model = keras.saving.load_model(folder / "model-0.keras")
-    late = take_steps(strategy, model, 5, processes.STEPS - 5)
-    processes.write(folder, "resumed", late)
+    for name, file in {"from one": "one.keras", "resumed": "model-0.keras"}.items():
+        with strategy.scope():
+            model = keras.saving.load_model(folder / file)
+        late = take_steps(strategy, model, 5, processes.STEPS - 5)
+        processes.write(folder, name, late)
     die_or_wait(folder, strategy, model, rank=0)
 
 

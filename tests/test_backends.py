@@ -12,7 +12,6 @@ if keras.config.backend() == "torch":
 
 def assert_same(found, expected):
     assert expected["masks"].shape[0] == trajectory.STEPS
-    assert 0.1 < expected["masks"].mean() < 0.6
     np.testing.assert_array_equal(found["masks"], expected["masks"])
     np.testing.assert_allclose(found["weights"], expected["weights"], rtol=0, atol=1e-5)
 
@@ -30,6 +29,7 @@ def test_pytorch_takes_the_same_steps_and_checkpoints_go_both_ways(tmp_path):
         return {key: found[f"{name}: {key}"] for key in ("masks", "weights")}
 
     for name, result in expected.items():
+        assert 0.1 < result["masks"].mean() < 0.6 or name == "randomized"
         assert_same(of_torch(name), result)
     resumed = trajectory.resume(other)
     assert len(resumed) == 2

@@ -71,10 +71,13 @@ def assert_small_steps_are_those_of_one(found):
 
 # One test, because starting a process takes longer than the steps.
 def test_devices_take_the_steps_of_one(tmp_path, request):
-    processes.save_one(tmp_path)
+    processes.save_one(tmp_path, "torch")
     processes.run(1, SCRIPT, "devices", tmp_path, timeout=400)
     expected = processes.alone("slsam")
-    processes.assert_same(processes.read(tmp_path, "from one"), expected, 1e-5, first=5)
+    for kind in "data 2", "model":
+        resumed = processes.read(tmp_path, f"{kind} from one")
+        processes.assert_same(resumed, expected, 1e-5, first=5)
+        processes.assert_one_goes_on(tmp_path / f"{kind}-slsam.keras")
     for method in processes.METHODS:
         expected = processes.alone(method)
         found = processes.read(tmp_path, f"data 2-{method}")
@@ -102,6 +105,7 @@ def test_devices_take_the_steps_of_one(tmp_path, request):
 
 
 def test_two_processes_and_a_killed_one(tmp_path):
+    processes.save_one(tmp_path, "torch")
     ((_, output),) = end_after_death(1, "killed", tmp_path)
     assert re.search("an error: .*Gloo", output), output
     for method in processes.METHODS:
@@ -134,8 +138,8 @@ def test_two_processes_and_a_killed_one(tmp_path):
     assert re.search("an error: .*Gloo", output), output
     expected = processes.alone("slsam")
     for rank in range(2):
-        resumed = processes.read(tmp_path, "resumed", rank)
-        processes.assert_same(resumed, expected, 1e-5, first=5)
-    one = processes.train_on(processes.load(tmp_path / "model-0.keras"))
-    processes.assert_same(one, expected, 1e-5, first=5)
-    processes.assert_another_backend_goes_on(tmp_path, "torch")
+        for name in "from one", "resumed":
+            found = processes.read(tmp_path, name, rank)
+            processes.assert_same(found, expected, 1e-5, first=5)
+    processes.assert_one_goes_on(tmp_path / "slsam-0.keras")
+    processes.assert_another_backend_goes_on(tmp_path / "slsam-0.keras", "torch")

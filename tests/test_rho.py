@@ -105,15 +105,31 @@ def test_a_rho_that_a_callback_sets_acts_on_the_next_step(start, tmp_path):
     assert float(restored.rho) == pytest.approx(RADII[-1])
 
 
-def test_a_probability_that_a_callback_sets_acts_on_the_next_step():
+def test_a_probability_that_a_callback_sets_acts_on_the_next_step(tmp_path):
     model = compiled(0.3, functools.partial(keras_slsam.RST, probability=0.0))
+    after = [1.0, 0.0, 1.0, 0.0, 1.0, 0.25]
 
     def change(batch, logs):
-        model.optimizer.probability = float(batch % 2 == 0)
+        model.optimizer.probability = after[batch]
 
     callback = keras.callbacks.LambdaCallback(on_train_batch_end=change)
     expected = by_hand([0.0, 0.3, 0.0, 0.3, 0.0, 0.3])
     np.testing.assert_allclose(fit(model, [callback]), expected, rtol=1e-5)
+    model.save(tmp_path / "model.keras")
+    restored = keras.saving.load_model(tmp_path / "model.keras").optimizer
+    assert float(restored.probability) == 0.25
+
+
+def test_a_probability_follows_a_schedule_that_is_saved_with_the_model(tmp_path):
+    chosen = [1.0, 0.0, 1.0, 1.0, 0.0, 1.0]
+    rst = functools.partial(keras_slsam.RST, probability=Table(chosen))
+    model = compiled(0.3, rst)
+    expected = by_hand([0.3 * each for each in chosen])
+    np.testing.assert_allclose(fit(model), expected, rtol=1e-5)
+    model.save(tmp_path / "model.keras")
+    restored = keras.saving.load_model(tmp_path / "model.keras").optimizer
+    assert restored.get_config()["probability"]["config"] == {"values": chosen}
+    assert float(restored.probability) == chosen[-1]
 
 
 def test_a_step_without_a_radius_or_not_chosen_executes_one_pass():

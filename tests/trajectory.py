@@ -1,4 +1,4 @@
-"""Takes steps of SL-SAM with the package's own draws, on any backend.
+"""Takes steps of SL-SAM and RST with the package's own draws, on any backend.
 
 python trajectory.py THEIRS OWN    resumes from the checkpoints in the folder THEIRS,
     takes steps of each kind, and writes checkpoints and all results into the folder OWN
@@ -36,6 +36,12 @@ KINDS = {
         "active_fraction": 0.4,
         "ascent": Friendly,
     },
+    "randomized": {
+        "rho": 0.1,
+        "probability": keras.optimizers.schedules.PiecewiseConstantDecay(
+            [12], [0.5, 0.2]
+        ),
+    },
 }
 # Together these two kinds have all state of the optimizers and of samplers that learn.
 CHECKPOINTS = {
@@ -62,11 +68,14 @@ def make_model():
 def start(kind):
     model = keras_slsam.sharpness_aware(make_model())
     base = keras.optimizers.AdamW(3e-3)
-    kwargs = {"rho": 0.05, "active_fraction": 0.3, "seed": 7, **KINDS[kind]}
-    for argument in ("sampler", "ascent"):
-        if callable(kwargs.get(argument)):
-            kwargs[argument] = kwargs[argument]()
-    optimizer = keras_slsam.SLSAM(base, **kwargs)
+    if kind == "randomized":
+        optimizer = keras_slsam.RST(base, seed=7, **KINDS[kind])
+    else:
+        kwargs = {"rho": 0.05, "active_fraction": 0.3, "seed": 7, **KINDS[kind]}
+        for argument in ("sampler", "ascent"):
+            if callable(kwargs.get(argument)):
+                kwargs[argument] = kwargs[argument]()
+        optimizer = keras_slsam.SLSAM(base, **kwargs)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer=optimizer, loss=loss)
     return model
