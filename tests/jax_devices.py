@@ -42,7 +42,7 @@ def distribute(kind):
         layouts[".*narrow/kernel"] = ("model", None)
         chosen = distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch")
     else:
-        count = 4 if kind == "data 4" else 2
+        count = 4 if kind.startswith("data 4") else 2
         chosen = distribution.DataParallel(
             devices=devices[:count], auto_shard_dataset=False
         )
@@ -197,9 +197,9 @@ def sharded_steps(model, steps, broken):
     assert "model" in model.trainable_variables[0].value.sharding.spec
 
 
-def train(folder, kind):
+def train(folder, kind, methods=tuple(processes.METHODS)):
     mesh = distribute(kind)
-    for method in processes.METHODS:
+    for method in methods:
         model = processes.make_model(method, seed=0)
         found = processes.train(model, file=folder / f"{kind}-{method}.keras")
         found["sharded"] = [
@@ -214,7 +214,7 @@ def train(folder, kind):
             inside, outside = exchanged_bytes(text)
             found.update(inside=inside, outside=outside, waits=waits(text))
         processes.write(folder, f"{kind}-{method}", found)
-    if kind != "data 4":
+    if kind in ("data 2", "model"):
         resumed = processes.train_on(processes.load(folder / "one.keras"))
         processes.write(folder, f"{kind} from one", resumed)
     if kind == "model":
@@ -238,10 +238,12 @@ def train(folder, kind):
 
 def scenario_devices(folder):
     train(folder, "data 2")
+    train(folder, "data 4", ["slsam"])
     train(folder, "model")
     jax.config.update("jax_enable_x64", True)
     processes.use_float64()
-    train(folder, "data 4")
+    train(folder, "data 4 in float64")
+    train(folder, "data 2 in float64", ["slsam"])
 
 
 def error_of(call):

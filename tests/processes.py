@@ -605,6 +605,9 @@ def scenario_all(folder):
 
 def scenario_killed(folder):
     scenario_train(folder)
+    scenario_float64(folder)
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
     model = make_model("slsam")
     train(model, 0, 7, folder / "model.keras" if RANK == 0 else None)
     if RANK == 1:

@@ -113,22 +113,25 @@ def exchanged_by_adamw():
 def scenario_mirrored(folder):
     processes.write(folder, "adamw", {"exchanged": exchanged_by_adamw()})
     counts = count_exchanges()
-    for replicas in (4, 2):
-        if replicas == 2:
+    for precision, usual, other in ((32, 4, 2), (64, 2, 4)):
+        if precision == 64:
             processes.use_float64()
-        for method in processes.METHODS:
+        # SL-SAM, which exchanges most, runs with both numbers of replicas.
+        runs = [(usual, method) for method in processes.METHODS] + [(other, "slsam")]
+        for replicas, method in runs:
             counts.update(inside=0, outside=0)
             model = built(mirrored(replicas), method)
             early = processes.fit(model, whole_batches()[:5])
-            if (replicas, method) == (4, "slsam"):
+            if (precision, replicas, method) == (32, 4, "slsam"):
                 model.save(folder / "model.keras")
                 with mirrored(2).scope():
-                    other = processes.load(folder / "one.keras")
-                late = processes.fit(other, whole_batches()[5:])
+                    loaded = processes.load(folder / "one.keras")
+                late = processes.fit(loaded, whole_batches()[5:])
                 processes.write(folder, "from one", late)
             late = processes.fit(model, whole_batches()[5:])
             late["masks"] = np.concatenate([early["masks"], late["masks"]])
-            processes.write(folder, f"{replicas}-{method}", {**late, **counts})
+            name = f"{replicas}-{precision}-{method}"
+            processes.write(folder, name, {**late, **counts})
 
 
 def train_pair(strategy):

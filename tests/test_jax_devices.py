@@ -89,6 +89,8 @@ def test_devices_take_the_steps_of_one(tmp_path, request):
         assert_state_is_sharded_like_its_weights(method, parallel)
         if method == "slsam":
             assert_inactive_shards_are_not_exchanged(parallel)
+    other = processes.read(tmp_path, "data 4-slsam")
+    processes.assert_same(other, processes.alone("slsam"), 1e-5)
     adamw = processes.read(tmp_path, "adamw")
     assert not adamw["inside"].size and adamw["outside"] == found["sizes"].sum() + 4
     for waits in processes.read(tmp_path, "order").values():
@@ -98,10 +100,10 @@ def test_devices_take_the_steps_of_one(tmp_path, request):
 
     request.getfixturevalue("float64")
     for method in processes.METHODS:
-        expected = processes.alone(method)
-        processes.assert_same(
-            processes.read(tmp_path, f"data 4-{method}"), expected, 1e-10
-        )
+        found = processes.read(tmp_path, f"data 4 in float64-{method}")
+        processes.assert_same(found, processes.alone(method), 1e-10)
+    other = processes.read(tmp_path, "data 2 in float64-slsam")
+    processes.assert_same(other, processes.alone("slsam"), 1e-10)
 
 
 def test_two_processes_and_a_killed_one(tmp_path):

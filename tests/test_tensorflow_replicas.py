@@ -31,7 +31,10 @@ def test_mirrored_replicas(tmp_path, request):
     processes.assert_same(processes.read(tmp_path, "from one"), expected, 1e-5, first=5)
     for method in processes.METHODS:
         expected = processes.alone(method)
-        processes.assert_same(processes.read(tmp_path, f"4-{method}"), expected, 1e-5)
+        found = processes.read(tmp_path, f"4-32-{method}")
+        processes.assert_same(found, expected, 1e-5)
+    two = processes.read(tmp_path, "2-32-slsam")
+    processes.assert_same(two, processes.alone("slsam"), 1e-5)
     adamw = processes.read(tmp_path, "adamw")["exchanged"]
     assert adamw == expected["weights"].nbytes
     processes.assert_one_goes_on(tmp_path / "model.keras")
@@ -40,7 +43,7 @@ def test_mirrored_replicas(tmp_path, request):
     request.getfixturevalue("float64")
     for method in processes.METHODS:
         expected = processes.alone(method)
-        found = processes.read(tmp_path, f"2-{method}")
+        found = processes.read(tmp_path, f"2-64-{method}")
         processes.assert_same(found, expected, 1e-10)
         # A compiled step has the exchanges of all arms. Those of arms that may be
         # inactive are in conditions.
@@ -49,6 +52,8 @@ def test_mirrored_replicas(tmp_path, request):
         inside, outside = found["inside"], found["outside"]
         expected = (0, everything) if method == "sam" else (everything, 0)
         assert (inside, outside) == expected
+    four = processes.read(tmp_path, "4-64-slsam")
+    processes.assert_same(four, processes.alone("slsam"), 1e-10)
 
 
 def test_other_state_and_refusals(tmp_path):

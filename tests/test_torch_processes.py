@@ -45,9 +45,13 @@ def test_two_processes(tmp_path, request):
     for found in of(tmp_path, "from one", 2):
         processes.assert_same(found, expected, 1e-5, first=5)
     request.getfixturevalue("float64")
+    assert_steps_of_one_in_float64(tmp_path, 2)
+
+
+def assert_steps_of_one_in_float64(folder, count):
     for method in processes.METHODS:
         expected = processes.alone(method)
-        for found in of(tmp_path, f"{method}64", 2):
+        for found in of(folder, f"{method}64", count):
             processes.assert_same(found, expected, 1e-10)
 
 
@@ -109,7 +113,7 @@ def assert_all_end_after_death(rank, count, folder, scenario):
         assert code == 1 and "RuntimeError" in output, output
 
 
-def test_four_processes_and_a_killed_one(tmp_path):
+def test_four_processes_and_a_killed_one(tmp_path, request):
     assert_all_end_after_death(1, 4, tmp_path, "killed")
     assert_steps_of_one(tmp_path, 4)
     # Two processes resume. Then the first one is killed.
@@ -120,3 +124,5 @@ def test_four_processes_and_a_killed_one(tmp_path):
         processes.assert_same(resumed, whole, 1e-6, first=5)
     processes.assert_one_goes_on(tmp_path / "model.keras")
     processes.assert_another_backend_goes_on(tmp_path / "model.keras", "jax")
+    request.getfixturevalue("float64")
+    assert_steps_of_one_in_float64(tmp_path, 4)
