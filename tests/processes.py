@@ -377,14 +377,26 @@ def alike_optimizer(folder):
 
 
 def normalised_model():
-    return small_model(keras_slsam.SAM("sgd"), layers.BatchNormalization())
+    # One plain step, after which weights have their mean over the parts of a batch.
+    return small_model(keras_slsam.SAM("sgd", rho=0.0), layers.BatchNormalization())
 
 
-def statistics(rank=RANK, processes=PROCESSES):
-    """Returns the moving statistics of BatchNorm after a step on a part of a batch."""
+def normalised(rank=RANK, processes=PROCESSES):
+    """Returns the weights of BatchNorm and its statistics after one step on a part."""
     model = normalised_model()
     model.train_on_batch(*small_part(0, rank=rank, processes=processes))
-    return np.stack([variable.numpy() for variable in model.non_trainable_variables])
+    weights = map(keras.ops.convert_to_numpy, model.layers[0].weights)
+    return dict(zip(("gamma", "beta", "mean", "variance"), weights))
+
+
+def assert_weights_are_shared_and_statistics_are_not(results):
+    alone = [normalised(rank, len(results)) for rank in range(len(results))]
+    for found, own in zip(results, alone):
+        for name, value in found.items():
+            shared = name in ("gamma", "beta")
+            expected = np.mean([a[name] for a in alone], 0) if shared else own[name]
+            np.testing.assert_allclose(value, expected, 1e-5, 1e-6)
+            assert not np.allclose(alone[0][name], alone[1][name], 1e-3)
 
 
 def take_small_steps(model, steps=3, broken=None):
@@ -473,7 +485,7 @@ def scenario_small(folder):
     found = {kind: small(kind) for kind in SMALL}
     found |= {kind: small(kind, take_equal_steps) for kind in EQUAL}
     write(folder, "small", found)
-    write(folder, "statistics", {"own": statistics()})
+    write(folder, "normalised", normalised())
 
 
 def scenario_refused(folder):
@@ -533,7 +545,7 @@ def scenario_refused(folder):
 
     model = make_model("sam")
     if RANK == 1:
-        model.buffers = lambda: 1 / 0
+        model.layers[1].modules = lambda: 1 / 0
     refused("one fails", train, model, 0, 1)
 
     by_layer, by_kind = (
@@ -571,11 +583,51 @@ def scenario_refused(folder):
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
     batch = tuple(torch.as_tensor(part) for part in part_of_batch(0))
     refused("wrapped", keras_slsam.step, wrapped, model.optimizer, batch)
+    refused("wrapped too early", keras_slsam.sharpness_aware, wrapped)
+    module = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
+    model = small_model(keras_slsam.SAM("sgd"), layers.TorchModuleWrapper(module))
+    refused("wrapped inside", take_small_steps, model, 1)
 
     model = make_model("sam")
     fully_shard(model)
     refused("sharded", train, model, 0, 1)
+    dense = layers.Dense(3)
+    model = small_model(keras_slsam.SAM("sgd"), dense)
+    fully_shard(dense)
+    refused("a sharded layer", take_small_steps, model, 1)
+    module = torch.nn.Linear(4, 4)
+    wrapper = layers.TorchModuleWrapper(module)
+    model = small_model(keras_slsam.SAM("sgd"), wrapper)
+    fully_shard(module)
+    refused("a sharded module", take_small_steps, model, 1)
     write(folder, "errors", errors)
+
+
+def scenario_shared(folder):
+    """Shares buffers, and draws noise in each process."""
+    import torch
+
+    class Buffers(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("own", torch.arange(3.0) + RANK)
+            self.register_buffer("expanded", torch.tensor([1.0 + RANK]).expand(3))
+
+        def forward(self, x):
+            return x
+
+    module = Buffers()
+    model = small_model(keras_slsam.SAM("sgd"), layers.TorchModuleWrapper(module))
+    take_small_steps(model, 1)
+    found = {name: value.numpy() for name, value in module.named_buffers()}
+    usual, with_generator = layers.Dropout(0.5), layers.GaussianNoise(1.0)
+    model = small_model(keras_slsam.SAM("sgd"), usual, with_generator)
+    keras.utils.set_random_seed(RANK)
+    take_small_steps(model, 1)
+    for layer in usual, with_generator:
+        noise = layer(np.ones((1, 64), "float32"), training=True)
+        found[type(layer).__name__] = keras.ops.convert_to_numpy(noise)
+    write(folder, "shared", found)
 
 
 def scenario_restored(folder):
@@ -598,6 +650,7 @@ def scenario_all(folder):
     scenario_fit_and_loop(folder)
     scenario_small(folder)
     scenario_refused(folder)
+    scenario_shared(folder)
     model = scenario_restored(folder)
     scenario_float64(folder)
     return model

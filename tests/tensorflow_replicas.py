@@ -181,18 +181,17 @@ def fit_equal_rows(model, steps, broken):
     model.fit(x, y, 8, shuffle=False, verbose=0)
 
 
-def own_statistics(strategy):
-    """Returns the moving statistics of each replica after a step."""
+def normalised(strategy):
+    """Returns what `processes.normalised` returns, of each replica."""
     with strategy.scope():
         model = processes.normalised_model()
     processes.fit_small(model, 1, None)
-    of_replicas = zip(
-        *(
-            strategy.experimental_local_results(variable.value)
-            for variable in model.non_trainable_variables
-        )
-    )
-    return {f"{rank}": np.stack(own) for rank, own in enumerate(of_replicas)}
+    names, found = ("gamma", "beta", "mean", "variance"), [{}, {}]
+    for name, variable in zip(names, model.layers[0].weights):
+        copies = strategy.experimental_local_results(variable.value)
+        for of_replica, copy in zip(found, copies):
+            of_replica[name] = copy.numpy()
+    return found
 
 
 def scenario_small(folder):
@@ -205,7 +204,8 @@ def scenario_small(folder):
         for kind in processes.EQUAL:
             results[kind] = processes.small(kind, fit_equal_rows)
     processes.write(folder, "small", results)
-    processes.write(folder, "statistics", own_statistics(strategy))
+    for rank, found in enumerate(normalised(strategy)):
+        np.savez(folder / f"normalised-{rank}.npz", **found)
     alone = train_pair(tf.distribute.OneDeviceStrategy(DEVICES[0]))
     processes.write(folder, "pair", {"alone": alone, "both": train_pair(strategy)})
 

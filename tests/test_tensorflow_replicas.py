@@ -63,10 +63,8 @@ def test_other_state_and_refusals(tmp_path):
         equal = processes.small(kind, processes.take_equal_steps, **EAGER)
         # The metrics, in the last variables, count the rows of both.
         np.testing.assert_allclose(small.pop(kind)[:-4], equal[:-4], 1e-5, 1e-6)
-    own = processes.read(tmp_path, "statistics")
-    for rank in range(2):
-        expected = processes.statistics(rank, 2)
-        np.testing.assert_allclose(own[f"{rank}"], expected, 1e-5, 1e-6)
+    normalised = [processes.read(tmp_path, "normalised", rank) for rank in range(2)]
+    processes.assert_weights_are_shared_and_statistics_are_not(normalised)
     for kind, found in small.items():
         tolerance = {"scalar": 1e-4, "mixed": 2e-3}.get(kind, 1e-6)  # in 16 bits
         expected = processes.small(kind, processes.fit_small, **EAGER)

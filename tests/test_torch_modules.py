@@ -359,6 +359,17 @@ def test_replicas_are_refused():
         step(compiled(module))
 
 
+def test_a_parameter_that_keras_does_not_know_is_refused():
+    module = nn.Linear(5, 5)
+    model = compiled(module)
+    step(model)
+    module.bias = nn.Parameter(module.bias.detach().clone())
+    with pytest.raises(ValueError, match=r"'bias' of layer.*not a weight of the Keras"):
+        step(model)
+    module.bias.requires_grad_(False)
+    step(model)
+
+
 def test_hooks_of_a_weight_see_its_gradient():
     def trained(optimizer):
         torch.manual_seed(0)

@@ -36,7 +36,9 @@ def test_two_processes(tmp_path, request):
     assert_other_state_is_the_same(tmp_path)
     assert_what_would_drift_apart_is_refused(tmp_path)
     assert_a_loaded_state_is_shared(tmp_path)
-    assert_statistics_are_of_own_rows(tmp_path)
+    normalised = of(tmp_path, "normalised", 2)
+    processes.assert_weights_are_shared_and_statistics_are_not(normalised)
+    assert_buffers_are_shared_and_noise_is_not(tmp_path)
     expected = processes.alone("slsam")
     for fit, loop in zip(of(tmp_path, "fit", 2), of(tmp_path, "loop", 2)):
         processes.assert_same(fit, expected, 1e-5)
@@ -87,7 +89,10 @@ def assert_what_would_drift_apart_is_refused(folder):
         assert not {"nan", "alike"} & errors.keys()
         assert not [name for name in errors if "without" in name]
         assert "`model.module`" in errors["wrapped"]
-        assert "fully_shard" in errors["sharded"]
+        assert "`model.module`" in errors["wrapped too early"]
+        assert "`module.module`" in errors["wrapped inside"]
+        for name in "sharded", "a sharded layer", "a sharded module":
+            assert "fully_shard" in errors[name]
 
 
 def assert_a_loaded_state_is_shared(folder):
@@ -99,10 +104,14 @@ def assert_a_loaded_state_is_shared(folder):
     )
 
 
-def assert_statistics_are_of_own_rows(folder):
-    for rank, found in enumerate(of(folder, "statistics", 2)):
-        expected = processes.statistics(rank, 2)
-        np.testing.assert_allclose(found["own"], expected, 1e-5, 1e-6)
+def assert_buffers_are_shared_and_noise_is_not(folder):
+    first, other = of(folder, "shared", 2)
+    for found in first, other:
+        np.testing.assert_array_equal(found["own"], [0.0, 1.0, 2.0])
+        np.testing.assert_array_equal(found["expanded"], [1.0, 1.0, 1.0])
+    assert (first["Dropout"] != other["Dropout"]).any()
+    # Its generator is a weight, which is that of the first process.
+    np.testing.assert_array_equal(first["GaussianNoise"], other["GaussianNoise"])
 
 
 def assert_all_end_after_death(rank, count, folder, scenario):

@@ -97,16 +97,26 @@ def start(model, optimizer, weights=None):
     alike.check(every)
     with torch.no_grad():
         for tensor in [v.value for v in optimizer.variables] + _untrained(model):
-            whole = tensor.contiguous()  # others cannot be sent
+            # A dimension that was expanded repeats one value, and cannot be written.
+            own = tensor[tuple(slice(None if n else 1) for n in tensor.stride())]
+            whole = own.contiguous()  # others cannot be sent
             distributed.broadcast(whole, src=0)
-            tensor.copy_(whole)
+            own.copy_(whole)
 
 
 def _untrained(model):
     """Returns the other weights and the buffers of a model."""
     trained = {id(v) for v in model.trainable_variables}
     others = [v.value for v in model.weights if id(v) not in trained]
-    return others + list(model.buffers())
+    buffers = [b for module in _modules(model) for b in module.buffers(recurse=False)]
+    return list({id(tensor): tensor for tensor in others + buffers}.values())
+
+
+def _modules(model):
+    """Returns all modules of a model, whose own `modules()` may lack its layers."""
+    # Keras has no public name for the layers at any depth.
+    layers = model._flatten_layers()
+    return dict.fromkeys(module for layer in layers for module in layer.modules())
 
 
 def _facts(model, optimizer, weights):
@@ -125,7 +135,7 @@ def _check_is_whole(model):
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
-    sharded = [isinstance(module, FSDPModule) for module in model.modules()]
+    sharded = [isinstance(module, FSDPModule) for module in _modules(model)]
     sharded += [isinstance(v.value.data, DTensor) for v in model.weights]
     if any(sharded):
         raise ValueError(
