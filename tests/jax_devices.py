@@ -224,7 +224,7 @@ def train(folder, kind, methods=tuple(processes.METHODS)):
     if kind == "data 2":
         inside, outside = exchanged_bytes(compiled_step_of_adamw(model, mesh))
         processes.write(folder, "adamw", {"inside": inside, "outside": outside})
-        kinds = processes.SMALL + processes.EQUAL
+        kinds = *processes.SMALL, "normalised"
         small = {kind: processes.small(kind) for kind in kinds}
         processes.write(folder, "small", small)
         order = {

@@ -3,6 +3,7 @@
 python tensorflow_replicas.py SCENARIO FOLDER, with RANK, WORLD_SIZE and PORTS
 """
 
+import collections
 import functools
 import json
 import os
@@ -67,14 +68,16 @@ def take_steps(strategy, model, first=0, steps=processes.STEPS):
 
 
 def count_exchanges():
-    """Counts the bytes of exchanges of gradients, inside and outside of conditions."""
-    exchange, counts = tf.raw_ops.CollectiveReduceV2, {"inside": 0, "outside": 0}
+    """Returns a dict of the bytes of gradients that each graph exchanges.
+
+    Each branch of a condition is a graph.
+    """
+    exchange, counts = tf.raw_ops.CollectiveReduceV2, collections.Counter()
 
     def counted(input, **kwargs):
-        name = tf.compat.v1.get_default_graph().name
-        place = "inside" if "cond" in name else "outside"
         if kwargs["merge_op"] == "Add":
-            counts[place] += input.shape.num_elements() * input.dtype.size
+            graph = tf.compat.v1.get_default_graph()
+            counts[graph] += input.shape.num_elements() * input.dtype.size
         return exchange(input=input, **kwargs)
 
     tf.raw_ops.CollectiveReduceV2 = counted
@@ -119,7 +122,7 @@ def scenario_mirrored(folder):
         # SL-SAM, which exchanges most, runs with both numbers of replicas.
         runs = [(usual, method) for method in processes.METHODS] + [(other, "slsam")]
         for replicas, method in runs:
-            counts.update(inside=0, outside=0)
+            counts.clear()
             model = built(mirrored(replicas), method)
             early = processes.fit(model, whole_batches()[:5])
             if (precision, replicas, method) == (32, 4, "slsam"):
@@ -130,8 +133,13 @@ def scenario_mirrored(folder):
                 processes.write(folder, "from one", late)
             late = processes.fit(model, whole_batches()[5:])
             late["masks"] = np.concatenate([early["masks"], late["masks"]])
+            inside = sorted(n for graph, n in counts.items() if "cond" in graph.name)
+            outside = sum(counts.values()) - sum(inside)
             name = f"{replicas}-{precision}-{method}"
-            processes.write(folder, name, {**late, **counts})
+            arms = model.optimizer.arms
+            sizes = [4 * sum(np.prod(v.shape) for v in arm) for arm in arms]
+            late.update(inside=inside, outside=outside, sizes=sizes)
+            processes.write(folder, name, late)
 
 
 def train_pair(strategy):
@@ -201,8 +209,7 @@ def scenario_small(folder):
     processes.write(folder, "one", few)
     with strategy.scope():
         results = {kind: processes.small(kind, processes.fit_small) for kind in SMALL}
-        for kind in processes.EQUAL:
-            results[kind] = processes.small(kind, fit_equal_rows)
+        results["normalised"] = processes.small("normalised", fit_equal_rows)
     processes.write(folder, "small", results)
     for rank, found in enumerate(normalised(strategy)):
         np.savez(folder / f"normalised-{rank}.npz", **found)
@@ -294,9 +301,9 @@ def scenario_killed(folder):
         steps_of_loop, functools.partial(processes.small_part, rank=0, processes=2)
     )
     with strategy.scope():
-        few = {kind: processes.small(kind, own, metrics=()) for kind in processes.FEW}
-        for kind in processes.EQUAL:
-            few[kind] = processes.small(kind, equal, metrics=())
+        kinds = *processes.FEW, "part"
+        few = {kind: processes.small(kind, own, metrics=()) for kind in kinds}
+        few["normalised"] = processes.small("normalised", equal, metrics=())
     processes.write(folder, "small", few)
     for method in processes.METHODS:
         model = built(strategy, method)

@@ -45,13 +45,19 @@ def test_mirrored_replicas(tmp_path, request):
         expected = processes.alone(method)
         found = processes.read(tmp_path, f"2-64-{method}")
         processes.assert_same(found, expected, 1e-10)
-        # A compiled step has the exchanges of all arms. Those of arms that may be
-        # inactive are in conditions.
-        passes = 1 if method == "sl+s2" else 2
-        everything = passes * 2 * 2 * adamw  # two replicas, float64
-        inside, outside = found["inside"], found["outside"]
-        expected = (0, everything) if method == "sam" else (everything, 0)
-        assert (inside, outside) == expected
+        # A compiled step has the exchanges of all arms. Each of those that may be
+        # inactive is in a condition of its own, in each pass and replica.
+        programs = 2 * (1 if method == "sl+s2" else 2)
+        sizes = 2 * found["sizes"]  # float64
+        assert sizes.sum() == 2 * adamw
+        if method == "sam":
+            assert not found["inside"].size
+            assert found["outside"] == programs * sizes.sum()
+        else:
+            np.testing.assert_array_equal(
+                found["inside"], sorted(programs * sizes.tolist())
+            )
+            assert not found["outside"]
     four = processes.read(tmp_path, "4-64-slsam")
     processes.assert_same(four, processes.alone("slsam"), 1e-10)
 
@@ -59,15 +65,15 @@ def test_mirrored_replicas(tmp_path, request):
 def test_other_state_and_refusals(tmp_path):
     run(1, "small", tmp_path)
     small = processes.read(tmp_path, "small")
-    for kind in processes.EQUAL:
-        equal = processes.small(kind, processes.take_equal_steps, **EAGER)
-        # The metrics, in the last variables, count the rows of both.
-        np.testing.assert_allclose(small.pop(kind)[:-4], equal[:-4], 1e-5, 1e-6)
+    equal = processes.small("normalised", processes.take_equal_steps, **EAGER)
+    # The metrics, in the last variables, count the rows of both.
+    np.testing.assert_allclose(small.pop("normalised")[:-4], equal[:-4], 1e-5, 1e-6)
     normalised = [processes.read(tmp_path, "normalised", rank) for rank in range(2)]
     processes.assert_weights_are_shared_and_statistics_are_not(normalised)
     for kind, found in small.items():
         tolerance = {"scalar": 1e-4, "mixed": 2e-3}.get(kind, 1e-6)  # in 16 bits
-        expected = processes.small(kind, processes.fit_small, **EAGER)
+        take_steps = processes.STEPS_OF_ONE.get(kind, processes.fit_small)
+        expected = processes.small(kind, take_steps, **EAGER)
         np.testing.assert_allclose(found, expected, 1e-5, tolerance)
     pair = processes.read(tmp_path, "pair")
     np.testing.assert_allclose(pair["both"], pair["alone"], rtol=1e-5, atol=1e-6)
@@ -90,8 +96,7 @@ def test_other_state_and_refusals(tmp_path):
 @functools.cache
 def of_one(kind):
     """Returns the state after the same steps of one device, in float32."""
-    equal = kind in processes.EQUAL
-    take_steps = processes.take_equal_steps if equal else processes.fit_small
+    take_steps = processes.STEPS_OF_ONE.get(kind, processes.fit_small)
     return processes.small(kind, take_steps, metrics=(), **EAGER)
 
 
@@ -108,7 +113,7 @@ def test_workers_and_a_killed_one(tmp_path):
         for kind, found in processes.read(tmp_path, "small", rank).items():
             tolerance = 2e-3 if kind == "mixed" else 1e-6  # it is in float16
             # The loss, in the last variables, counts the rows of both.
-            last = -2 if kind in processes.EQUAL else None
+            last = -2 if kind == "normalised" else None
             expected = of_one(kind)[:last]
             np.testing.assert_allclose(found[:last], expected, 1e-5, tolerance)
         errors = {

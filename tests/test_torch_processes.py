@@ -58,9 +58,8 @@ def assert_steps_of_one_in_float64(folder, count):
 
 
 def assert_other_state_is_the_same(folder):
-    for kind in processes.SMALL + processes.EQUAL:
-        equal = kind in processes.EQUAL
-        take_steps = processes.take_equal_steps if equal else processes.take_small_steps
+    for kind in *processes.SMALL, "normalised":
+        take_steps = processes.STEPS_OF_ONE.get(kind, processes.take_small_steps)
         expected = processes.small(kind, take_steps)
         for found in of(folder, "small", 2):
             tolerance = 2e-3 if kind == "mixed" else 1e-6  # it is in float16
