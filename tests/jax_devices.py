@@ -35,7 +35,7 @@ def initialize():
 def distribute(kind):
     """Chooses the distribution. Returns the mesh of the devices."""
     devices = distribution.list_devices()
-    if kind == "model":
+    if kind.startswith("model"):
         mesh = distribution.DeviceMesh((2, 2), ("batch", "model"), devices)
         layouts = distribution.LayoutMap(mesh)
         layouts[".*hidden/kernel"] = (None, "model")
@@ -123,8 +123,9 @@ def exchanged_by(lines):
     total = 0
     for line in lines:
         if found := EXCHANGE.search(line):
-            for size in re.findall(r"f32\[([\d,]*)\]", found[1]):
-                total += 4 * int(np.prod([int(n) for n in size.split(",") if n]))
+            for bits, size in re.findall(r"(?:pred|[a-z]+(\d+))\[(.*?)\]", found[1]):
+                count = np.prod([int(n) for n in size.split(",") if n], dtype=int)
+                total += count * int(bits or 8) // 8
     return total
 
 
@@ -244,6 +245,7 @@ def scenario_devices(folder):
     processes.use_float64()
     train(folder, "data 4 in float64")
     train(folder, "data 2 in float64", ["slsam"])
+    train(folder, "model in float64", ["slsam"])
 
 
 def error_of(call):
@@ -346,6 +348,10 @@ def scenario_killed(folder):
     processes.write(folder, "small", few)
     processes.write(folder, "errors", refusals(folder))
     processes.write(folder, "backed up", backed_up(folder))
+    jax.config.update("jax_enable_x64", True)
+    processes.use_float64()
+    model = processes.make_model("slsam", seed=0)
+    processes.write(folder, "in float64", processes.train(model))
     die_or_wait(folder, model, rank=1)
 
 

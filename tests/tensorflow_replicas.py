@@ -256,6 +256,11 @@ def scenario_small(folder):
             model = processes.small_model(keras_slsam.SAM("sgd"), Noise())
         processes.fit_small(model, 1, None)
 
+    def not_in_replicas():
+        model = built(strategy, "sam")
+        x, y = map(tf.constant, processes.part_of_batch(0))
+        tf.function(lambda: keras_slsam.step(model, model.optimizer, (x, y)))()
+
     def of_another_kind():
         other = tf.distribute.experimental.CentralStorageStrategy(DEVICES[:2])
         take_steps(other, built(other, "sam"), 0, 1)
@@ -269,6 +274,7 @@ def scenario_small(folder):
         "synchronized": error_of(synchronized),
         "overwritten": error_of(overwritten),
         "noise": error_of(noise_without_generator),
+        "not in replicas": error_of(not_in_replicas),
         "kind": error_of(of_another_kind),
     }
     processes.write(folder, "errors", errors)
@@ -336,6 +342,9 @@ def scenario_killed(folder):
         other.optimizer.build(other.trainable_variables)
     errors["alike"] = error_of(run, strategy, other, processes.small_part(0))
     processes.write(folder, "errors", errors)
+    processes.use_float64()
+    model = built(strategy, "slsam")
+    processes.write(folder, "in float64", take_steps(strategy, model))
     die_or_wait(folder, strategy, model, rank=1)
 
 

@@ -90,6 +90,7 @@ def test_other_state_and_refusals(tmp_path):
     assert "`optimizer.build(model.trainable_variables)`" in errors["unbuilt"]
     assert "`ema_overwrite_frequency`" in errors["overwritten"]
     assert "its own `keras.random.SeedGenerator`" in errors["noise"]
+    assert "`strategy.run`, inside a `tf.function`" in errors["not in replicas"]
     assert "CentralStorageStrategy" in errors["kind"]
 
 
@@ -100,7 +101,7 @@ def of_one(kind):
     return processes.small(kind, take_steps, metrics=(), **EAGER)
 
 
-def test_workers_and_a_killed_one(tmp_path):
+def test_workers_and_a_killed_one(tmp_path, request):
     processes.save_one(tmp_path, "torch")
     ((code, output),) = end_after_death(1, "killed", tmp_path)
     assert code == 1 and "UnavailableError" in output, output
@@ -137,3 +138,8 @@ def test_workers_and_a_killed_one(tmp_path):
             found = processes.read(tmp_path, name, rank)
             processes.assert_same(found, expected, 1e-5, first=5)
     processes.assert_one_goes_on(tmp_path / "model-0.keras")
+    request.getfixturevalue("float64")
+    expected = processes.alone("slsam")
+    for rank in range(2):
+        found = processes.read(tmp_path, "in float64", rank)
+        processes.assert_same(found, expected, 1e-10)
