@@ -259,7 +259,8 @@ def scenario_small(folder):
     def not_in_replicas():
         model = built(strategy, "sam")
         x, y = map(tf.constant, processes.part_of_batch(0))
-        tf.function(lambda: keras_slsam.step(model, model.optimizer, (x, y)))()
+        with strategy.scope():
+            tf.function(lambda: keras_slsam.step(model, model.optimizer, (x, y)))()
 
     def of_another_kind():
         other = tf.distribute.experimental.CentralStorageStrategy(DEVICES[:2])
