@@ -22,6 +22,7 @@ def assert_steps_of_one(folder, count):
             passes = 1 if method == "sl+s2" else 2
             active = (found["masks"] * found["sizes"]).sum()
             assert found["exchanged"] == passes * active
+            assert found["sizes"].tolist() == [416, 576, 544, 108]  # of the docs' table
             everything = found["sizes"].sum() * len(found["masks"])
             assert (active < everything) == (method != "sam")
     # As many bytes as AdamW for each pass, if all arms are active.
