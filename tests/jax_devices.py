@@ -202,7 +202,9 @@ def train(folder, kind, methods=tuple(processes.METHODS)):
     mesh = distribute(kind)
     for method in methods:
         model = processes.make_model(method, seed=0)
-        found = processes.train(model, file=folder / f"{kind}-{method}.keras")
+        to_save = method == "slsam" and kind in ("data 2", "model")
+        file = folder / f"{kind}.keras" if to_save else None
+        found = processes.train(model, file=file)
         found["sharded"] = [
             variable.path
             for variable in model.optimizer.variables
@@ -338,8 +340,8 @@ def scenario_killed(folder):
         # Metrics have exchanges outside of conditions.
         model.compile(model.optimizer, model.loss, metrics=["accuracy"])
         # Saving creates variables, which JAX compares, so all processes must save.
-        file = folder / f"{method}-{processes.RANK}.keras"
-        found = processes.train(model, file=file)
+        file = folder / f"model-{processes.RANK}.keras"
+        found = processes.train(model, file=file if method == "slsam" else None)
         if method == "slsam":
             found["waits"] = waits(compiled_step(model, mesh))
         processes.write(folder, f"processes-{method}", found)
@@ -357,8 +359,7 @@ def scenario_killed(folder):
 
 def scenario_resumed(folder):
     distribute("processes")
-    for name in "from one", "resumed":
-        file = "one.keras" if name == "from one" else "slsam-0.keras"
+    for name, file in {"from one": "one.keras", "resumed": "model-0.keras"}.items():
         model = processes.load(folder / file)
         processes.write(folder, name, processes.train_on(model))
     die_or_wait(folder, model, rank=0)

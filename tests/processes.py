@@ -1,6 +1,6 @@
 """One of several processes that train together, on parts of the same batches.
 
-python processes.py SCENARIO FOLDER, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT
+python processes.py SCENARIO PATH, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from user_ascents import Friendly
 import keras_slsam
 
 gc.set_threshold(100_000, 50, 100)  # as in conftest.py
-BATCH, STEPS = 16, 20
+BATCH, STEPS, EARLY = 16, 20, 5
 METHODS = {
     "sam": lambda base: keras_slsam.SAM(base, rho=0.1),
     "slsam": lambda base: keras_slsam.SLSAM(
@@ -63,13 +63,13 @@ def part_of_batch(step, rank=RANK, processes=PROCESSES):
 def train(model, first=0, steps=STEPS, file=None):
     """Returns the masks, and the final weights as one vector.
 
-    If there is a file, the model is saved to it after the first five steps of all.
+    If there is a file, the model is saved to it after the early steps.
     """
     masks = []
     for step in range(first, first + steps):
         model.train_on_batch(*part_of_batch(step))
         masks.append(keras.ops.convert_to_numpy(model.optimizer.active))
-        if file and step == 4:
+        if file and step + 1 == EARLY:
             model.save(file)
     return found(model, masks)
 
@@ -182,8 +182,13 @@ def load(file):
 
 
 def train_on(model):
-    """Returns what `train` returns, after the first five steps."""
-    return train(model, 5, STEPS - 5)
+    """Returns what `train` returns, after the early steps."""
+    return train(model, EARLY, STEPS - EARLY)
+
+
+def assert_same_later(found, tolerance=1e-5):
+    """Compares what `train_on` returns with SL-SAM in one process."""
+    assert_same(found, alone("slsam"), tolerance, first=EARLY)
 
 
 def assert_same(found, expected, tolerance, first=0):
@@ -196,14 +201,13 @@ def assert_same(found, expected, tolerance, first=0):
 
 def assert_one_goes_on(file):
     """Loads a model that several devices saved, and trains it on one device."""
-    assert_same(train_on(load(file)), alone("slsam"), 1e-5, first=5)
+    assert_same_later(train_on(load(file)))
 
 
 def assert_another_backend_goes_on(file, backend):
     """Like `assert_one_goes_on`, with a device of another backend."""
     run(1, __file__, "other_backend", file, backend=backend)
-    found = read(file.parent, "other backend")
-    assert_same(found, alone("slsam"), 1e-5, first=5)
+    assert_same_later(read(file.parent, "other backend"))
 
 
 def die(folder):
@@ -376,6 +380,9 @@ def alike_optimizer(folder):
     return keras_slsam.SLSAM(base, arms=runpy.run_path(str(file))["arms"])
 
 
+OF_BATCH_NORM = "gamma", "beta", "mean", "variance"
+
+
 def normalised_model():
     # One plain step, after which weights have their mean over the parts of a batch.
     return small_model(keras_slsam.SAM("sgd", rho=0.0), layers.BatchNormalization())
@@ -386,7 +393,7 @@ def normalised(rank=RANK, processes=PROCESSES):
     model = normalised_model()
     model.train_on_batch(*small_part(0, rank=rank, processes=processes))
     weights = map(keras.ops.convert_to_numpy, model.layers[0].weights)
-    return dict(zip(("gamma", "beta", "mean", "variance"), weights))
+    return dict(zip(OF_BATCH_NORM, weights))
 
 
 def assert_weights_are_shared_and_statistics_are_not(results):
@@ -664,18 +671,17 @@ def scenario_all(folder):
 
 def scenario_killed(folder):
     scenario_train(folder)
+    train(make_model("slsam"), 0, 7, folder / "model.keras" if RANK == 0 else None)
     scenario_float64(folder)
-    keras.config.set_floatx("float32")
-    keras.config.set_dtype_policy("float32")
     model = make_model("slsam")
-    train(model, 0, 7, folder / "model.keras" if RANK == 0 else None)
+    train(model, 0, 2)
     if RANK == 1:
         die(folder)
-    train(model, 7, 100)
+    train(model, 2, 100)
 
 
 def scenario_one(folder):
-    train(make_model("slsam"), 0, 5, folder / "one.keras")
+    train(make_model("slsam"), 0, EARLY, folder / "one.keras")
 
 
 def scenario_other_backend(file):
@@ -694,14 +700,14 @@ def scenario_resumed(folder):
 
 
 if __name__ == "__main__":
-    scenario, folder = globals()[f"scenario_{sys.argv[1]}"], pathlib.Path(sys.argv[2])
+    scenario, path = globals()[f"scenario_{sys.argv[1]}"], pathlib.Path(sys.argv[2])
     if PROCESSES == 1:
-        scenario(folder)
+        scenario(path)
         sys.exit()
     from torch import distributed
 
     distributed.init_process_group("gloo")
-    model = scenario(folder)
+    model = scenario(path)
     distributed.destroy_process_group()
     if model is not None:
         train(model, 0, 1)  # goes on alone

@@ -67,6 +67,11 @@ def take_steps(strategy, model, first=0, steps=processes.STEPS):
     return run(strategy, model, *parts)
 
 
+def take_later_steps(strategy, model):
+    later = processes.STEPS - processes.EARLY
+    return take_steps(strategy, model, processes.EARLY, later)
+
+
 def count_exchanges():
     """Returns a dict of the bytes of gradients that each graph exchanges.
 
@@ -115,23 +120,23 @@ def exchanged_by_adamw():
 
 def scenario_mirrored(folder):
     processes.write(folder, "adamw", {"exchanged": exchanged_by_adamw()})
+    with mirrored(2).scope():
+        loaded = processes.load(folder / "one.keras")
+    late = processes.fit(loaded, whole_batches()[processes.EARLY :])
+    processes.write(folder, "from one", late)
     counts = count_exchanges()
     for precision, usual, other in ((32, 4, 2), (64, 2, 4)):
         if precision == 64:
             processes.use_float64()
-        # SL-SAM, which exchanges most, runs with both numbers of replicas.
+        # SL-SAM, which has the most conditions, runs with both numbers of replicas.
         runs = [(usual, method) for method in processes.METHODS] + [(other, "slsam")]
         for replicas, method in runs:
             counts.clear()
             model = built(mirrored(replicas), method)
-            early = processes.fit(model, whole_batches()[:5])
+            early = processes.fit(model, whole_batches()[: processes.EARLY])
             if (precision, replicas, method) == (32, 4, "slsam"):
                 model.save(folder / "model.keras")
-                with mirrored(2).scope():
-                    loaded = processes.load(folder / "one.keras")
-                late = processes.fit(loaded, whole_batches()[5:])
-                processes.write(folder, "from one", late)
-            late = processes.fit(model, whole_batches()[5:])
+            late = processes.fit(model, whole_batches()[processes.EARLY :])
             late["masks"] = np.concatenate([early["masks"], late["masks"]])
             inside = sorted(n for graph, n in counts.items() if "cond" in graph.name)
             outside = sum(counts.values()) - sum(inside)
@@ -194,8 +199,8 @@ def normalised(strategy):
     with strategy.scope():
         model = processes.normalised_model()
     processes.fit_small(model, 1, None)
-    names, found = ("gamma", "beta", "mean", "variance"), [{}, {}]
-    for name, variable in zip(names, model.layers[0].weights):
+    found = [{}, {}]
+    for name, variable in zip(processes.OF_BATCH_NORM, model.layers[0].weights):
         copies = strategy.experimental_local_results(variable.value)
         for of_replica, copy in zip(found, copies):
             of_replica[name] = copy.numpy()
@@ -314,10 +319,10 @@ def scenario_killed(folder):
     processes.write(folder, "small", few)
     for method in processes.METHODS:
         model = built(strategy, method)
-        early = take_steps(strategy, model, 0, 5)
+        early = take_steps(strategy, model, 0, processes.EARLY)
         if method == "slsam":
             model.save(folder / f"model-{RANK}.keras")
-        late = take_steps(strategy, model, 5, processes.STEPS - 5)
+        late = take_later_steps(strategy, model)
         masks = np.concatenate([early["masks"], late["masks"]])
         processes.write(folder, f"workers-{method}", {**late, "masks": masks})
     rate, errors = model.optimizer.learning_rate.numpy(), {}
@@ -354,8 +359,7 @@ def scenario_resumed(folder):
     for name, file in {"from one": "one.keras", "resumed": "model-0.keras"}.items():
         with strategy.scope():
             model = keras.saving.load_model(folder / file)
-        late = take_steps(strategy, model, 5, processes.STEPS - 5)
-        processes.write(folder, name, late)
+        processes.write(folder, name, take_later_steps(strategy, model))
     die_or_wait(folder, strategy, model, rank=0)
 
 

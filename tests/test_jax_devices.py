@@ -76,9 +76,8 @@ def test_devices_take_the_steps_of_one(tmp_path, request):
     processes.run(1, SCRIPT, "devices", tmp_path, timeout=400)
     expected = processes.alone("slsam")
     for kind in "data 2", "model":
-        resumed = processes.read(tmp_path, f"{kind} from one")
-        processes.assert_same(resumed, expected, 1e-5, first=5)
-        processes.assert_one_goes_on(tmp_path / f"{kind}-slsam.keras")
+        processes.assert_same_later(processes.read(tmp_path, f"{kind} from one"))
+        processes.assert_one_goes_on(tmp_path / f"{kind}.keras")
     for method in processes.METHODS:
         expected = processes.alone(method)
         found = processes.read(tmp_path, f"data 2-{method}")
@@ -108,17 +107,14 @@ def test_devices_take_the_steps_of_one(tmp_path, request):
         processes.assert_same(found, processes.alone("slsam"), 1e-10)
 
 
-def assert_an_error_ended_the_other(found):
+def assert_an_error_ended_the_other(found, codes):
     ((code, output),) = found
-    # JAX may abort it after the error.
-    assert code in (1, -signal.SIGABRT) and re.search("an error: .*Gloo", output), (
-        output
-    )
+    assert code in codes and re.search("an error: .*Gloo", output), output
 
 
 def test_two_processes_and_a_killed_one(tmp_path, request):
     processes.save_one(tmp_path, "torch")
-    assert_an_error_ended_the_other(end_after_death(1, "killed", tmp_path))
+    assert_an_error_ended_the_other(end_after_death(1, "killed", tmp_path), {1})
     for method in processes.METHODS:
         expected = processes.alone(method)
         for rank in range(2):
@@ -145,14 +141,15 @@ def test_two_processes_and_a_killed_one(tmp_path, request):
             backed_up["resumed"], backed_up["whole"], rtol=0, atol=1e-6
         )
 
-    assert_an_error_ended_the_other(end_after_death(0, "resumed", tmp_path))
+    # Without the first process, JAX may abort the other after its error.
+    found = end_after_death(0, "resumed", tmp_path)
+    assert_an_error_ended_the_other(found, {1, -signal.SIGABRT})
     expected = processes.alone("slsam")
     for rank in range(2):
         for name in "from one", "resumed":
-            found = processes.read(tmp_path, name, rank)
-            processes.assert_same(found, expected, 1e-5, first=5)
-    processes.assert_one_goes_on(tmp_path / "slsam-0.keras")
-    processes.assert_another_backend_goes_on(tmp_path / "slsam-0.keras", "torch")
+            processes.assert_same_later(processes.read(tmp_path, name, rank))
+    processes.assert_one_goes_on(tmp_path / "model-0.keras")
+    processes.assert_another_backend_goes_on(tmp_path / "model-0.keras", "torch")
     request.getfixturevalue("float64")
     expected = processes.alone("slsam")
     for rank in range(2):

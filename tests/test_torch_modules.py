@@ -370,6 +370,15 @@ def test_a_parameter_that_keras_does_not_know_is_refused():
     step(model)
 
 
+def test_modules_that_are_tied_after_they_are_wrapped():
+    one, other = nn.Linear(5, 5), nn.Linear(5, 5)
+    model = compiled(nn.Sequential(one, other))
+    other.weight = one.weight
+    before = one.weight.detach().clone()
+    step(model)
+    assert not torch.equal(one.weight, before)
+
+
 def test_hooks_of_a_weight_see_its_gradient():
     def trained(optimizer):
         torch.manual_seed(0)

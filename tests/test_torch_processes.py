@@ -22,7 +22,8 @@ def assert_steps_of_one(folder, count):
             passes = 1 if method == "sl+s2" else 2
             active = (found["masks"] * found["sizes"]).sum()
             assert found["exchanged"] == passes * active
-            assert found["sizes"].tolist() == [416, 576, 544, 108]  # of the docs' table
+            if method != "sam":  # it has one arm per variable
+                assert found["sizes"].tolist() == [416, 576, 544, 108]  # as in the docs
             everything = found["sizes"].sum() * len(found["masks"])
             assert (active < everything) == (method != "sam")
     # As many bytes as AdamW for each pass, if all arms are active.
@@ -92,7 +93,7 @@ def assert_what_would_drift_apart_is_refused(folder):
         assert "`model.module`" in errors["wrapped too early"]
         assert "`module.module`" in errors["wrapped inside"]
         for name in "sharded", "a sharded layer", "a sharded module":
-            assert "fully_shard" in errors[name]
+            assert "`DTensor`s, for example by `fully_shard`" in errors[name]
 
 
 def assert_a_loaded_state_is_shared(folder):
@@ -110,7 +111,7 @@ def assert_buffers_are_shared_and_noise_is_not(folder):
         np.testing.assert_array_equal(found["own"], [0.0, 1.0, 2.0])
         np.testing.assert_array_equal(found["expanded"], [1.0, 1.0, 1.0])
     assert (first["Dropout"] != other["Dropout"]).any()
-    # Its generator is a weight, which is that of the first process.
+    # Its generator got its seed when the layer was created.
     np.testing.assert_array_equal(first["GaussianNoise"], other["GaussianNoise"])
 
 

@@ -133,7 +133,7 @@ def own_parameters(model, variables):
     others, wrappers = {}, _wrappers(model)
     for wrapper in wrappers:
         _check_can_be_given(wrapper)
-        _check_is_known(wrapper)
+        _check_is_known(wrapper, model)
         for tensor in (*wrapper.module.parameters(), *wrapper.module.buffers()):
             if id(tensor) not in index:
                 others[id(tensor)] = tensor
@@ -207,17 +207,18 @@ def _check_can_be_given(wrapper):
             )
 
 
-def _check_is_known(wrapper):
+def _check_is_known(wrapper, model):
     if not wrapper.trainable:
         return
-    known = {id(variable.value) for variable in wrapper.variables}
+    known = {id(variable.value) for variable in model.variables}
     for name, parameter in wrapper.module.named_parameters():
         if parameter.requires_grad and id(parameter) not in known:
             raise ValueError(
                 f"The parameter {name!r} of layer {wrapper.name!r} is not a weight of "
                 "the Keras model, so it would not be trained. It was made or replaced "
                 "after the module was wrapped, for example by `fully_shard`, which is "
-                "not supported. Change a module before you wrap it."
+                "not supported. Change a module before you wrap it, or set "
+                "`requires_grad = False` on the parameter."
             )
 
 

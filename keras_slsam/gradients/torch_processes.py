@@ -97,11 +97,11 @@ def start(model, optimizer, weights=None):
     alike.check(every)
     with torch.no_grad():
         for tensor in [v.value for v in optimizer.variables] + _untrained(model):
-            # A dimension that was expanded repeats one value, and cannot be written.
-            own = tensor[tuple(slice(None if n else 1) for n in tensor.stride())]
-            whole = own.contiguous()  # others cannot be sent
+            whole = tensor.contiguous()  # others cannot be sent
             distributed.broadcast(whole, src=0)
-            own.copy_(whole)
+            # A dimension that was expanded repeats one value, and cannot be written.
+            once = tuple(slice(None if step else 1) for step in tensor.stride())
+            tensor[once].copy_(whole[once])
 
 
 def _untrained(model):
