@@ -131,9 +131,10 @@ def own_parameters(model, variables):
             "be updated twice. Wrap each module in one `TorchModuleWrapper` only."
         )
     others, wrappers = {}, _wrappers(model)
+    known = {id(variable.value) for variable in model.variables} if wrappers else ()
     for wrapper in wrappers:
         _check_can_be_given(wrapper)
-        _check_is_known(wrapper, model)
+        _check_is_known(wrapper, known)
         for tensor in (*wrapper.module.parameters(), *wrapper.module.buffers()):
             if id(tensor) not in index:
                 others[id(tensor)] = tensor
@@ -207,10 +208,9 @@ def _check_can_be_given(wrapper):
             )
 
 
-def _check_is_known(wrapper, model):
+def _check_is_known(wrapper, known):
     if not wrapper.trainable:
         return
-    known = {id(variable.value) for variable in model.variables}
     for name, parameter in wrapper.module.named_parameters():
         if parameter.requires_grad and id(parameter) not in known:
             raise ValueError(
