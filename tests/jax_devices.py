@@ -211,8 +211,7 @@ def train(folder, kind, methods=tuple(processes.METHODS)):
             if "model" in variable.value.sharding.spec
         ]
         if kind == "data 2" or (kind, method) == ("model", "slsam"):
-            arms = model.optimizer.arms
-            found["sizes"] = [4 * sum(np.prod(v.shape) for v in arm) for arm in arms]
+            found["sizes"] = processes.sizes_of_arms(model)
             text = compiled_step(model, mesh)
             inside, outside = exchanged_bytes(text)
             found.update(inside=inside, outside=outside, waits=waits(text))

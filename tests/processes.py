@@ -95,6 +95,12 @@ def fit(model, batches):
     return found(model, masks.masks)
 
 
+def sizes_of_arms(model):
+    """Returns the bytes of each arm in float32."""
+    arms = model.optimizer.arms
+    return [4 * sum(int(np.prod(v.shape)) for v in arm) for arm in arms]
+
+
 def found(model, masks):
     weights = np.concatenate([w.ravel() for w in model.get_weights()])
     return {"masks": np.stack(masks), "weights": weights}
@@ -291,9 +297,7 @@ def scenario_train(folder):
         model = make_model(method)
         # The first process' state counts, so all draw the same arms.
         found = train(model)
-        arms = model.optimizer.arms
-        sizes = [4 * sum(int(np.prod(v.shape)) for v in arm) for arm in arms]
-        found.update(exchanged=sum(exchanged), sizes=sizes)
+        found.update(exchanged=sum(exchanged), sizes=sizes_of_arms(model))
         write(folder, method, found)
     distributed.all_reduce = exchange
 

@@ -141,8 +141,7 @@ def scenario_mirrored(folder):
             inside = sorted(n for graph, n in counts.items() if "cond" in graph.name)
             outside = sum(counts.values()) - sum(inside)
             name = f"{replicas}-{precision}-{method}"
-            arms = model.optimizer.arms
-            sizes = [4 * sum(np.prod(v.shape) for v in arm) for arm in arms]
+            sizes = processes.sizes_of_arms(model)
             late.update(inside=inside, outside=outside, sizes=sizes)
             processes.write(folder, name, late)
 
