@@ -111,7 +111,7 @@ def validate_always_active(owner, chosen):
         why = ""
     raise ValueError(
         f"Argument `always_active` of `{owner}` must be a regular expression, such as "
-        '"head", or a function from a `keras.Variable` to a bool. '
+        '"logits", or a function from a `keras.Variable` to a bool. '
         f"Received: always_active={chosen!r}{why}"
     )
 

@@ -75,17 +75,28 @@ def test_the_sampler_knows_only_the_arms_that_it_draws():
 
     model = make_model()
     optimizer = keras_slsam.SLSAM(
-        "sgd",
-        sampler=Spy(0.5, seed=0),
-        arms="layer",
-        always_active=lambda variable: variable.path.endswith("head/kernel"),
+        "sgd", sampler=Spy(0.5, seed=0), arms="layer", always_active=is_head
     )
+    again = keras_slsam.SLSAM.from_config(
+        keras_slsam.SLSAM("sgd", always_active=is_head).get_config()
+    )
+    assert again.always_active is is_head
     masks = train(model, optimizer, 4)
     assert masks[:, 3].all() and not masks[:, :3].all()
     assert seen["shapes"] == ((3,), (3,))
     assert [arm.size for arm in seen["arms"]] == [30, 42, 42]
     assert seen["arms"][0].paths == tuple(v.path for v in optimizer.arms[0])
     np.testing.assert_allclose(numpy(optimizer.probabilities), [0.5, 0.5, 0.5, 1])
+
+
+def test_an_attribute_of_a_sampler_does_not_replace_its_arms():
+    class Own(samplers.Uniform):
+        def __init__(self, arms):
+            super().__init__(0.5)
+            self.arms = arms
+
+    with pytest.raises(AttributeError, match="arms"):
+        Own(3)
 
 
 def test_always_active_is_saved(tmp_path):
@@ -145,6 +156,17 @@ def test_a_mask_is_held_for_several_steps():
     plain = keras_slsam.SLSAM("sgd", sampler=samplers.Uniform(0.4, seed=3))
     expected = train(make_model(), plain, 3, **EAGER)
     np.testing.assert_array_equal(masks, np.repeat(expected, 3, axis=0))
+    assert inner.arms is held.sampler.arms and len(inner.arms) == 8
+
+
+def test_a_mask_is_held_for_several_windows_of_accumulation():
+    inner = samplers.Uniform(0.4, seed=3)
+    base = keras.optimizers.SGD(0.01, gradient_accumulation_steps=2)
+    held = keras_slsam.SLSAM(base, sampler=samplers.Hold(inner, steps=2))
+    masks = train(make_model(), held, 8)
+    plain = keras_slsam.SLSAM("sgd", sampler=samplers.Uniform(0.4, seed=3))
+    expected = train(make_model(), plain, 2, **EAGER)
+    np.testing.assert_array_equal(masks, np.repeat(expected, 4, axis=0))
 
 
 def test_a_held_sampler_learns_once_per_mask():
@@ -209,15 +231,27 @@ def rising(draw):
     return ops.where(draw < 2, 0.25, 1.0)
 
 
-@pytest.mark.parametrize("name", ["uniform", "proportional", "bandit"])
-def test_the_active_fraction_follows_a_schedule(name):
+@keras.saving.register_keras_serializable("test_arms")
+def is_head(variable):
+    return variable.path.endswith("head/kernel")
+
+
+@pytest.mark.parametrize(
+    ("name", "windows"), [("uniform", 2), ("proportional", None), ("bandit", None)]
+)
+def test_the_active_fraction_follows_a_schedule(name, windows):
     optimizer = keras_slsam.SLSAM(
-        "sgd", active_fraction=rising, sampler=name, seed=0, arms="layer"
+        keras.optimizers.SGD(0.01, gradient_accumulation_steps=windows),
+        active_fraction=rising,
+        sampler=name,
+        seed=0,
+        arms="layer",
     )
     model, sums = make_model(), []
     model.compile(optimizer=optimizer, loss="mse")
     for _ in range(4):
-        model.train_on_batch(*batch())
+        for _ in range(windows or 1):
+            model.train_on_batch(*batch())
         sums.append(float(ops.sum(optimizer.probabilities)))
     # Probabilities in the draws 1, 2, 3 and 4 of four arms.
     np.testing.assert_allclose(sums, [1, 4, 4, 4], rtol=1e-5)

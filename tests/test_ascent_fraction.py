@@ -47,11 +47,19 @@ def expected(batches, rows_of_ascent):
 
 
 @pytest.mark.filterwarnings("ignore:`SLSAM` found a single arm")
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("method", ["sam", "slsam"])
-def test_the_first_pass_sees_the_first_rows(method, weighted):
+@pytest.mark.parametrize(
+    ("method", "weights"),
+    [("sam", None), ("slsam", None), ("slsam", "sample"), ("sam", "class")],
+)
+def test_the_first_pass_sees_the_first_rows(method, weights):
     x, y = regression(20)
-    weight = np.random.default_rng(1).uniform(0.5, 2.0, 20) if weighted else np.ones(20)
+    weight, given = np.ones(20), {}
+    if weights == "sample":
+        weight = np.random.default_rng(1).uniform(0.5, 2.0, 20)
+        given = {"sample_weight": weight}
+    if weights == "class":
+        y = np.where(y > 0, 1, 0)
+        weight, given = np.where(y[:, 0], 2.0, 0.5), {"class_weight": {0: 0.5, 1: 2.0}}
     # Three tenths of 8 rows are 2.4, of the last 4 rows 1.2: rounded up.
     cuts = [(0, 8, 3), (8, 16, 3), (16, 20, 2)]
     batches = [(x[a:b], y[a:b], weight[a:b]) for a, b, _ in cuts]
@@ -64,7 +72,6 @@ def test_the_first_pass_sees_the_first_rows(method, weighted):
             keras.optimizers.SGD(RATE), sampler=Replay([[True]]), **kwargs
         )
     )
-    given = {"sample_weight": weight} if weighted else {}
     found, found_loss = linear(optimizer, x, y, batch_size=8, **given)
     np.testing.assert_allclose(found, w, rtol=1e-5)
     assert found_loss == pytest.approx(loss, rel=1e-5)

@@ -304,8 +304,11 @@ def test_state_that_would_be_lost_is_refused(make):
         def build(self, optimizer, variables):
             self.own = make(variables[0])
 
+    model = linear(keras_slsam.SAM("sgd", ascent=Loses()))
     with pytest.raises(ValueError, match="`own` of the ascent `Loses`.*would not save"):
-        train(keras_slsam.SAM("sgd", ascent=Loses()))
+        model.train_on_batch(*BATCHES[0])
+    with pytest.raises(ValueError, match="Create a new one"):
+        model.train_on_batch(*BATCHES[0])
 
 
 def test_an_ascent_serves_one_optimizer():

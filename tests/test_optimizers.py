@@ -1,5 +1,7 @@
 """The base optimizer updates each active variable as if it were the only one."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -505,13 +507,20 @@ EXACT = (True, False) if keras.config.backend() == "jax" else (True,)
 @pytest.mark.parametrize("exact", EXACT)
 @pytest.mark.parametrize(
     ("base", "methods"),
-    [("adamw", ("sam", "every arm")), ("momentum", ("s2sam", "rst"))],
+    [("adamw", ("sam", "every arm", "part")), ("momentum", ("s2sam", "rst", "ascent"))],
 )
 def test_rho_of_zero_equals_the_base_optimizer(base, methods, exact):
     eagerly = {"run_eagerly": exact and keras.config.backend() == "jax"}
     plain = steps(curved_model(BASES[base](), sharpness_aware=False, **eagerly))
+    more = {
+        "part": functools.partial(keras_slsam.SAM, ascent_fraction=0.5),
+        "ascent": functools.partial(
+            keras_slsam.SAM, ascent=keras_slsam.ascents.LastApplied()
+        ),
+    }
     for method in methods:
-        weights = steps(curved_model(METHODS[method](BASES[base](), rho=0), **eagerly))
+        make = {**METHODS, **more}[method]
+        weights = steps(curved_model(make(BASES[base](), rho=0), **eagerly))
         for weight, expected in zip(weights, plain):
             # On TensorFlow, gradients of other models may be added in another order.
             if exact:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from keras import layers
 from keras import ops
+from replay import Replay
 from test_work import counter
 from test_work import dense_chain
 
@@ -56,20 +57,24 @@ def by_hand(radii):
     return w
 
 
-def fit(model, callbacks=()):
-    x, y = BATCHES.reshape(-1, 4), TARGETS.reshape(-1, 1)
+def fit(model, callbacks=(), part=slice(None)):
+    x, y = BATCHES[part].reshape(-1, 4), TARGETS[part].reshape(-1, 1)
     model.fit(x, y, batch_size=8, shuffle=False, verbose=0, callbacks=list(callbacks))
     return model.get_weights()[0]
 
 
 def test_rho_follows_a_schedule_that_is_saved_with_the_model(tmp_path):
     model = compiled(Table(RADII))
-    np.testing.assert_allclose(fit(model), by_hand(RADII), rtol=1e-5)
-    assert float(model.optimizer.rho) == pytest.approx(RADII[-1])
+    np.testing.assert_allclose(fit(model, part=slice(4)), by_hand(RADII[:4]), rtol=1e-5)
+    assert float(model.optimizer.rho) == pytest.approx(RADII[3])
     model.save(tmp_path / "model.keras")
-    restored = keras.saving.load_model(tmp_path / "model.keras").optimizer
-    assert restored.get_config()["rho"]["config"] == {"values": RADII}
-    assert float(restored.rho) == pytest.approx(RADII[-1])
+    model = keras_slsam.sharpness_aware(
+        keras.saving.load_model(tmp_path / "model.keras")
+    )
+    assert model.optimizer.get_config()["rho"]["config"] == {"values": RADII}
+    assert float(model.optimizer.rho) == pytest.approx(RADII[3])
+    found = fit(model, part=slice(4, None))
+    np.testing.assert_allclose(found, by_hand(RADII), rtol=1e-5)
 
 
 def test_rho_follows_a_function_that_gets_a_tensor():
@@ -82,6 +87,19 @@ def test_rho_follows_a_function_that_gets_a_tensor():
     expected = by_hand([0.1 * step for step in range(STEPS)])
     np.testing.assert_allclose(fit(compiled(rho)), expected, rtol=1e-5)
     assert all(kinds) and len(kinds) > 1
+
+
+@keras.saving.register_keras_serializable("tests")
+def every_second(step):
+    return ops.where(step % 2 == 0, 0.5, 0.0)
+
+
+def test_a_function_is_saved_by_its_name():
+    optimizer = keras_slsam.RST("sgd", rho=every_second, probability=every_second)
+    config = keras.saving.serialize_keras_object(optimizer)
+    again = keras.saving.deserialize_keras_object(config)
+    for setting in (again._rho, again._probability):
+        assert setting.schedule is every_second
 
 
 def test_rho_follows_a_function_that_returns_a_number():
@@ -143,6 +161,18 @@ def test_a_step_without_a_radius_or_not_chosen_executes_one_pass():
         assert count() == everything * (2 if rho and probability else 1)
 
 
+def test_a_schedule_leaves_out_the_second_pass_of_the_active_arms():
+    model, products, x = dense_chain()
+    mask = [arm % 3 == 1 for arm in range(len(model.trainable_variables))]
+    active = {v.path for v, on in zip(model.trainable_variables, mask) if on}
+    optimizer = keras_slsam.SLSAM("sgd", rho=Table(RADII), sampler=Replay([mask]))
+    count = counter(model, optimizer, x)
+    for step in (0, 1, 2):
+        optimizer.iterations.assign(step)
+        one, both = products.flops(active), products.step(active, optimizer)
+        assert count() == (both if RADII[step] else one)
+
+
 def test_a_radius_that_is_set_to_0_leaves_out_the_second_pass():
     model, products, x = dense_chain()
     everything = products.flops({v.path for v in model.trainable_variables})
@@ -171,11 +201,11 @@ def test_a_schedule_that_starts_below_0_is_refused():
 
 # S2-SAM has no direction in the first step.
 @pytest.mark.parametrize(("method", "first"), [("SAM", 0.2), ("S2SAM", 0.0)])
-def test_a_schedule_below_0_counts_as_0(method, first):
-    model = compiled(Table([0.2, -0.5, np.nan]), getattr(keras_slsam, method))
-    for x, y in zip(BATCHES[:3], TARGETS):
+def test_a_schedule_below_0_or_not_finite_counts_as_0(method, first):
+    model = compiled(Table([0.2, -0.5, np.nan, np.inf]), getattr(keras_slsam, method))
+    for x, y in zip(BATCHES[:4], TARGETS):
         model.train_on_batch(x, y)
-    expected = by_hand([first, 0.0, 0.0])
+    expected = by_hand([first, 0.0, 0.0, 0.0])
     np.testing.assert_allclose(model.get_weights()[0], expected, rtol=1e-5)
     assert float(model.optimizer.rho) == 0
 
@@ -197,22 +227,26 @@ def test_functions_that_cannot_be_schedules_are_refused(rho):
         keras_slsam.SAM("sgd", rho=rho)
 
 
-def test_a_radius_set_on_a_loss_scaler_is_refused():
-    scaler = keras.optimizers.LossScaleOptimizer(keras_slsam.SAM("sgd"))
-    model = keras_slsam.sharpness_aware(
-        keras.Sequential([keras.Input((4,)), layers.Dense(1)])
-    )
+def test_a_radius_is_set_within_a_loss_scaler_only():
+    model = compiled(0.3)
+    scaler = keras.optimizers.LossScaleOptimizer(model.optimizer)
     model.compile(optimizer=scaler, loss="mse")
 
-    def change(batch, logs):
-        scaler.rho = 0.0
+    def change(optimizer, batch, logs):
+        if batch + 1 < STEPS:
+            optimizer.rho = RADII[batch + 1]
 
-    callback = keras.callbacks.LambdaCallback(on_train_batch_end=change)
+    def setting(optimizer):
+        change_it = functools.partial(change, optimizer)
+        return keras.callbacks.LambdaCallback(on_train_batch_end=change_it)
+
     with pytest.raises(ValueError, match="`rho` was set on.*`del optimizer.rho`"):
-        fit(model, [callback])
+        fit(model, [setting(scaler)])
     del scaler.rho
-    scaler.inner_optimizer.rho = 0.0
-    fit(model)
+    model.set_weights([START])
+    found = fit(model, [setting(scaler.inner_optimizer)])
+    expected = by_hand([0.3, *RADII[1:]])
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="keras.distribution is for JAX")
@@ -247,13 +281,46 @@ def test_a_train_function_without_a_condition_is_made_again_for_a_radius_of_0():
     model.train_on_batch(x, y)
     with_a_condition = model.train_function
     assert with_a_condition is not before
-    optimizer.rho = 0.2
-    model.train_on_batch(x, y)
-    assert model.train_function is with_a_condition
-    model.make_train_function(force=True)  # for a radius of 0.2
-    before = model.train_function
-    optimizer.rho = 0.0
-    assert model.train_function is not before
+    for rho in (0.2, 0.0, 0.1):
+        optimizer.rho = rho
+        model.train_on_batch(x, y)
+        assert model.train_function is with_a_condition
+
+
+def test_a_radius_that_changes_to_0_and_back_compiles_once():
+    model, functions = compiled(0.1), []
+
+    def change(batch, logs):
+        functions.append(model.train_function)
+        model.optimizer.rho = RADII[batch]
+
+    callback = keras.callbacks.LambdaCallback(on_train_batch_end=change)
+    expected = by_hand([0.1, *RADII[:-1]])
+    np.testing.assert_allclose(fit(model, [callback]), expected, rtol=1e-5)
+    first, second, *others = functions
+    assert first is not second and all(each is second for each in others)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="data of TensorFlow")
+def test_a_radius_is_set_to_0_where_data_of_unknown_length_end():
+    import tensorflow as tf
+
+    model = compiled(0.3)
+    spec = tuple(tf.TensorSpec(part.shape[1:]) for part in (BATCHES, TARGETS))
+    data = tf.data.Dataset.from_generator(
+        lambda: zip(BATCHES[:3], TARGETS), output_signature=spec
+    )
+
+    def change(batch, logs):
+        if batch == 2:
+            model.optimizer.rho = 0.0
+
+    callback = keras.callbacks.LambdaCallback(on_train_batch_end=change)
+    model.fit(data, epochs=2, verbose=0, callbacks=[callback])
+    w = by_hand([0.3] * 3)
+    for x, y in zip(BATCHES[:3], TARGETS):
+        w = w - RATE * gradient(w, x, y)
+    np.testing.assert_allclose(model.get_weights()[0], w, rtol=1e-5)
 
 
 class Overrides(keras.Model):

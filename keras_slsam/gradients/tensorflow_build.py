@@ -45,6 +45,8 @@ def build_first(model, train_function):
                 if data is not None:
                     build(data)
             result = train_function(iterator)
+        except (StopIteration, tf.errors.OutOfRangeError):
+            raise  # the data end, and nothing has failed
         except BaseException:
             if fresh:
                 # If a first trace fails after it has created variables, TensorFlow

@@ -35,7 +35,7 @@ class SAM(SharpnessAware):
         adaptive: bool, whether the perturbation is scaled by the weights (ASAM, arXiv
             2102.11600). ASAM needs a `rho` about ten times larger.
         name: String, the optimizer's name.
-        ascent_fraction: Float in (0, 1], the share of a batch's rows, the first ones,
+        ascent_fraction: Float in [1e-6, 1], the share of a batch's rows, the first ones,
             from which the first pass computes the perturbation. Below 1 loss, metrics
             and BatchNormalization are those of the second pass, which sees the whole
             batch at the perturbed weights, and a step costs less: at 0.25,

@@ -19,8 +19,8 @@ class Setting:
 
     Attributes:
         variable: Scalar `keras.Variable`, the present value.
-        number: Float, the number that was set last, or `None` with a schedule.
         schedule: The function, or `None`.
+        lowest: Float, the lowest number so far, or `None` with a schedule.
     """
 
     def __init__(self, optimizer, name, value, check):
@@ -30,7 +30,7 @@ class Setting:
         number = arguments.check_number_or_schedule(owner, name, value, check)
         if arguments.is_schedule(value):
             self.schedule = value
-        self.number = None if self.schedule else number
+        self.lowest = None if self.schedule else number
         dtype = arguments.float_dtype()
         self.variable = optimizer.add_variable((), dtype=dtype, name=name)
         self.variable.assign(number)
@@ -38,7 +38,8 @@ class Setting:
     def read_number(self):
         """Takes over a number that was loaded."""
         if not self.schedule:
-            self.number = float(ops.convert_to_numpy(self.variable))
+            number = float(ops.convert_to_numpy(self.variable))
+            self.lowest = min(self.lowest, number)
 
     def set(self, value):
         """Sets the value for the next steps.
@@ -60,18 +61,20 @@ class Setting:
                 f"`{self._name}` can be set to a number only. Received: "
                 f"{self._name}={value!r}. Pass a schedule to the optimizer."
             )
-        self.number = self._check(value)
-        self.variable.assign(self.number)
+        number = self._check(value)
+        self.lowest = min(self.lowest, number)
+        self.variable.assign(number)
 
     def follow(self, step):
         """Sets the value of the schedule at a step, if there is a schedule.
 
-        What is not above 0 counts as 0.
+        What is not above 0, or not finite, counts as 0.
         """
         if self.schedule:
             value = self.schedule(ops.convert_to_tensor(step))
             value = ops.cast(value, self.variable.dtype)
-            self.variable.assign(ops.where(value > 0, value, 0.0))
+            counts = ops.logical_and(value > 0, ops.isfinite(value))
+            self.variable.assign(ops.where(counts, value, 0.0))
 
     def get_config(self):
         """Returns a float with few digits (0.05, not 0.0500000007), or a dict."""

@@ -53,7 +53,7 @@ class SharpnessAware(Readings, Stateful, Wrapper):
         single_step: bool, whether the ascent is `LastApplied`, so that one pass is
             enough.
         ascent: `keras_slsam.ascents.Ascent`, or `None` to leave it to `single_step`.
-        ascent_fraction: Float in (0, 1], the share of a batch's rows that the first
+        ascent_fraction: Float in [1e-6, 1], the share of a batch's rows that the first
             pass sees.
         name: String, the optimizer's name.
 
@@ -202,7 +202,7 @@ class SharpnessAware(Readings, Stateful, Wrapper):
             [i for i, arm in enumerate(arms) if arm == number]
             for number in range(num_arms)
         ]
-        self.sampler.arms = [
+        self.sampler._arms = [
             samplers.Arm(
                 tuple(variables[i].path for i in indices),
                 sum(math.prod(variables[i].shape) for i in indices),
@@ -228,7 +228,11 @@ class SharpnessAware(Readings, Stateful, Wrapper):
             dtype,
             owner=self,
         )
-        ascents.build(self.ascent, self, variables)
+        try:
+            ascents.build(self.ascent, self, variables)
+        except BaseException:
+            self.built = False  # no step must be taken with a part of the state
+            raise
         self.ascent._in_use = True
         self._base_step = BaseStep(
             self.base_optimizer,
@@ -276,8 +280,8 @@ class SharpnessAware(Readings, Stateful, Wrapper):
     @property
     def _always_ascends(self):
         # On JAX a condition around the second pass of `SAM` takes 4 % of a step, so
-        # there is none where `rho` is a number above 0.
-        return self._rho.number is not None and self._rho.number > 0
+        # there is none where `rho` is a number and was always above 0.
+        return self._rho.lowest is not None and self._rho.lowest > 0
 
     @property
     def _two_passes(self):

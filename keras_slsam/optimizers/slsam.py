@@ -65,7 +65,7 @@ class SLSAM(SharpnessAware):
         seed: int, or `None` for a fresh seed. The same seed draws the same arms on
             every backend. Not allowed with a `Sampler` object, which has its own.
         name: String, the optimizer's name.
-        ascent_fraction: Float in (0, 1], the share of a batch's rows, the first ones,
+        ascent_fraction: Float in [1e-6, 1], the share of a batch's rows, the first ones,
             from which the first pass computes the perturbation. Below 1 loss, metrics
             and BatchNormalization are those of the second pass, which sees the whole
             batch at the perturbed weights, and a step costs less: at 0.25,
@@ -73,7 +73,9 @@ class SLSAM(SharpnessAware):
         always_active: Which arms are active in every step, for example a new head: a
             regular expression that is searched for in `variable.path`, or a function
             from a `keras.Variable` to a bool. An arm with a chosen variable is not
-            drawn, and `active_fraction` is the share of the others. By default `None`.
+            drawn, and `active_fraction` is the share of the others. `"head"` also
+            chooses all of `multi_head_attention`, and `"/head/"` does not. By default
+            `None`.
         ascent: `keras_slsam.ascents.Ascent`, the direction of the perturbation. By
             default the gradient of the batch. Leave it out with `single_step`.
 

@@ -59,7 +59,7 @@ class Hold(Sampler):
         sampler._in_use = True
 
     def build(self, num_arms):
-        self.sampler.arms = self.arms
+        self.sampler._arms = self.arms
         self.sampler.build(num_arms)
         self._count = keras.Variable(0, dtype="int32", trainable=False, name="count")
         self._mask = keras.Variable(

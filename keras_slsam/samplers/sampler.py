@@ -52,17 +52,24 @@ class Sampler:
     probabilities = None
     """Probability of each arm in the next draw, shape `(num_arms,)`, or `None`."""
 
-    arms: list[Arm] | None = None
-    """List of `Arm`s, which the optimizer sets before it calls `build`, or `None`."""
-
     min_probability: float = 0.0
     """Lower bound of each arm's probability if arms are drawn independently, else 0.
 
     With a higher bound, a compiled step has fewer conditions.
     """
 
+    _arms: list[Arm] | None = None
+
     # Whether an optimizer or another sampler draws from it already.
     _in_use = False
+
+    @property
+    def arms(self) -> list[Arm] | None:
+        """List of the `Arm`s that are drawn, or `None` before an optimizer is built.
+
+        It is there before `build` is called.
+        """
+        return self._arms
 
     @property
     def _kind(self):
