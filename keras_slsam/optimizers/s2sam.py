@@ -19,8 +19,9 @@ class S2SAM(SharpnessAware):
     Do not use it with a large radius while a new head is random: the direction is that
     of another batch, and training may collapse. With clean labels and short training,
     or on text, it was no better than the base optimizer. With wrong labels the gain is
-    gone after the last epoch. Keep the best one, or give the base optimizer `use_ema`
-    and set `ema_overwrite_frequency` to the steps of an epoch. See docs/choosing.md.
+    gone after the last epoch, so keep the best one by validation data. It was better
+    still with `use_ema=True`, `ema_momentum=0.95` and `ema_overwrite_frequency` set to
+    the steps of an epoch in the base optimizer. See docs/choosing.md.
 
     The model needs the matching train step: `keras_slsam.sharpness_aware(model)`.
 

@@ -17,9 +17,10 @@ class SAM(SharpnessAware):
     A step costs two forward and two backward passes. `S2SAM` and `SLSAM` cost less.
 
     Do not use it if the labels are clean and training is short: at equal time the base
-    optimizer alone is then at least as good. For a pretrained network a moving average
-    of the weights did as well, at half of the cost. With wrong labels, a network from
-    scratch and a tuned `rho` it memorises far fewer of them, see docs/choosing.md.
+    optimizer alone is then at least as good. For a pretrained image network a moving
+    average of the weights did as well, at half of the cost. With wrong labels, a
+    network from scratch and a tuned `rho` it memorises far fewer of them, see
+    docs/choosing.md.
 
     The model needs the matching train step: `keras_slsam.sharpness_aware(model)`.
 
@@ -35,7 +36,7 @@ class SAM(SharpnessAware):
         adaptive: bool, whether the perturbation is scaled by the weights (ASAM, arXiv
             2102.11600). ASAM needs a `rho` about ten times larger.
         name: String, the optimizer's name.
-        ascent_fraction: Float in [1e-6, 1], the share of a batch's rows, the first ones,
+        ascent_fraction: Float in [1e-6, 1], the share of a batch's first rows,
             from which the first pass computes the perturbation. Below 1 loss, metrics
             and BatchNormalization are those of the second pass, which sees the whole
             batch at the perturbed weights, and a step costs less: at 0.25,
