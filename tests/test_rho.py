@@ -107,16 +107,15 @@ def test_rho_follows_a_function_that_returns_a_number():
     np.testing.assert_allclose(fit(model), by_hand(RADII), rtol=1e-5)
 
 
-@pytest.mark.parametrize("start", [0.0, 0.2])
-def test_a_rho_that_a_callback_sets_acts_on_the_next_step(start, tmp_path):
-    model = compiled(start)
+def test_a_rho_that_a_callback_sets_acts_on_the_next_step(tmp_path):
+    model = compiled(0.0)
 
     def change(batch, logs):
         if batch + 1 < STEPS:
             model.optimizer.rho = RADII[batch + 1]
 
     callback = keras.callbacks.LambdaCallback(on_train_batch_end=change)
-    expected = by_hand([start, *RADII[1:]])
+    expected = by_hand([0.0, *RADII[1:]])
     np.testing.assert_allclose(fit(model, [callback]), expected, rtol=1e-5)
     model.save(tmp_path / "model.keras")
     restored = keras.saving.load_model(tmp_path / "model.keras").optimizer
