@@ -98,6 +98,14 @@ def test_an_attribute_of_a_sampler_does_not_replace_its_arms():
     with pytest.raises(AttributeError, match="arms"):
         Own(3)
 
+    class Named(samplers.Uniform):
+        arms = "user's own"
+
+    optimizer = keras_slsam.SLSAM("sgd", sampler=Named(0.5))
+    optimizer.build(make_model().trainable_variables)
+    assert optimizer.sampler.arms == "user's own"
+    assert optimizer.probabilities.shape == (8,)
+
 
 def test_always_active_is_saved(tmp_path):
     model = make_model()

@@ -311,6 +311,18 @@ def test_state_that_would_be_lost_is_refused(make):
         model.train_on_batch(*BATCHES[0])
 
 
+def test_a_base_optimizer_that_cannot_be_built_takes_no_step():
+    class Fails(keras.optimizers.SGD):
+        def build(self, variables):
+            super().build(variables)
+            raise ValueError("no space")
+
+    model = linear(keras_slsam.SAM(Fails(RATE)))
+    for message in ("no space", "Create a new one"):
+        with pytest.raises(ValueError, match=message):
+            model.train_on_batch(*BATCHES[0])
+
+
 def test_an_ascent_serves_one_optimizer():
     ascent = Friendly()
     train(keras_slsam.SAM("sgd", ascent=ascent))

@@ -211,37 +211,37 @@ class SharpnessAware(Readings, Stateful, Wrapper):
             if arm not in always
         ]
         with keras.name_scope(self.name):
-            self.sampler.build(len(self.sampler.arms))
+            self.sampler.build(len(self.sampler._arms))
         self.sampler._in_use = True
         # Keras' `build` would create the base optimizer's averages and sums of
         # gradients a second time.
         self._trainable_variables.extend(variables)
         self.built = True
-        self.base_optimizer.build(variables)
-        dtype = keras.backend.result_type("float32", *(v.dtype for v in variables))
-        self._selection = Selection(
-            self.sampler,
-            arms,
-            members,
-            self._all_active,
-            always,
-            dtype,
-            owner=self,
-        )
         try:
+            self.base_optimizer.build(variables)
+            dtype = keras.backend.result_type("float32", *(v.dtype for v in variables))
+            self._selection = Selection(
+                self.sampler,
+                arms,
+                members,
+                self._all_active,
+                always,
+                dtype,
+                owner=self,
+            )
             ascents.build(self.ascent, self, variables)
+            self.ascent._in_use = True
+            self._base_step = BaseStep(
+                self.base_optimizer,
+                variables,
+                num_arms,
+                all_active=self._all_active,
+                ascent=self._learner,
+                owner=self,
+            )
         except BaseException:
             self.built = False  # no step must be taken with a part of the state
             raise
-        self.ascent._in_use = True
-        self._base_step = BaseStep(
-            self.base_optimizer,
-            variables,
-            num_arms,
-            all_active=self._all_active,
-            ascent=self._learner,
-            owner=self,
-        )
         # Save the sampler's state with the optimizer's. Keras has no public name for
         # this, and a `LossScaleOptimizer` around this optimizer turns off the tracking
         # of attributes.

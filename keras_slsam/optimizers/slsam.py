@@ -77,8 +77,8 @@ class SLSAM(SharpnessAware):
             regular expression that is searched for in `variable.path`, or a function
             from a `keras.Variable` to a bool. An arm with a chosen variable is not
             drawn, and `active_fraction` is the share of the others. `"head"` also
-            chooses all of `multi_head_attention`, and `"/head/"` does not. By default
-            `None`.
+            chooses all of `multi_head_attention`, and `"(^|/)head/"` does not. By
+            default `None`.
         ascent: `keras_slsam.ascents.Ascent`, the direction of the perturbation. By
             default the gradient of the batch. Leave it out with `single_step`.
 

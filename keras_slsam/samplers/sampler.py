@@ -67,7 +67,7 @@ class Sampler:
     def arms(self) -> list[Arm] | None:
         """List of the `Arm`s that are drawn, or `None` before an optimizer is built.
 
-        It is there before `build` is called.
+        It is set before the sampler's `build` is called.
         """
         return self._arms
 
