@@ -20,7 +20,7 @@ class Setting:
     Attributes:
         variable: Scalar `keras.Variable`, the present value.
         schedule: The function, or `None`.
-        lowest: Float, the lowest number so far, or `None` with a schedule.
+        lowest: Float, the lowest number so far, or 0 with a schedule.
     """
 
     def __init__(self, optimizer, name, value, check):
@@ -30,7 +30,7 @@ class Setting:
         number = arguments.check_number_or_schedule(owner, name, value, check)
         if arguments.is_schedule(value):
             self.schedule = value
-        self.lowest = None if self.schedule else number
+        self.lowest = 0.0 if self.schedule else number
         dtype = arguments.float_dtype()
         self.variable = optimizer.add_variable((), dtype=dtype, name=name)
         self.variable.assign(number)

@@ -216,32 +216,28 @@ class SharpnessAware(Readings, Stateful, Wrapper):
         # Keras' `build` would create the base optimizer's averages and sums of
         # gradients a second time.
         self._trainable_variables.extend(variables)
-        self.built = True
-        try:
-            self.base_optimizer.build(variables)
-            dtype = keras.backend.result_type("float32", *(v.dtype for v in variables))
-            self._selection = Selection(
-                self.sampler,
-                arms,
-                members,
-                self._all_active,
-                always,
-                dtype,
-                owner=self,
-            )
-            ascents.build(self.ascent, self, variables)
-            self.ascent._in_use = True
-            self._base_step = BaseStep(
-                self.base_optimizer,
-                variables,
-                num_arms,
-                all_active=self._all_active,
-                ascent=self._learner,
-                owner=self,
-            )
-        except BaseException:
-            self.built = False  # no step must be taken with a part of the state
-            raise
+        self.base_optimizer.build(variables)
+        dtype = keras.backend.result_type("float32", *(v.dtype for v in variables))
+        self._selection = Selection(
+            self.sampler,
+            arms,
+            members,
+            self._all_active,
+            always,
+            dtype,
+            owner=self,
+        )
+        ascents.build(self.ascent, self, variables)
+        self.ascent._in_use = True
+        self._base_step = BaseStep(
+            self.base_optimizer,
+            variables,
+            num_arms,
+            all_active=self._all_active,
+            ascent=self._learner,
+            owner=self,
+        )
+        self.built = True  # no step must be taken with a part of the state
         # Save the sampler's state with the optimizer's. Keras has no public name for
         # this, and a `LossScaleOptimizer` around this optimizer turns off the tracking
         # of attributes.
@@ -281,7 +277,7 @@ class SharpnessAware(Readings, Stateful, Wrapper):
     def _always_ascends(self):
         # On JAX a condition around the second pass of `SAM` takes 4 % of a step, so
         # there is none where `rho` is a number and was always above 0.
-        return self._rho.lowest is not None and self._rho.lowest > 0
+        return self._rho.lowest > 0
 
     @property
     def _two_passes(self):
