@@ -69,7 +69,8 @@ def check_number_or_schedule(owner, name, value, check):
     except Exception as error:
         raise ValueError(
             f"Argument `{name}` of `{owner}` must be a number, or a function from the "
-            "number of the step or draw, an int tensor, to a scalar tensor. "
+            "number of the step or draw, an int tensor, to a scalar tensor. To compute "
+            "with floats, begin with `step = keras.ops.cast(step, 'float32')`. "
             f"{received}, which fails at 0: {error}"
         ) from error
 

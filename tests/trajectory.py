@@ -10,7 +10,9 @@ import sys
 import keras
 import numpy as np
 from keras import layers
+from keras import ops
 from user_ascents import Friendly
+from user_ascents import Momentum
 
 import keras_slsam
 from keras_slsam import samplers
@@ -36,8 +38,13 @@ KINDS = {
         "active_fraction": 0.4,
         "ascent": Friendly,
     },
+    "ascent that needs no gradient": {
+        "base_optimizer": lambda: keras.optimizers.SGD(3e-2, momentum=0.9),
+        "sampler": "uniform",
+        "ascent": Momentum,
+    },
     "randomized": {
-        "rho": 0.1,
+        "rho": lambda step: 0.1 / ops.cast(1 + step, "float32"),
         "probability": keras.optimizers.schedules.PiecewiseConstantDecay(
             [12], [0.5, 0.2]
         ),
@@ -48,6 +55,10 @@ CHECKPOINTS = {
     "bandit": "model.keras",
     "proportional, single step": "model.weights.h5",
 }
+
+
+def adamw():
+    return keras.optimizers.AdamW(3e-3)
 
 
 def make_model():
@@ -67,15 +78,14 @@ def make_model():
 
 def start(kind):
     model = keras_slsam.sharpness_aware(make_model())
-    base = keras.optimizers.AdamW(3e-3)
-    if kind == "randomized":
-        optimizer = keras_slsam.RST(base, seed=7, **KINDS[kind])
-    else:
-        kwargs = {"rho": 0.05, "active_fraction": 0.3, "seed": 7, **KINDS[kind]}
-        for argument in ("sampler", "ascent"):
-            if callable(kwargs.get(argument)):
-                kwargs[argument] = kwargs[argument]()
-        optimizer = keras_slsam.SLSAM(base, **kwargs)
+    kwargs = {"base_optimizer": adamw, "seed": 7, **KINDS[kind]}
+    if kind != "randomized":
+        kwargs = {"rho": 0.05, "active_fraction": 0.3, **kwargs}
+    for argument in ("base_optimizer", "sampler", "ascent"):
+        if callable(kwargs.get(argument)):
+            kwargs[argument] = kwargs[argument]()
+    make = keras_slsam.RST if kind == "randomized" else keras_slsam.SLSAM
+    optimizer = make(**kwargs)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer=optimizer, loss=loss)
     return model
