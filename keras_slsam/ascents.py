@@ -7,6 +7,7 @@ follows the gradient that was applied last, which takes none. You can write your
 import keras
 from keras import ops
 
+from keras_slsam import lost_state
 from keras_slsam.gradients import backend
 
 __all__ = ["Ascent", "LastApplied"]
@@ -226,9 +227,11 @@ def build(ascent, optimizer, variables):
     """Creates the state of an ascent, and checks that the optimizer saves it.
 
     Raises:
-        ValueError: if the ascent has a variable that the optimizer does not know.
+        ValueError: if the ascent has a variable that the optimizer does not know, or
+            keeps state in a tensor.
     """
-    ascent.build(optimizer, variables)
+    with lost_state.refused(ascent):
+        ascent.build(optimizer, variables)
     known = {id(v) for v in [*optimizer.variables, *variables]}
     for name, value in vars(ascent).items():
         for part in keras.tree.flatten(value):

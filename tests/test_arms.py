@@ -107,6 +107,22 @@ def test_an_attribute_of_a_sampler_does_not_replace_its_arms():
     assert optimizer.probabilities.shape == (8,)
 
 
+@pytest.mark.parametrize("hold", [False, True])
+def test_arguments_of_a_sampler_cannot_be_set_once_it_is_built(hold):
+    inner = sampler = samplers.Proportional(0.25)
+    sampler.active_fraction = 0.5
+    if hold:
+        sampler = samplers.Hold(inner, 2)
+    optimizer = keras_slsam.SLSAM("sgd", sampler=sampler)
+    optimizer.build(make_model().trainable_variables)
+    with pytest.raises(ValueError, match="`active_fraction` of the.*0.9.*schedule"):
+        inner.active_fraction = 0.9
+    if hold:
+        with pytest.raises(ValueError, match="`steps` of the sampler `Hold`"):
+            sampler.steps = 1
+    inner.note = "other attributes can be set"
+
+
 def test_always_active_is_saved(tmp_path):
     model = make_model()
     optimizer = keras_slsam.SLSAM(

@@ -14,6 +14,7 @@ from user_ascents import OnlyMatrices
 
 import keras_slsam
 from keras_slsam import ascents
+from keras_slsam import samplers
 
 RATE, RHO, MOMENTUM = 0.1, 0.3, 0.9
 MASKS = [[True, False], [True, True], [False, True], [True, True], [True, False]]
@@ -145,6 +146,32 @@ def test_an_ascent_learns_only_from_steps_that_have_one():
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
     for mean, wanted in zip(optimizer.ascent.mean, state["mean"]):
         np.testing.assert_allclose(ops.convert_to_numpy(mean), wanted, rtol=1e-4)
+
+
+def test_an_ascent_does_not_learn_with_a_radius_of_0_that_a_callback_loads():
+    model = linear(keras_slsam.SAM(sgd(), RHO, ascent=Friendly()))
+    model.train_on_batch(*BATCHES[0])
+    optimizer = model.optimizer
+
+    def load(logs):
+        optimizer.set_weights(
+            [
+                ops.convert_to_numpy(0.0 * v if v is optimizer.rho else v)
+                for v in optimizer.variables
+            ]
+        )
+
+    x, y = map(np.concatenate, zip(*BATCHES[1:3]))
+    callback = keras.callbacks.LambdaCallback(on_train_begin=load)
+    model.fit(x, y, 6, shuffle=False, verbose=0, callbacks=[callback])
+    expected, state = by_hand(
+        DIRECTIONS["friendly"][1], [[True, True]] * 3, [RHO, 0, 0]
+    )
+    for got, wanted in zip(model.get_weights(), expected):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+    for got, wanted in zip(optimizer.ascent.mean, state["mean"]):
+        got = ops.convert_to_numpy(got)
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
@@ -307,7 +334,53 @@ def test_state_that_would_be_lost_is_refused(make):
     model = linear(keras_slsam.SAM("sgd", ascent=Loses()))
     with pytest.raises(ValueError, match="`own` of the ascent `Loses`.*would not save"):
         model.train_on_batch(*BATCHES[0])
-    with pytest.raises(ValueError, match="Create a new one"):
+    with pytest.raises(ValueError, match="or for these in a step.*Create a new one"):
+        model.train_on_batch(*BATCHES[0])
+
+
+class KeepsTensors(ascents.Ascent):
+    """Keeps the last gradients in a list, from `build` on or from `update` on."""
+
+    def __init__(self, from_build):
+        self.from_build, self.last = from_build, {}
+
+    def build(self, optimizer, variables):
+        if self.from_build:
+            self.last = dict(enumerate(ops.zeros(v.shape) for v in variables))
+
+    def update(self, index, gradient):
+        self.last[index] = gradient
+
+
+class Averages(samplers.Sampler):
+    """Keeps the mean of the norms in a tensor."""
+
+    def __init__(self):
+        self.mean = 0.0
+
+    def draw(self):
+        return ops.ones((2,), "bool")
+
+    def update(self, active, norms):
+        self.mean = 0.9 * self.mean + 0.1 * norms
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "name"),
+    [
+        (lambda: keras_slsam.SAM("sgd", ascent=KeepsTensors(True)), "last"),
+        (lambda: keras_slsam.SAM("sgd", ascent=KeepsTensors(False)), "last"),
+        (lambda: keras_slsam.SLSAM("sgd", sampler=Averages()), "mean"),
+        (
+            lambda: keras_slsam.SLSAM("sgd", sampler=samplers.Hold(Averages(), 1)),
+            "mean",
+        ),
+    ],
+    ids=["build", "update", "sampler", "held sampler"],
+)
+def test_state_in_tensors_is_refused(optimizer, name):
+    model = linear(optimizer())
+    with pytest.raises(ValueError, match=f"`{name}` of `.*is a tensor.*Variable"):
         model.train_on_batch(*BATCHES[0])
 
 

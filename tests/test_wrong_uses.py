@@ -396,7 +396,7 @@ WRONG = {
     ),
     "state of a Keras optimizer": (
         lambda m, folder: m.load_weights(saved(folder, keras.optimizers.Adam())),
-        "was not saved by it",
+        "was not saved by it, but by another optimizer",
     ),
     "state without an entry": (
         lambda m, _: m.optimizer.load_own_variables(stored(m, without="1")),

@@ -11,7 +11,8 @@ from keras import ops
 _WAY_OUT = (
     "Create the optimizer with the arguments of the saved one. To start with a fresh "
     "state, load only the weights with `model.load_weights(path, skip_mismatch=True)`, "
-    "and compile with a new optimizer."
+    "or the model without its optimizer with `load_model(path, compile=False)`, and "
+    "compile with a new optimizer."
 )
 
 # The arguments that may be objects or functions.
@@ -81,8 +82,9 @@ class Stateful(keras.optimizers.Optimizer):
             self._restore([store[name] for name in names], layout)
         elif keys and self.built:
             raise ValueError(
-                f"The state given to `{type(self).__name__}` was not saved by it. "
-                f"Received: {len(keys)} values. {_WAY_OUT}"
+                f"The state given to `{type(self).__name__}` was not saved by it, but "
+                "by another optimizer, such as the `LossScaleOptimizer` that `compile` "
+                f"adds under `mixed_float16`. Received: {len(keys)} values. {_WAY_OUT}"
             )
         else:
             # The store is empty, or a Keras optimizer wrote it and this one is not
@@ -175,7 +177,7 @@ class Stateful(keras.optimizers.Optimizer):
             return deserialize(config, custom_objects=custom_objects)
         except TypeError as error:  # Keras would hide its message
             raise ValueError(
-                f"Argument `{argument}` of `{cls.__name__}` was saved by name and "
-                f"cannot be found. {error}. Or pass it when you load: `custom_objects="
-                "{name: object}`."
+                f"Argument `{argument}` of `{cls.__name__}` cannot be created as it "
+                f"was saved. {error}. If it was not found, you can pass it when you "
+                "load: `custom_objects={name: object}`."
             ) from error

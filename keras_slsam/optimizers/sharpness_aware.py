@@ -160,8 +160,9 @@ class SharpnessAware(Readings, Stateful, Wrapper):
         if self.base_optimizer.built:
             raise ValueError(
                 f"Argument `base_optimizer` of `{owner}` has been built for other "
-                f"variables already. Received: {self.base_optimizer.name!r}. Create a "
-                "new one for each model and each `compile`."
+                "variables already, or for these in a step that failed. "
+                f"Received: {self.base_optimizer.name!r}. Create a new one for each "
+                "model and each `compile`."
             )
         if any(getattr(v, "overwrite_with_gradient", False) for v in variables):
             raise ValueError(
@@ -212,7 +213,7 @@ class SharpnessAware(Readings, Stateful, Wrapper):
         ]
         with keras.name_scope(self.name):
             self.sampler.build(len(self.sampler._arms))
-        self.sampler._in_use = True
+        self.sampler._in_use = self.sampler._is_fixed = True
         # Keras' `build` would create the base optimizer's averages and sums of
         # gradients a second time.
         self._trainable_variables.extend(variables)
@@ -259,25 +260,35 @@ class SharpnessAware(Readings, Stateful, Wrapper):
     def rho(self):
         """The radius of the perturbation, a scalar `keras.Variable`.
 
-        It can be set between two steps, like the learning rate, unless it follows a
-        schedule. With 0 a step is a step of the base optimizer, without a second pass.
+        It can be set between two steps, as in `optimizer.rho = 0.1`, unless it follows
+        a schedule. With 0 a step is a step of the base optimizer, without a second pass.
         """
         return self._rho.variable
 
     @rho.setter
     def rho(self, rho):
-        model = self._collect_state()
+        self._collect_state()
         before = self._always_ascends
         self._rho.set(rho)
-        if model is not None and before and not self._always_ascends:
-            # The function that was compiled has the second pass without a condition.
-            model.make_train_function(force=True)
+        self._compile_again(before)
 
     @property
     def _always_ascends(self):
         # On JAX a condition around the second pass of `SAM` takes 4 % of a step, so
         # there is none where `rho` is a number and was always above 0.
         return self._rho.lowest > 0
+
+    def _restore(self, values, layout=None):
+        before = self._always_ascends
+        super()._restore(values, layout)
+        self._rho.read_number()
+        self._compile_again(before)
+
+    def _compile_again(self, always_ascended):
+        """Gives the model in training a condition for the second pass, if needed."""
+        model = self._trained_model and self._trained_model()
+        if model is not None and always_ascended and not self._always_ascends:
+            model.make_train_function(force=True)
 
     @property
     def _two_passes(self):

@@ -61,6 +61,7 @@ class Hold(Sampler):
     def build(self, num_arms):
         self.sampler._arms = self.arms
         self.sampler.build(num_arms)
+        self.sampler._is_fixed = True
         self._count = keras.Variable(0, dtype="int32", trainable=False, name="count")
         self._mask = keras.Variable(
             ops.zeros((num_arms,), dtype="bool"),

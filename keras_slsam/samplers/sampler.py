@@ -1,5 +1,6 @@
 """The base class of all samplers, including custom ones."""
 
+import inspect
 import typing
 
 import keras
@@ -62,6 +63,20 @@ class Sampler:
 
     # Whether an optimizer or another sampler draws from it already.
     _in_use = False
+
+    # Whether it is built, so that nothing would see a change of its arguments.
+    _is_fixed = False
+
+    def __setattr__(self, name, value):
+        if self._is_fixed and name in inspect.signature(type(self)).parameters:
+            owner = type(self).__name__
+            raise ValueError(
+                f"`{name}` of the sampler `{owner}` cannot be set, because compiled "
+                f"steps do not see it. Received: {name}={value!r}. Create a new "
+                "sampler and optimizer, and call `model.compile` with it. "
+                "`active_fraction` can follow a schedule."
+            )
+        super().__setattr__(name, value)
 
     @property
     def arms(self) -> list[Arm] | None:
