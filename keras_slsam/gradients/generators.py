@@ -22,14 +22,16 @@ class Generators:
         model: `keras.Model`.
         unseeded: List of pairs of functions, which get and set the state of the
             generators of Keras' layers without a seed, and of PyTorch's modules.
+        by_data: bool, whether to include `unseeded` also if no layer draws, because the
+            caller iterates over data that may.
     """
 
-    def __init__(self, model, unseeded=()):
+    def __init__(self, model, unseeded=(), by_data=False):
         # Keras has no public name for the layers at any depth.
         layers = model._flatten_layers()
         holders = _of_users([*layers, *keras.tree.flatten(model.loss)])
         generators = list(_owned(holders))
-        if holders or any(map(_draws, layers)):
+        if by_data or holders or any(map(_draws, layers)):
             generators += unseeded
         if holders:
             generators += [
