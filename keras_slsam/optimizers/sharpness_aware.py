@@ -261,7 +261,8 @@ class SharpnessAware(Readings, Stateful, Wrapper):
         """The radius of the perturbation, a scalar `keras.Variable`.
 
         It can be set between two steps, as in `optimizer.rho = 0.1`, unless it follows
-        a schedule. With 0 a step is a step of the base optimizer, without a second pass.
+        a schedule. With 0 a step is a step of the base optimizer, without a second
+        pass.
         """
         return self._rho.variable
 
