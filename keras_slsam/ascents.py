@@ -62,7 +62,9 @@ class Ascent:
         Args:
             optimizer: `keras.optimizers.Optimizer`, which saves the state. Create it
                 with its methods `add_optimizer_variables` and `add_variable`. The base
-                optimizer, `optimizer.base_optimizer`, is built already.
+                optimizer, `optimizer.base_optimizer`, is built already. An attribute
+                that is a tensor is refused, because no file has it. A constant may be a
+                NumPy array.
             variables: List of `keras.Variable`s, the model's trainable ones.
         """
 
@@ -223,6 +225,12 @@ def get(owner, ascent, single_step):
     return ascent
 
 
+def refusing_tensors(ascent):
+    """Context in which an ascent must not get tensors as attributes."""
+    way_out = "create a variable in `build` with `optimizer.add_variable`"
+    return lost_state.refused(ascent, way_out)
+
+
 def build(ascent, optimizer, variables):
     """Creates the state of an ascent, and checks that the optimizer saves it.
 
@@ -230,7 +238,7 @@ def build(ascent, optimizer, variables):
         ValueError: if the ascent has a variable that the optimizer does not know, or
             keeps state in a tensor.
     """
-    with lost_state.refused(ascent):
+    with refusing_tensors(ascent):
         ascent.build(optimizer, variables)
     known = {id(v) for v in [*optimizer.variables, *variables]}
     for name, value in vars(ascent).items():

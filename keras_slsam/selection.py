@@ -7,6 +7,7 @@ from keras_slsam import atomic
 from keras_slsam.active_arms import ActiveArms
 from keras_slsam.gradients import backend
 from keras_slsam.samplers.sampler import draw_mask
+from keras_slsam.samplers.sampler import learn
 
 
 class Selection:
@@ -125,4 +126,4 @@ class Selection:
         self.norms.assign(norms)
         active = self._of_drawn_arms(backend.read(self.active))
         norms = self._of_drawn_arms(norms)
-        atomic.assign_if(last, lambda: self._sampler.update(active, norms))
+        atomic.assign_if(last, lambda: learn(self._sampler, active, norms))

@@ -70,9 +70,10 @@ def set_state(model: keras.Model, optimizer: SharpnessAware, state: tuple) -> No
     """
     groups = _variables(model, optimizer)
     _check_sizes("set_state", groups, state, optimizer)
-    for group, values in zip(groups, state):
-        for variable, value in zip(group, values):
-            variable.assign(value)
+    with loss_scale.split(optimizer)[1]._changed_rho():
+        for group, values in zip(groups, state):
+            for variable, value in zip(group, values):
+                variable.assign(value)
 
 
 def stateless_step(

@@ -6,9 +6,9 @@ import weakref
 import keras
 from keras import ops
 
+from keras_slsam import ascents
 from keras_slsam import atomic
 from keras_slsam import loss_scale
-from keras_slsam import lost_state
 from keras_slsam import observers
 from keras_slsam.gradients import backend
 from keras_slsam.loss import Loss
@@ -129,8 +129,7 @@ def step(model: keras.Model, optimizer: SharpnessAware, data: tuple) -> dict:
                 logs = _update_metrics(
                     model, *batch, *loss.record_metrics((*seen, outputs[-1]))
                 )
-            changed = optimizer.sampler, optimizer.ascent
-            with backend.after(logs), lost_state.refused(*changed):
+            with backend.after(logs), ascents.refusing_tensors(optimizer.ascent):
                 with drawn:
                     position = base_step.position()
                     atomic.assign_if(

@@ -109,7 +109,11 @@ def test_an_attribute_of_a_sampler_does_not_replace_its_arms():
 
 @pytest.mark.parametrize("hold", [False, True])
 def test_arguments_of_a_sampler_cannot_be_set_once_it_is_built(hold):
-    inner = sampler = samplers.Proportional(0.25)
+    class Own(samplers.Proportional):
+        def __init__(self, *args):
+            super().__init__(*args)
+
+    inner = sampler = Own(0.25)
     sampler.active_fraction = 0.5
     if hold:
         sampler = samplers.Hold(inner, 2)

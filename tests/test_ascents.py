@@ -365,23 +365,35 @@ class Averages(samplers.Sampler):
         self.mean = 0.9 * self.mean + 0.1 * norms
 
 
+class Alternates(samplers.Sampler):
+    """Keeps the next mask in a tensor."""
+
+    def build(self, num_arms):
+        self.mask = ops.arange(num_arms) % 2
+
+    def draw(self):
+        self.mask = 1 - self.mask
+        return self.mask
+
+
 @pytest.mark.parametrize(
-    ("optimizer", "name"),
+    ("kwargs", "message"),
     [
-        (lambda: keras_slsam.SAM("sgd", ascent=KeepsTensors(True)), "last"),
-        (lambda: keras_slsam.SAM("sgd", ascent=KeepsTensors(False)), "last"),
-        (lambda: keras_slsam.SLSAM("sgd", sampler=Averages()), "mean"),
-        (
-            lambda: keras_slsam.SLSAM("sgd", sampler=samplers.Hold(Averages(), 1)),
-            "mean",
-        ),
+        ({"ascent": KeepsTensors(True)}, "`last` of `KeepsTensors`.*add_variable"),
+        ({"ascent": KeepsTensors(False)}, "`last` of `KeepsTensors`.*add_variable"),
+        ({"sampler": Alternates()}, "`mask` of `Alternates`.*keras.Variable"),
+        ({"sampler": Averages()}, "`mean` of `Averages`.*keras.Variable"),
+        ({"sampler": samplers.Hold(Averages(), 1)}, "`mean` of `Averages`"),
     ],
-    ids=["build", "update", "sampler", "held sampler"],
+    ids=["build", "update", "draw", "sampler", "held sampler"],
 )
-def test_state_in_tensors_is_refused(optimizer, name):
-    model = linear(optimizer())
-    with pytest.raises(ValueError, match=f"`{name}` of `.*is a tensor.*Variable"):
+def test_state_in_tensors_is_refused(kwargs, message):
+    model = linear(keras_slsam.SLSAM("sgd", **{"sampler": "all", **kwargs}))
+    with pytest.raises(ValueError, match=message):
         model.train_on_batch(*BATCHES[0])
+    if "sampler" in kwargs:
+        for got, start in zip(model.get_weights(), START):
+            np.testing.assert_allclose(got, start, rtol=1e-6)
 
 
 def test_a_base_optimizer_that_cannot_be_built_takes_no_step():

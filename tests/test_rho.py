@@ -10,6 +10,7 @@ from keras import ops
 from replay import Replay
 from test_work import counter
 from test_work import dense_chain
+from test_work import executed
 
 import keras_slsam
 
@@ -180,6 +181,19 @@ def test_a_radius_that_is_set_to_0_leaves_out_the_second_pass():
     for rho in (0.0, 0.2, 0.0):
         optimizer.rho = rho
         assert count() == everything * (2 if rho else 1)
+
+
+def test_a_radius_of_0_in_a_state_leaves_out_the_second_pass():
+    model, products, x = dense_chain()
+    optimizer = keras_slsam.SAM("sgd", rho=0.2)
+    model.compile(loss="mse")
+    weights, others, own, metrics = keras_slsam.get_state(model, optimizer)
+    own = [
+        0 * v if of is optimizer.rho else v for of, v in zip(optimizer.variables, own)
+    ]
+    keras_slsam.set_state(model, optimizer, (weights, others, own, metrics))
+    everything = products.flops({v.path for v in model.trainable_variables})
+    assert executed(model, optimizer, x) == everything
 
 
 def test_a_schedule_cannot_be_set():

@@ -78,7 +78,7 @@ class Objective:
     def __enter__(self):
         backend.collect_state(self.model)
         self.weights = [backend.read(v) for v in self.variables]
-        self._generators = backend.generators(self.model, by_data=True)
+        self._generators = backend.generators(self.model)
         self._bar = keras.utils.Progbar(None, verbose=self._verbose, unit_name="batch")
         self._seen = 0
         return self
@@ -185,7 +185,7 @@ def restored_variables(model):
         List of arrays, the values of `model.trainable_variables`.
     """
     backend.collect_state(model)
-    generators = backend.generators(model, by_data=True)
+    generators = backend.generators(model)
     weights = [ops.convert_to_numpy(v).copy() for v in model.trainable_variables]
     metrics = [(v, ops.convert_to_numpy(v).copy()) for v in model.metrics_variables]
     try:

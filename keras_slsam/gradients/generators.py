@@ -15,24 +15,17 @@ class Generators:
     """The generators that a model's layers draw from, with their current states.
 
     As a context, it rewinds them if an exception is raised. Rewinding skips generators
-    that did not move. It also skips global generators that no layer draws from, because
-    a thread that loads data may draw from them.
+    that did not move. It also skips the global generators of Python and NumPy if all
+    layers are Keras' own, because a thread that loads data may draw from them.
 
     Args:
         model: `keras.Model`.
-        unseeded: List of pairs of functions, which get and set the state of the
-            generators of Keras' layers without a seed, and of PyTorch's modules.
-        by_data: bool, whether to include `unseeded` also if no layer draws, because the
-            caller iterates over data that may.
+        more: List of pairs of functions, which get and set the state of a generator.
     """
 
-    def __init__(self, model, unseeded=(), by_data=False):
-        # Keras has no public name for the layers at any depth.
-        layers = model._flatten_layers()
-        holders = _of_users([*layers, *keras.tree.flatten(model.loss)])
-        generators = list(_owned(holders))
-        if by_data or holders or any(map(_draws, layers)):
-            generators += unseeded
+    def __init__(self, model, more=()):
+        holders = _of_users(model)
+        generators = [*more, *_owned(holders)]
         if holders:
             generators += [
                 (random.getstate, random.setstate),
@@ -54,16 +47,10 @@ class Generators:
                 set(state)
 
 
-def _draws(layer):
-    """Returns whether a layer of Keras may draw random numbers."""
-    return isinstance(layer, keras.layers.TorchModuleWrapper) or any(
-        isinstance(x, keras.random.SeedGenerator) for x in vars(layer).values()
-    )
-
-
-def _of_users(holders):
-    """Returns the custom layers and losses, and custom PyTorch modules in wrappers."""
-    holders = list(holders)
+def _of_users(model):
+    """Returns the custom layers, and the custom PyTorch modules in wrappers."""
+    # Keras has no public name for the layers at any depth.
+    holders = model._flatten_layers()
     wrappers = [x for x in holders if isinstance(x, keras.layers.TorchModuleWrapper)]
     for wrapper in wrappers:
         holders += wrapper.module.modules()
@@ -72,7 +59,7 @@ def _of_users(holders):
         holder
         for holder in holders
         if isinstance(holder, keras.layers.Lambda)  # it calls a function of a user
-        or not getattr(holder, "__module__", "keras.").startswith(own)
+        or not type(holder).__module__.startswith(own)
     ]
 
 
@@ -80,7 +67,7 @@ def _owned(holders):
     """Yields functions that get and set the state of generators in attributes."""
     found = {}
     for holder in holders:
-        for x in getattr(holder, "__dict__", {}).values():
+        for x in vars(holder).values():
             for part in x if isinstance(x, (list, tuple)) else [x]:
                 found[id(part)] = part
     for x in found.values():

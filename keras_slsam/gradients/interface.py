@@ -125,8 +125,8 @@ class Backend:
         """Context in which variables are created outside any graph."""
         return contextlib.nullcontext()
 
-    def generators(self, model, by_data=False):
-        """Returns the `Generators` of a model's layers, and of data if `by_data`."""
+    def generators(self, model):
+        """Returns the `Generators` of a model's layers."""
         return Generators(model)
 
     def own_parameters(self, model, variables):

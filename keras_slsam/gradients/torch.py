@@ -130,11 +130,11 @@ class TorchBackend(Backend):
     def no_grad(self):
         return torch.no_grad()
 
-    def generators(self, model, by_data=False):
+    def generators(self, model):
         # Layers without their own seed, such as Keras' Dropout on PyTorch, draw from
         # the global generators of the devices.
         states = [(m.get_rng_state, m.set_rng_state) for m in _device_modules(model)]
-        return Generators(model, states, by_data)
+        return Generators(model, states)
 
     def concrete(self, mask):
         return mask.tolist()  # a synchronisation

@@ -62,7 +62,6 @@ class Setting:
                 f"{self._name}={value!r}. Pass a schedule to the optimizer."
             )
         number = self._check(value)
-        self.lowest = min(self.lowest, number)
         self.variable.assign(number)
 
     def follow(self, step):

@@ -1,5 +1,6 @@
 """The base class of the optimizers: wraps a Keras optimizer, and holds the state."""
 
+import contextlib
 import functools
 import math
 import numbers
@@ -269,9 +270,8 @@ class SharpnessAware(Readings, Stateful, Wrapper):
     @rho.setter
     def rho(self, rho):
         self._collect_state()
-        before = self._always_ascends
-        self._rho.set(rho)
-        self._compile_again(before)
+        with self._changed_rho():
+            self._rho.set(rho)
 
     @property
     def _always_ascends(self):
@@ -280,15 +280,18 @@ class SharpnessAware(Readings, Stateful, Wrapper):
         return self._rho.lowest > 0
 
     def _restore(self, values, layout=None):
-        before = self._always_ascends
-        super()._restore(values, layout)
-        self._rho.read_number()
-        self._compile_again(before)
+        with self._changed_rho():
+            super()._restore(values, layout)
 
-    def _compile_again(self, always_ascended):
-        """Gives the model in training a condition for the second pass, if needed."""
+    @contextlib.contextmanager
+    def _changed_rho(self):
+        """Context that may set `rho` to 0, which a compiled step must then allow."""
+        before = self._always_ascends
+        yield
+        self._rho.read_number()
         model = self._trained_model and self._trained_model()
-        if model is not None and always_ascended and not self._always_ascends:
+        if model is not None and before and not self._always_ascends:
+            # The function that was compiled has the second pass without a condition.
             model.make_train_function(force=True)
 
     @property

@@ -7,6 +7,7 @@ from keras_slsam import arguments
 from keras_slsam import atomic
 from keras_slsam.samplers.sampler import Sampler
 from keras_slsam.samplers.sampler import draw_mask
+from keras_slsam.samplers.sampler import learn
 
 
 @keras.saving.register_keras_serializable("keras_slsam")
@@ -86,7 +87,7 @@ class Hold(Sampler):
     def update(self, active, norms):
         # In the last step with this mask, the count is 0 again.
         atomic.assign_if(
-            ops.equal(self._count, 0), lambda: self.sampler.update(active, norms)
+            ops.equal(self._count, 0), lambda: learn(self.sampler, active, norms)
         )
 
     @property

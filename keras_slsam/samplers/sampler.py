@@ -7,6 +7,10 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_slsam import lost_state
+
+_WAY_OUT = "create a `keras.Variable` in `build`"
+
 
 class Arm(typing.NamedTuple):
     """What a sampler may know of an arm.
@@ -68,13 +72,14 @@ class Sampler:
     _is_fixed = False
 
     def __setattr__(self, name, value):
-        if self._is_fixed and name in inspect.signature(type(self)).parameters:
-            owner = type(self).__name__
+        if self._is_fixed and name in _arguments(type(self)):
+            scheduled = name == "active_fraction"
             raise ValueError(
-                f"`{name}` of the sampler `{owner}` cannot be set, because compiled "
-                f"steps do not see it. Received: {name}={value!r}. Create a new "
-                "sampler and optimizer, and call `model.compile` with it. "
-                "`active_fraction` can follow a schedule."
+                f"`{name}` of the sampler `{type(self).__name__}` cannot be set, "
+                "because steps that were compiled would not see it. "
+                f"Received: {name}={value!r}. Create a new sampler and optimizer, and "
+                "call `model.compile` with it"
+                + (", or pass a schedule." if scheduled else ".")
             )
         super().__setattr__(name, value)
 
@@ -144,6 +149,11 @@ class Sampler:
         return cls(**config)
 
 
+def _arguments(kind):
+    """Returns the arguments of a class and of its base classes."""
+    return {x for base in kind.mro()[:-1] for x in inspect.signature(base).parameters}
+
+
 def draw_mask(sampler, num_arms):
     """Draws a mask, and checks it.
 
@@ -155,9 +165,10 @@ def draw_mask(sampler, num_arms):
         Boolean tensor of shape `(num_arms,)`.
 
     Raises:
-        ValueError: if the sampler returns something else.
+        ValueError: if the sampler returns something else, or keeps state in a tensor.
     """
-    mask = sampler.draw()
+    with lost_state.refused(sampler, _WAY_OUT):
+        mask = sampler.draw()
     shape, expected = tuple(np.shape(mask)), (num_arms,)
     if not _is_mask(mask) or (None not in shape and shape != expected):
         raise ValueError(
@@ -165,6 +176,16 @@ def draw_mask(sampler, num_arms):
             f"here {expected}. Received: {mask!r} from {sampler!r}"
         )
     return ops.cast(mask, "bool")
+
+
+def learn(sampler, active, norms):
+    """Lets a sampler learn.
+
+    Raises:
+        ValueError: if the sampler keeps state in a tensor.
+    """
+    with lost_state.refused(sampler, _WAY_OUT):
+        sampler.update(active, norms)
 
 
 def _is_mask(x):
