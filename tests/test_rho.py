@@ -188,9 +188,8 @@ def test_a_radius_of_0_in_a_state_leaves_out_the_second_pass():
     optimizer = keras_slsam.SAM("sgd", rho=0.2)
     model.compile(loss="mse")
     weights, others, own, metrics = keras_slsam.get_state(model, optimizer)
-    own = [
-        0 * v if of is optimizer.rho else v for of, v in zip(optimizer.variables, own)
-    ]
+    place = [v is optimizer.rho for v in optimizer.variables].index(True)
+    own[place] = 0 * own[place]
     keras_slsam.set_state(model, optimizer, (weights, others, own, metrics))
     everything = products.flops({v.path for v in model.trainable_variables})
     assert executed(model, optimizer, x) == everything
