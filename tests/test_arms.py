@@ -197,6 +197,20 @@ def test_a_mask_is_held_for_several_windows_of_accumulation():
     np.testing.assert_array_equal(masks, np.repeat(expected, 4, axis=0))
 
 
+def test_a_held_mask_counts_steps_that_are_skipped():
+    drawn = [[arm == place for arm in range(8)] for place in range(3)]
+    sampler = samplers.Hold(Replay(drawn), steps=2)
+    optimizer = keras_slsam.SLSAM("sgd", sampler=sampler)
+    model = make_model()
+    masks = [train(model, optimizer, 1)[0]]
+    x, y = batch()
+    for skipped in (True, False, True, False):
+        model.train_on_batch(x * (np.nan if skipped else 1), y)
+        masks.append(numpy(optimizer.active))
+    assert int(optimizer.skipped_steps) == 2
+    np.testing.assert_array_equal(masks, np.repeat(drawn, 2, axis=0)[:5])
+
+
 def test_a_held_sampler_learns_once_per_mask():
     sampler = samplers.Hold(samplers.Proportional(0.4, seed=0), steps=3)
     optimizer = keras_slsam.SLSAM("sgd", sampler=sampler)

@@ -57,6 +57,14 @@ def sam_by_hand(module, x=X):
             w.copy_(old - RATE * g)
 
 
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_buffers_are_those_of_the_whole_batch_and_change_once(fraction):
+    module = nn.BatchNorm1d(5)
+    step(compiled(module, keras_slsam.SAM("sgd", ascent_fraction=fraction)))
+    assert module.num_batches_tracked == 1
+    np.testing.assert_allclose(module.running_mean, 0.1 * X.mean(0), rtol=1e-5)
+
+
 class Base(nn.Module):
     def __init__(self):
         super().__init__()
