@@ -6,6 +6,7 @@ import pytest
 from keras import layers
 from keras import ops
 from replay import Replay
+from test_rho import load_radius_of_0
 from test_work import dense_chain
 from test_work import executed
 from user_ascents import Friendly
@@ -152,17 +153,10 @@ def test_an_ascent_does_not_learn_with_a_radius_of_0_that_a_callback_loads():
     model = linear(keras_slsam.SAM(sgd(), RHO, ascent=Friendly()))
     model.train_on_batch(*BATCHES[0])
     optimizer = model.optimizer
-
-    def load(logs):
-        optimizer.set_weights(
-            [
-                ops.convert_to_numpy(0.0 * v if v is optimizer.rho else v)
-                for v in optimizer.variables
-            ]
-        )
-
     x, y = map(np.concatenate, zip(*BATCHES[1:3]))
-    callback = keras.callbacks.LambdaCallback(on_train_begin=load)
+    callback = keras.callbacks.LambdaCallback(
+        on_train_begin=lambda logs: load_radius_of_0(optimizer)
+    )
     model.fit(x, y, 6, shuffle=False, verbose=0, callbacks=[callback])
     expected, state = by_hand(
         DIRECTIONS["friendly"][1], [[True, True]] * 3, [RHO, 0, 0]

@@ -64,6 +64,15 @@ def fit(model, callbacks=(), part=slice(None)):
     return model.get_weights()[0]
 
 
+def load_radius_of_0(optimizer):
+    optimizer.set_weights(
+        [
+            ops.convert_to_numpy(0.0 * v if v is optimizer.rho else v)
+            for v in optimizer.variables
+        ]
+    )
+
+
 def test_rho_follows_a_schedule_that_is_saved_with_the_model(tmp_path):
     model = compiled(Table(RADII))
     np.testing.assert_allclose(fit(model, part=slice(4)), by_hand(RADII[:4]), rtol=1e-5)
@@ -284,12 +293,7 @@ def test_a_train_function_without_a_condition_is_made_again_for_a_radius_of_0():
     model.train_on_batch(x, y)
     before, optimizer = model.train_function, model.optimizer
     # The radius is loaded first, and set later.
-    optimizer.set_weights(
-        [
-            ops.convert_to_numpy(0.0 * v if v is optimizer.rho else v)
-            for v in optimizer.variables
-        ]
-    )
+    load_radius_of_0(optimizer)
     model.train_on_batch(x, y)
     with_a_condition = model.train_function
     assert with_a_condition is not before
